@@ -1,0 +1,216 @@
+"""The account of looks: every time a score on dev or on the external target is asked for, written before it is read.
+
+Statistics are honest only if all questions are counted, not just those whose answers were liked. So a look is appended
+to the account and fsynced first (`pay`), and only then may its items be drawn and its answer be read. The external
+target has a budget, and the final split opens once. Paying twice for the same question is no second look: after a crash
+the look that was paid for is given back.
+
+What selection and the next policy may read of repeated looks at the same items is what `ladder` releases. Verdicts are
+computed on raw values, inside the judge.
+"""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from megatron_evolve.eval.suite import Split
+from megatron_evolve.launch.rundir import RunDirError, make_folder
+from megatron_evolve.substrate.digest import canonical
+from megatron_evolve.substrate.frozen import Frozen
+
+
+class BudgetSpent(ValueError):
+    """The external target may not be asked again in this campaign."""
+
+
+class Look(Frozen):
+    """One question to the judge: how candidates score on one split in one round, by these runs of theirs."""
+
+    candidates: tuple[str, ...] = Field(min_length=1, description="who: digest; one, but all there are for final")
+    runs: tuple[str, ...] = Field(min_length=1, description="who: the runs whose scores are read")
+    purpose: str = Field(min_length=1, description="what for, in a word or a sentence")
+    split: Split
+    round: int = Field(ge=0)
+    item_set: str = Field(min_length=1, description="digest of the items asked")
+    items: int = Field(ge=1, description="how many items")
+
+    @model_validator(mode="after")
+    def _one_candidate(self) -> "Look":
+        if self.split != "final" and len(self.candidates) != 1:
+            raise ValueError(f"a look at {self.split} is one candidate's; pay one for each")
+        return self
+
+    @property
+    def key(self) -> tuple:
+        """What may be asked once: a candidate on a split in a round; the final split at all."""
+        return ("final",) if self.split == "final" else (self.candidates[0], self.round, self.split)
+
+
+def is_budgeted(split: Split) -> bool:
+    """Whether a look at `split` is charged to the external budget; final has a rule of its own."""
+    return split in ("external-a", "external-b", "open")
+
+
+class Looks:
+    """The account, a JSONL file with one writer. Opening reads it; a last line cut off by a crash was never paid."""
+
+    def __init__(self, path: Path, *, external_budget: int) -> None:
+        """Raises ValueError if a line other than a cut-off last one is no look."""
+        self.path = Path(path)
+        self.external_budget = external_budget
+        self._paid: dict[tuple, Look] = {}
+        self._whole_bytes = 0
+        if self.path.exists():
+            self._read()
+
+    def pay(self, look: Look) -> Look:
+        """Enters `look` and returns it once it is on disk, so that its answer may be read; again: the one paid before.
+
+        Raises BudgetSpent past the external budget, and ValueError if the same candidate, round and split (or the final
+        split) was asked before with other runs or items.
+        """
+        before = self._paid.get(look.key)
+        if before is not None:
+            _must_be_same(before, look)
+            return before
+        if is_budgeted(look.split) and self.spent >= self.external_budget:
+            raise BudgetSpent(
+                f"expected at most {self.external_budget} looks at the external target, all are spent and "
+                f"{look.candidates[0]} asks for one more on {look.split}: judge with what is there, or start a "
+                "campaign that declares more"
+            )
+        self._append(look)
+        self._paid[look.key] = look
+        return look
+
+    def paid(self, *, candidate: str, round_number: int, split: Split) -> Look | None:
+        """The look that covers this question, or None: then nothing may be read."""
+        look = self._paid.get(("final",) if split == "final" else (candidate, round_number, split))
+        return look if look is not None and candidate in look.candidates else None
+
+    @property
+    def entries(self) -> tuple[Look, ...]:
+        """Every look, in the order of asking."""
+        return tuple(self._paid.values())
+
+    @property
+    def spent(self) -> int:
+        """Looks charged to the external budget so far."""
+        return sum(is_budgeted(look.split) for look in self._paid.values())
+
+    def summary(self) -> dict[str, int]:
+        """Counts for people and scripts: looks at dev, at the external target, and its budget."""
+        dev = sum(look.split.startswith("dev") for look in self._paid.values())
+        return {"dev": dev, "external": self.spent, "external_budget": self.external_budget}
+
+    def _read(self) -> None:
+        data = self.path.read_bytes()
+        self._whole_bytes = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[: self._whole_bytes].splitlines(), start=1):
+            where = f"{self.path}, line {number}"
+            try:
+                document = json.loads(line)
+            except ValueError:  # not JSON, or not UTF-8
+                raise ValueError(f"{where}: expected a look in JSON, got {line[:40]!r}: restore the account") from None
+            look = Look.parse(document, where=where)
+            if look.key in self._paid:
+                raise ValueError(f"{where}: expected every look once, got {look.key} again: restore the account")
+            self._paid[look.key] = look
+
+    def _append(self, look: Look) -> None:
+        make_folder(self.path.parent)
+        fresh = not self.path.exists()
+        # Unbuffered: nothing may reach the file later than the truncation that takes a failed line back.
+        with open(self.path, "ab", buffering=0) as file:
+            file.truncate(self._whole_bytes)
+            line = canonical(look) + b"\n"
+            try:
+                written = file.write(line)
+                if written != len(line):
+                    raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes fit")
+                os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(self._whole_bytes)
+                raise RunDirError(
+                    f"expected to enter a look in {self.path}, got {error.strerror}: free space on that disk, then run "
+                    "the same command again"
+                ) from error
+        self._whole_bytes += len(line)
+        if fresh:
+            _sync_folder(self.path.parent)
+
+
+def _must_be_same(before: Look, look: Look) -> None:
+    for name in ("candidates", "runs", "item_set"):
+        old, new = getattr(before, name), getattr(look, name)
+        # As sets of characters two digests could agree, so text is compared as text.
+        same = old == new if isinstance(old, str) else set(old) == set(new)
+        if not same:
+            rule = "the final split opens once" if look.split == "final" else "a candidate is asked once a round"
+            raise ValueError(
+                f"{rule}: expected the look at {look.split} that was paid with {name} {old}, got {new}: read the paid "
+                "look, or ask in the next round"
+            )
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def ladder(scores: Sequence[Sequence[float]], weights: Sequence[float] | None = None) -> list[float]:
+    """What may be released of scores asked one after another on the same items: the parameter-free Ladder.
+
+    `scores[t][i]` is question t's score on item i, higher is better, and `weights` (summing to 1, equal if None) makes
+    its mean. A question that beats the best so far by more than the standard error of their paired difference becomes
+    the best, released rounded to 1/n; any other releases the best's number again, and so tells nothing about itself.
+    Pure, so an auditor gets the same numbers. Raises ValueError if the questions differ in items.
+
+    Blum & Hardt, The Ladder: A Reliable Leaderboard for Machine Learning Competitions, 2015 (arXiv 1502.04585).
+    """
+    released: list[float] = []
+    best: list[float] | None = None
+    for asked in scores:
+        n = len(asked)
+        if n == 0 or n != len(scores[0]) or (weights is not None and n != len(weights)):
+            raise ValueError(
+                f"expected every question on the same {len(scores[0])} items, got {n}: ask on one item set"
+            )
+        values = (
+            list(asked)
+            if weights is None
+            else [n * weight * score for weight, score in zip(weights, asked, strict=True)]
+        )
+        if best is None or _mean(values) > released[-1] + _standard_error(values, best):
+            best = values
+            released.append(round_to(_mean(values), 1.0 / n))
+        else:
+            released.append(released[-1])
+    return released
+
+
+def round_to(value: float, step: float) -> float:
+    """`value` to the nearest multiple of `step` > 0, as a leaderboard shows it; its variance grows by step²/12."""
+    return round(value / step) * step
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _standard_error(values: Sequence[float], best: Sequence[float]) -> float:
+    """Standard error of the mean paired difference; 0 for a single item, which has none to estimate."""
+    n = len(values)
+    if n == 1:
+        return 0.0
+    differences = [new - old for new, old in zip(values, best, strict=True)]
+    mean = _mean(differences)
+    return math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)

@@ -1,0 +1,107 @@
+"""The expert path of Nemotron's mixture-of-experts layer, defined: plain PyTorch, any dtype up to float64, not fast.
+
+Every faster form is tested against this page, outputs and gradients. What the layer computes for one token x, with
+s = sigmoid(logits) and C the K experts of largest s + bias:
+
+    p_e = scale * s_e / (sum_{j in C} s_j + 1e-20)
+    y   = sum_{e in C} W2_e (p_e * relu(W1_e x)^2)
+
+The probability multiplies the activation *before* fc2, as Megatron-Core does (transformer/mlp.py, MLP.forward). The
+bias only selects (Wang et al. 2024, arXiv 2408.15664); Megatron-Core's TopKRouter is the source of the details.
+
+Letters: T tokens, E experts, K experts chosen per token, M = T * K rows sorted by expert, H model width, F hidden width
+of an expert, R adapter rank, I and O the input and output width of one grouped matrix.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RoutePlan(NamedTuple):
+    """Where each choice c = t * K + k stands among the rows sorted by expert, tokens in order within an expert."""
+
+    choice_of_row_M: Tensor  # int64
+    row_of_choice_TK: Tensor  # int64, its inverse
+    counts_E: Tensor  # int64, rows of each expert; sums to M
+
+    @property
+    def token_of_row_M(self) -> Tensor:
+        return self.choice_of_row_M // self.row_of_choice_TK.size(1)
+
+
+class GroupedLora(NamedTuple):
+    """One low-rank adapter per expert: W_e + scale * B_e A_e (Hu et al. 2021, arXiv 2106.09685)."""
+
+    A_ERI: Tensor
+    B_EOR: Tensor
+    scale: float
+
+
+def router(logits_TE: Tensor, bias_E: Tensor, num_chosen: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Chosen experts (T, K) int64, best first, and their probabilities (T, K) in the dtype of the scores.
+
+    Scores are at least float32. Selection compares s + bias in float32, the bias's dtype: scores that a large bias
+    hides are equal, and among equals the lowest expert wins. A single choice (K = 1) keeps its score unnormalised, as
+    in Megatron-Core's topk_routing_with_score_function. The bias gets no gradient.
+    """
+    s_TE = torch.sigmoid(logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)))
+    rank_TE = (s_TE + bias_E).detach().to(torch.float32)
+    idx_TK = torch.sort(rank_TE, dim=-1, descending=True, stable=True).indices[:, :num_chosen]
+    p_TK = s_TE.gather(1, idx_TK)
+    if num_chosen > 1:
+        p_TK = p_TK / (p_TK.sum(-1, keepdim=True) + 1e-20)
+    return idx_TK, p_TK * scale
+
+
+def route_plan(idx_TK: Tensor, num_experts: int) -> RoutePlan:
+    """Sort the T * K choices by expert, keeping the order of tokens within each expert."""
+    choice_of_row_M = torch.sort(idx_TK.flatten(), stable=True).indices
+    row_of_choice_M = torch.empty_like(choice_of_row_M)
+    row_of_choice_M[choice_of_row_M] = torch.arange(idx_TK.numel(), device=idx_TK.device)
+    counts_E = torch.bincount(idx_TK.flatten(), minlength=num_experts)
+    return RoutePlan(choice_of_row_M, row_of_choice_M.view_as(idx_TK), counts_E)
+
+
+def permute(x_TH: Tensor, p_TK: Tensor, plan: RoutePlan) -> tuple[Tensor, Tensor]:
+    """Rows (M, H) and their probabilities (M,), sorted by expert."""
+    return x_TH[plan.token_of_row_M], p_TK.flatten()[plan.choice_of_row_M]
+
+
+def unpermute(y_MH: Tensor, plan: RoutePlan) -> Tensor:
+    """Sum each token's K rows back to (T, H)."""
+    return y_MH[plan.row_of_choice_TK].sum(1)
+
+
+def weighted_squared_relu(h_MF: Tensor, p_M: Tensor) -> Tensor:
+    """a = p * relu(h)^2 (So et al. 2021, arXiv 2109.08668), in the wider dtype of the two and rounded to that of h."""
+    return (p_M.unsqueeze(-1) * torch.relu(h_MF).to(torch.promote_types(h_MF.dtype, p_M.dtype)) ** 2).to(h_MF.dtype)
+
+
+def grouped_linear(
+    x_MI: Tensor, counts_E: Tensor, W_EOI: Tensor | Sequence[Tensor], lora: GroupedLora | None = None
+) -> Tensor:
+    """Each row times its expert's matrix: (M, O). Rows stand sorted by expert; W is stacked or E matrices."""
+    W_EOI = W_EOI if isinstance(W_EOI, Tensor) else torch.stack(tuple(W_EOI))
+    expert_M = torch.repeat_interleave(torch.arange(len(W_EOI), device=x_MI.device), counts_E.to(x_MI.device))
+    y_MO = torch.einsum("mi,moi->mo", x_MI, W_EOI[expert_M])
+    if lora is None:
+        return y_MO
+    u_MR = torch.einsum("mi,mri->mr", x_MI, lora.A_ERI[expert_M])
+    return y_MO + lora.scale * torch.einsum("mr,mor->mo", u_MR, lora.B_EOR[expert_M])
+
+
+def grouped_experts(
+    x_MH: Tensor,
+    counts_E: Tensor,
+    p_M: Tensor,
+    W1_EFH: Tensor | Sequence[Tensor],
+    W2_EHF: Tensor | Sequence[Tensor],
+    lora1: GroupedLora | None = None,
+    lora2: GroupedLora | None = None,
+) -> Tensor:
+    """fc1, weighted squared ReLU, fc2 on rows sorted by expert: (M, H), each row weighted by its probability."""
+    a_MF = weighted_squared_relu(grouped_linear(x_MH, counts_E, W1_EFH, lora1), p_M)
+    return grouped_linear(a_MF, counts_E, W2_EHF, lora2)

@@ -1,0 +1,182 @@
+"""A job: a command with its resources and run folder, and the closed set of ways it can end.
+
+    Job --submit--> Launcher --poll--> "pending" | "running" | JobOutcome
+
+A job's key is opaque: whoever submits decides what it stands for. "finished" needs exit status 0 *and* the done file,
+which the job itself writes last: a trainer that saved on a signal and left with status 0 has not finished.
+"""
+
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+
+class OutcomeKind(StrEnum):
+    """How a job ended. `megatron_evolve.launch.ending` states the rule that picks one."""
+
+    FINISHED = "finished"  # exit status 0 and the done file
+    CRASHED = "crashed"  # ended by its own fault: an exit status, a signal, or no done file
+    OUT_OF_MEMORY = "out_of_memory"  # an allocator said so, or the kernel's out-of-memory killer struck
+    TIMED_OUT = "timed_out"  # stopped by its supervisor at its time limit
+    CANCELLED = "cancelled"  # stopped because the submitter asked
+    LOST = "lost"  # ended by neither itself nor us: its supervisor or machine is gone, or SIGKILL from outside
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job may use. memory_bytes limits the data segment of each of its processes (None: no limit)."""
+
+    cores: int = 1
+    gpus: int = 0
+    memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.cores < 1 or self.gpus < 0:
+            raise ValueError(
+                f"resources need cores >= 1 and gpus >= 0; got {self.cores} and {self.gpus}: correct the job"
+            )
+        if self.memory_bytes is not None and self.memory_bytes < 1:
+            raise ValueError(f"memory_bytes must be positive; got {self.memory_bytes}: leave it None for no limit")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command to be run to its end in its own run folder.
+
+    argv      the command; `(sys.executable, "-m", MODULE, *args)` may run in a fork of a warm parent
+    run_dir   absolute; belongs to this key alone
+    env       variables set on top of the launcher's own (written to disk: no secrets)
+    grace_s   time between SIGTERM and SIGKILL when the job is stopped: a trainer saves in it
+    done_file name within run_dir that the job writes last
+    """
+
+    key: str
+    argv: tuple[str, ...]
+    run_dir: Path
+    time_limit_s: float
+    done_file: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    resources: Resources = field(default_factory=Resources)
+    grace_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "argv", tuple(self.argv))
+        object.__setattr__(self, "run_dir", Path(self.run_dir))
+        object.__setattr__(self, "env", types.MappingProxyType(dict(self.env)))
+        if not self.key:
+            raise ValueError("a job needs a key that names it; got an empty one: give the digest of what it computes")
+        if not self.argv or not all(isinstance(word, str) for word in self.argv):
+            raise ValueError(
+                f"argv must be one or more strings; got {self.argv!r}: convert paths and numbers with str()"
+            )
+        if not self.run_dir.is_absolute():
+            raise ValueError(f"run_dir must be absolute; got {self.run_dir}: resolve it first")
+        if not self.done_file or Path(self.done_file).name != self.done_file:
+            raise ValueError(f"done_file must be a plain name within run_dir; got {self.done_file!r}: drop the folder")
+        if not (self.time_limit_s > 0 and math.isfinite(self.time_limit_s) and self.grace_s >= 0):
+            raise ValueError(
+                f"time_limit_s must be positive and grace_s not negative; got {self.time_limit_s} and {self.grace_s}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "key": self.key,
+            "argv": list(self.argv),
+            "run_dir": str(self.run_dir),
+            "time_limit_s": self.time_limit_s,
+            "done_file": self.done_file,
+            "env": dict(self.env),
+            "resources": dataclasses.asdict(self.resources),
+            "grace_s": self.grace_s,
+        }
+
+    @classmethod
+    def from_json(cls, document: object) -> "Job":
+        fields = _fields_of(cls, document)
+        return cls(**(fields | {"resources": Resources(**_fields_of(Resources, fields["resources"]))}))
+
+
+@dataclass(frozen=True)
+class JobOutcome:
+    """How one attempt at a job ended. A measurement that nobody could take is None, never a number.
+
+    seconds, cpu_seconds and max_rss_bytes are of the whole process tree: wall time, user + system time, and the largest
+    process. started_at is UTC, ISO 8601. reason is one sentence.
+    """
+
+    key: str
+    kind: OutcomeKind
+    exit_code: int | None
+    signal: int | None
+    seconds: float | None
+    cpu_seconds: float | None
+    max_rss_bytes: int | None
+    host: str
+    attempt: int
+    started_at: str | None
+    reason: str
+
+    @classmethod
+    def unmeasured(cls, key: str, attempt: int, kind: OutcomeKind, host: str, reason: str) -> "JobOutcome":
+        """The end of an attempt that nobody watched to its end, or that never began."""
+        return cls(key, kind, None, None, None, None, None, host, attempt, None, reason)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"kind": self.kind.value}
+
+    @classmethod
+    def from_json(cls, document: object) -> "JobOutcome":
+        fields = _fields_of(cls, document)
+        return cls(**(fields | {"kind": OutcomeKind(fields["kind"])}))
+
+
+JobState = JobOutcome | Literal["pending", "running"]
+
+
+class Launcher(Protocol):
+    """The four verbs. Every backend (local, Slurm, Kubernetes) has them and nothing else that a caller may use."""
+
+    def render(self, job: Job) -> str:
+        """The script that would run this job, for a person to read."""
+        ...
+
+    def submit(self, job: Job, attempt: int = 1) -> None:
+        """See to it that attempt `attempt` at this job has been started. Doing so twice changes nothing.
+
+        A job that finished, or an attempt that already ended or still runs, is adopted as it is. Attempt n + 1 is
+        started only after attempt n ended in another way than finished: the caller decides whether to retry.
+        """
+        ...
+
+    def poll(self, keys: Iterable[str]) -> Mapping[str, JobState]:
+        """Where each of these submitted jobs stands; cheap enough to be called several times a second."""
+        ...
+
+    def cancel(self, key: str) -> None:
+        """Stop this job; poll says "cancelled" once its processes are gone. Without effect on a job that has ended."""
+        ...
+
+
+def canonical_json(document: object) -> str:
+    """One text for one value: sorted keys, no spaces, no NaN, a final newline."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _fields_of(cls: type, document: object) -> dict[str, Any]:
+    """`document` as the keyword arguments of `cls`. Raises ValueError unless its keys are exactly the fields."""
+    expected = {field.name for field in dataclasses.fields(cls)}
+    if not isinstance(document, dict):
+        raise ValueError(f"a {cls.__name__} must be a JSON object; got {type(document).__name__}: restore the file")
+    if document.keys() != expected:
+        unknown, missing = sorted(document.keys() - expected), sorted(expected - document.keys())
+        raise ValueError(
+            f"a {cls.__name__} has the keys {sorted(expected)}; got unknown {unknown}, missing {missing}: "
+            "restore the file or use the version that wrote it"
+        )
+    return document

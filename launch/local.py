@@ -1,0 +1,252 @@
+"""The local launcher: runs jobs on this machine, never more cores' worth at once than it was given.
+
+Everything it must remember is in the run folders, so it may die at any moment: a new one is told the same jobs by
+submit, adopts those that run, returns those that ended, and finds those whose supervisor died ("lost"). Finding out
+costs two stats and one read of /proc per running job.
+"""
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from megatron_evolve.launch import rundir
+from megatron_evolve.launch.ending import read_tail
+from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind
+from megatron_evolve.launch.process import ProcessIdentity, kill_left_behind
+from megatron_evolve.launch.supervise import ATTEMPT_VARIABLE
+from megatron_evolve.launch.warm_client import WarmClient, WarmSettings
+
+
+@dataclass(eq=False)
+class _Entry:
+    """One submitted job and what is known of its latest attempt."""
+
+    job: Job
+    attempt: int
+    state: JobState
+    prepared: bool = False  # its folder exists, so that a supervisor may have begun it
+    launched: ProcessIdentity | None = None  # the supervisor as we started it
+    supervisor: ProcessIdentity | None = None  # the supervisor as it signed the attempt
+
+    @property
+    def folder(self) -> Path:
+        return rundir.attempt_dir(self.job.run_dir, self.attempt)
+
+
+class LocalLauncher:
+    """A Launcher for this machine.
+
+    cores      what the jobs that run at one time may use together
+    state_dir  the campaign's folder, for the warm parent's pointer and log
+    warm       what to load once and fork from; None starts every job from scratch
+
+    Jobs run in the current folder and environment of the launcher's process, with their own env on top.
+    """
+
+    def __init__(self, cores: int, state_dir: Path, warm: WarmSettings | None = None) -> None:
+        if cores < 1:
+            raise ValueError(
+                f"a local launcher needs at least one core; got {cores}: give it the number of cores to fill"
+            )
+        self._cores = cores
+        self._entries: dict[str, _Entry] = {}
+        self._pending: dict[str, _Entry] = {}  # in order of submission
+        self._running: dict[str, _Entry] = {}
+        self._children: list[subprocess.Popen] = []
+        self._warm = WarmClient(warm, state_dir) if warm is not None else None
+
+    def render(self, job: Job) -> str:
+        lines = ["#!/bin/sh", f"# {job.key}: {job.resources.cores} cores, at most {job.time_limit_s:g} s"]
+        lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(job.env.items())]
+        lines.append(f"exec {shlex.join(job.argv)}")
+        return "\n".join(lines) + "\n"
+
+    def submit(self, job: Job, attempt: int = 1) -> None:
+        """See `Launcher.submit`. Raises ValueError for a job that can never run here, RunDirError for a bad folder."""
+        self._check_fits(job)
+        entry = self._entries.get(job.key)
+        if entry is None:
+            entry = self._adopted(job)
+        elif entry.job.run_dir != job.run_dir:
+            raise ValueError(
+                f"job {job.key} must keep its run folder {entry.job.run_dir}; got {job.run_dir}: submit it there"
+            )
+        latest, state = (0, None) if entry is None else (entry.attempt, entry.state)
+        if attempt > latest and not (isinstance(state, JobOutcome) and state.kind is OutcomeKind.FINISHED):
+            if attempt != latest + 1 or not (latest == 0 or isinstance(state, JobOutcome)):
+                raise ValueError(
+                    f"attempt {attempt} at job {job.key} must follow the end of attempt {attempt - 1}; "
+                    f"attempt {latest} is {state if isinstance(state, str) else 'the latest'}: wait for it"
+                )
+            entry = _Entry(job, attempt, "pending")
+        self._file(entry)
+
+    def poll(self, keys: Iterable[str]) -> dict[str, JobState]:
+        """See `Launcher.poll`; also starts what there is room for. Raises WarmError, RunDirError."""
+        self._children = [child for child in self._children if child.poll() is None]
+        for entry in [*self._running.values(), *self._pending.values()]:
+            begun = entry.prepared and (entry.folder / rundir.SUPERVISOR_FILE).exists()
+            if entry.state == "running" or begun:
+                entry.state = self._state_of(entry)
+                self._file(entry)
+        self._start_pending()
+        return {key: self._known(key).state for key in keys}
+
+    def cancel(self, key: str) -> None:
+        """See `Launcher.cancel`."""
+        entry = self._known(key)
+        if isinstance(entry.state, JobOutcome):
+            return
+        if not entry.prepared:
+            self._prepare(entry)
+        rundir.write_whole(entry.folder / rundir.CANCEL_FILE, "")
+        supervisor = rundir.read_supervisor(entry.folder)
+        if supervisor is not None:
+            supervisor.send(signal.SIGTERM)
+            return
+        with contextlib.suppress(rundir.LockHeld), rundir.Lock(entry.job.run_dir / rundir.LOCK_FILE):
+            if rundir.read_supervisor(entry.folder) is None and rundir.read_outcome(entry.folder) is None:
+                entry.state = self._record(entry, OutcomeKind.CANCELLED, "was cancelled before it began")
+                self._file(entry)
+
+    def close(self) -> None:
+        """End the warm parent. Jobs that run go on under their supervisors."""
+        if self._warm is not None:
+            self._warm.close()
+
+    def __enter__(self) -> "LocalLauncher":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _check_fits(self, job: Job) -> None:
+        if job.resources.cores > self._cores:
+            raise ValueError(
+                f"job {job.key} must fit this launcher's {self._cores} cores; it asks for {job.resources.cores}: "
+                "ask for fewer"
+            )
+        if job.resources.gpus > 0:
+            raise ValueError(
+                f"this launcher has no GPUs to give; job {job.key} asks for {job.resources.gpus}: submit it elsewhere"
+            )
+
+    def _adopted(self, job: Job) -> _Entry | None:
+        """What the job's run folder holds of it, None if it was never tried. Raises ValueError if it is another's."""
+        latest = rundir.latest_attempt(job.run_dir)
+        if latest == 0:
+            return None
+        entry = _Entry(job, latest, "pending", prepared=True)
+        if (owner := rundir.read_job(entry.folder).key) != job.key:
+            raise ValueError(
+                f"run folder {job.run_dir} must belong to job {job.key}; it belongs to {owner}: choose another"
+            )
+        if any((entry.folder / name).exists() for name in (rundir.SUPERVISOR_FILE, rundir.OUTCOME_FILE)):
+            entry.state = self._state_of(entry)
+        return entry
+
+    def _known(self, key: str) -> _Entry:
+        if key not in self._entries:
+            raise ValueError(f"expected the key of a submitted job; got {key}: submit it first")
+        return self._entries[key]
+
+    def _file(self, entry: _Entry) -> None:
+        """Put an entry where its state belongs; one that is there already keeps its place."""
+        self._entries[entry.job.key] = entry
+        for state, queue in (("pending", self._pending), ("running", self._running)):
+            if entry.state == state:
+                queue[entry.job.key] = entry
+            else:
+                queue.pop(entry.job.key, None)
+
+    def _start_pending(self) -> None:
+        """Start jobs in order of submission while there is room. A big one is not overtaken, or it might starve."""
+        free = self._cores - sum(entry.job.resources.cores for entry in self._running.values())
+        for entry in list(self._pending.values()):
+            free -= entry.job.resources.cores
+            if free < 0 or not self._start(entry):
+                return
+            entry.state = "running"
+            self._file(entry)
+
+    def _start(self, entry: _Entry) -> bool:
+        """Start a supervisor for the attempt. Returns False if the warm parent is not ready."""
+        if not entry.prepared:
+            self._prepare(entry)
+        if self._warm is None:
+            child = _start_supervisor(entry.folder)
+            self._children.append(child)
+            pid = child.pid
+        else:
+            pid = self._warm.fork(entry.folder, Path.cwd(), os.environ)
+            if pid is None:
+                return False
+        with contextlib.suppress(ProcessLookupError):  # over already
+            entry.launched = ProcessIdentity.of(pid)
+        return True
+
+    def _prepare(self, entry: _Entry) -> None:
+        rundir.prepare_attempt(entry.job, entry.attempt)
+        entry.prepared = True
+
+    def _state_of(self, entry: _Entry) -> JobState:
+        """Where an attempt stands that was begun, or for which a supervisor was started."""
+        outcome = self._outcome_of(entry)
+        if outcome is not None:
+            return outcome
+        if entry.supervisor is None:
+            entry.supervisor = rundir.read_supervisor(entry.folder)
+        supervisor = entry.supervisor or entry.launched
+        if supervisor is not None and supervisor.is_alive:
+            return "running"
+        return self._given_up(entry)
+
+    def _outcome_of(self, entry: _Entry) -> JobOutcome | None:
+        try:
+            return rundir.read_outcome(entry.folder)
+        except rundir.DamagedFile as error:
+            path = entry.folder / rundir.OUTCOME_FILE
+            path.rename(path.with_name(f"{rundir.OUTCOME_FILE}.damaged"))
+            return self._record(entry, OutcomeKind.LOST, f"its outcome was damaged and is kept beside it ({error})")
+
+    def _given_up(self, entry: _Entry) -> JobState:
+        """Record as lost an attempt whose supervisor is gone, once it is certain that nobody runs it."""
+        try:
+            with rundir.Lock(entry.job.run_dir / rundir.LOCK_FILE):
+                outcome = self._outcome_of(entry)  # the supervisor may have written it as its last act
+                if outcome is not None:
+                    return outcome
+                begun = rundir.read_supervisor(entry.folder)
+                survivors = kill_left_behind(begun, f"{ATTEMPT_VARIABLE}={entry.folder}") if begun else []
+                reason = "its supervisor ended " + ("without an outcome" if begun else "before the job began")
+                log = entry.folder / rundir.SUPERVISOR_LOG
+                if log.exists() and (words := read_tail(log).split("\n")[-2:-1]):
+                    reason += f" and said {words[0]!r}"
+                if survivors:
+                    reason += f"; the processes {survivors} would not die"
+                return self._record(entry, OutcomeKind.LOST, reason)
+        except rundir.LockHeld:  # another supervisor of the attempt, or one on another host, is at it
+            return "running"
+
+    def _record(self, entry: _Entry, kind: OutcomeKind, reason: str) -> JobOutcome:
+        outcome = JobOutcome.unmeasured(entry.job.key, entry.attempt, kind, os.uname().nodename, reason)
+        rundir.write_outcome(entry.job.run_dir, outcome)
+        return outcome
+
+
+def _start_supervisor(folder: Path) -> subprocess.Popen:
+    with open(folder / rundir.SUPERVISOR_LOG, "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megatron_evolve.launch.supervise", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # it outlives us, and an interrupt at our terminal is not for it
+        )

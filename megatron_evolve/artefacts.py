@@ -1,0 +1,97 @@
+"""The files of a campaign folder: where each value comes to rest, and its digest for the ledger.
+
+Values are JSON (or YAML where people edit them), written whole. `save` returns the digest that the ledger keeps; `load`
+checks it, so a file changed behind the ledger's back is found when it is next read.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_evolve.launch.rundir import read_json, write_json, write_whole
+from megatron_evolve.substrate.digest import digest_of
+
+
+class CampaignFolder:
+    """Paths within a campaign folder."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+
+    campaign = property(lambda self: self.root / "campaign.yaml")
+    constitution = property(lambda self: self.root / "constitution.yaml")
+    ledger = property(lambda self: self.root / "ledger.jsonl")
+    looks = property(lambda self: self.root / "looks.jsonl")
+    lock = property(lambda self: self.root / "controller.lock")
+    stop_file = property(lambda self: self.root / "stop")
+    report = property(lambda self: self.root / "report.html")
+
+    def round(self, number: int) -> Path:
+        """Folder of a round."""
+        return self.root / "rounds" / str(number)
+
+    def policy(self, number: int) -> Path:
+        """The policy that round `number` searches under."""
+        return self.round(number) / "policy.yaml"
+
+    def edits(self, number: int) -> Path:
+        """The edits that made round `number`'s policy."""
+        return self.round(number) / "edits.json"
+
+    def evidence(self, number: int) -> Path:
+        """What round `number` found."""
+        return self.round(number) / "evidence.json"
+
+    def worker(self, number: int, worker: int) -> Path:
+        """A worker's briefs and proposals."""
+        return self.round(number) / "workers" / str(worker)
+
+    def candidate(self, number: int, name: str) -> Path:
+        """A candidate of a round."""
+        return self.round(number) / name
+
+    def run(self, number: int, name: str, seed: int) -> Path:
+        """One run of a candidate."""
+        return self.candidate(number, name) / "runs" / str(seed)
+
+
+def save_json(path: Path, value: Any) -> str:
+    """Writes a value as JSON and returns its digest."""
+    plain = value.model_dump(mode="json", by_alias=True) if hasattr(value, "model_dump") else value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, plain)
+    return digest_of(plain)
+
+
+def save_yaml(path: Path, value: Any) -> str:
+    """Writes a value as YAML, for people, and returns the digest of its canonical form."""
+    plain = value.model_dump(mode="json", by_alias=True) if hasattr(value, "model_dump") else value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110))
+    return digest_of(plain)
+
+
+def load_json(path: Path, digest: str) -> Any:
+    """The value in a file, refused unless its digest is the one the ledger keeps."""
+    value = read_json(path)
+    check_digest(path, value, digest)
+    return value
+
+
+def load_yaml_checked(path: Path, digest: str) -> dict[str, Any]:
+    """Like `load_json`, for YAML."""
+    from megatron_evolve.document import load_yaml
+
+    value = load_yaml(path)
+    check_digest(path, value, digest)
+    return value
+
+
+def check_digest(path: Path, value: Any, digest: str) -> None:
+    """Raises ValueError when `value` is not what the ledger says was written to `path`."""
+    found = digest_of(value)
+    if found != digest:
+        raise ValueError(
+            f"{path} is not what the ledger recorded: expected digest {digest[:12]}, got {found[:12]}; restore the file"
+        )

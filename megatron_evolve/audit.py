@@ -1,0 +1,234 @@
+"""The audit: everything a closed (or open) campaign says about itself, checked by anybody who holds its folder.
+
+Digests of the frozen ground and of every file, the ledger's chain, and every deterministic decision made again: what the
+default worker proposes, which candidate a delta is, what the evidence says, which policy follows, how it ended. A
+decision that the code of another version made is reported as such, not as broken.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_evolve.artefacts import CampaignFolder, check_digest, load_json, load_yaml_checked
+from megatron_evolve.campaign import Campaign
+from megatron_evolve.candidate import candidate_id
+from megatron_evolve.delta import Delta
+from megatron_evolve.document import load_yaml
+from megatron_evolve.eval.freeze import SUITES_FILE
+from megatron_evolve.eval.judge import load_judge
+from megatron_evolve.evidence import Evidence
+from megatron_evolve.explain import explain
+from megatron_evolve.facts import round_facts
+from megatron_evolve.launch.rundir import RunDirError, read_json
+from megatron_evolve.ledger import Event, read_ledger
+from megatron_evolve.meta import next_policy
+from megatron_evolve.origin import Origin, read_origin
+from megatron_evolve.policy import Edit, SearchPolicy
+from megatron_evolve.prepare import judge_process
+from megatron_evolve.proposals import Setback, assigned_axes, brief_of
+from megatron_evolve.review import Weights, review
+from megatron_evolve.sources import decision_sources
+from megatron_evolve.substrate.digest import digest_file, digest_of
+from megatron_evolve.substrate.manifest import Substrate, public_view, verify
+from megatron_evolve.workers.propose import propose as default_worker
+from megatron_evolve.workers.validate import validate
+
+
+@dataclass(frozen=True)
+class Broken(Exception):
+    """The first thing that does not hold."""
+
+    where: str
+    expected: str
+    got: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A campaign folder opened for reading."""
+
+    folder: CampaignFolder
+    events: list[Event]
+    campaign: Campaign
+    opened: dict[str, Any]
+    substrate: Substrate
+    origin: Origin
+    suites: dict[str, Any]
+
+    def data(self, kind: str, key: str) -> dict[str, Any] | None:
+        """Data of an event, if it happened."""
+        return next((event.data for event in self.events if event.kind == kind and event.key == key), None)
+
+    def policy(self, number: int) -> SearchPolicy:
+        """A round's policy, digest checked."""
+        path = self.folder.policy(number)
+        return SearchPolicy.parse(load_yaml_checked(path, self.data("policy", str(number))["digest"]), where=str(path))
+
+    def evidence(self, number: int) -> Evidence:
+        """A round's evidence, digest checked."""
+        path = self.folder.evidence(number)
+        return Evidence.parse(load_json(path, self.data("evidence", str(number))["digest"]), where=str(path))
+
+    @property
+    def rounds(self) -> list[int]:
+        """Rounds with evidence."""
+        return sorted(int(event.key) for event in self.events if event.kind == "evidence")
+
+
+def open_record(root: Path) -> Record:
+    """Opens a campaign folder. Raises ValueError in one sentence when it holds none, or one that was not opened yet."""
+    folder = CampaignFolder(Path(root))
+    events = read_ledger(folder.ledger)
+    opened = next((event.data for event in events if event.kind == "campaign-opened"), None)
+    if opened is None:
+        raise ValueError(f"the campaign in {root} was not opened yet: run it first")
+    judge_folder = Path(opened["judge_folder"])
+    return Record(
+        folder=folder,
+        events=events,
+        campaign=Campaign.parse(load_yaml(folder.campaign), where=str(folder.campaign)),
+        opened=opened,
+        substrate=verify(Path(opened["substrate_folder"]), trainer=False),
+        origin=read_origin(judge_folder, load_judge(judge_folder)),
+        suites=read_json(judge_folder / SUITES_FILE),
+    )
+
+
+def verify_campaign(root: Path) -> dict[str, Any]:
+    """`{"ok", "events", "replayed_decisions", "first_broken", "notes"}`; never raises for a broken campaign."""
+    notes: list[str] = []
+    decisions = 0
+    events = 0
+    try:
+        record = open_record(root)
+        events = len(record.events)
+        _check_ground(record, notes)
+        same_code = record.opened["decisions"] == decision_sources()
+        for decision in _decisions(record):
+            try:
+                decision()
+            except Broken as broken:
+                if same_code:
+                    raise
+                notes.append(f"{broken.where}: decided otherwise by the version of the code that ran it")
+            decisions += 1
+        broken_at = None
+    except Broken as broken:
+        broken_at = {"where": broken.where, "expected": broken.expected, "got": broken.got}
+    except (ValueError, RunDirError) as error:
+        broken_at = {"where": str(root), "expected": "a whole campaign", "got": str(error)}
+    return {
+        "ok": broken_at is None,
+        "events": events,
+        "replayed_decisions": decisions,
+        "first_broken": broken_at,
+        "notes": notes,
+    }
+
+
+def _check_ground(record: Record, notes: list[str]) -> None:
+    """Frozen parts and files: campaign, constitution, substrate, judge, and what each stage left."""
+    folder, opened = record.folder, record.opened
+    check_digest(folder.campaign, load_yaml(folder.campaign), opened["campaign"])
+    check_digest(folder.constitution, load_yaml(folder.constitution), opened["constitution"])
+    _must("substrate", opened["substrate"], record.substrate.digest)
+    try:
+        verify(Path(opened["substrate_folder"]))
+        judge_process("--verify", opened["judge_folder"])
+    except ValueError as error:
+        if "source changed" not in str(error):
+            raise
+        notes.append(f"frozen by another version of the code: {error}")
+    for event in record.events:
+        if event.kind == "ended":
+            number, name, seed, stage = event.key.split("/")
+            base = folder.run(int(number), name, int(seed)) / stage
+            for file, digest in event.data["files"].items():
+                _must(str(base / file), digest, digest_file(base / file) if (base / file).exists() else "no file")
+
+
+def _must(where: str, expected: Any, got: Any) -> None:
+    if expected != got:
+        raise Broken(where, str(expected), str(got))
+
+
+# --- decisions -----------------------------------------------------------------------------------------------------------
+
+
+def _decisions(record: Record) -> Iterator[Callable[[], None]]:
+    """Every deterministic decision of the campaign, as something that makes it again and compares."""
+    for event in record.events:
+        if event.kind == "proposed":
+            yield lambda event=event: _check_proposal(record, event)
+    for number in record.rounds:
+        yield lambda number=number: _check_evidence(record, number)
+        if record.data("policy", str(number + 1)):
+            yield lambda number=number: _check_policy(record, number)
+
+
+def _check_proposal(record: Record, event: Event) -> None:
+    number, worker, attempt = (int(part) for part in event.key.split("/"))
+    policy, view = record.policy(number), public_view(record.substrate)
+    axis = dict(assigned_axes(record.campaign, policy))[worker]
+    brief = brief_of(record.campaign, view, policy, worker, axis, attempt, _setback(record, number, worker, attempt))
+    where = f"proposal {event.key}"
+    _must(f"{where}: brief", event.data["call"]["prompt_digest"], brief.digest)
+    if record.campaign.worker is None and event.data["call"]["ending"] == "ok":
+        from megatron_evolve.workers.brief import delta_document
+
+        _must(f"{where}: delta", event.data["delta"], delta_document(default_worker(brief).delta))
+    if event.data["delta"] is None:
+        return
+    resolved = validate(Delta.parse(event.data["delta"], where=where), policy, record.campaign.constitution, view)
+    if isinstance(resolved, str):
+        _must(f"{where}: refusal", event.data["refused"], resolved)
+    else:
+        _must(f"{where}: candidate", event.data["candidate"], candidate_id(record.substrate.digest, resolved))
+
+
+def _setback(record: Record, number: int, worker: int, attempt: int) -> Setback | None:
+    """Why the worker was asked this time, from the event before."""
+    if attempt == 0:
+        return None
+    before = record.data("proposed", f"{number}/{worker}/{attempt - 1}")
+    delta = Delta.parse(before["delta"], where="delta") if before["delta"] else None
+    if before["refused"]:
+        return Setback(delta, "", before["refused"])
+    prefix = f"{number}/{before['candidate']}/"
+    for event in record.events:
+        failed = event.kind == "ended" and event.key.startswith(prefix) and event.key.endswith("/train")
+        if failed and event.data["end"]["outcome"] != "finished":
+            return Setback(delta, event.data["end"]["outcome"], event.data["end"]["reason"])
+    raise Broken(f"proposal {number}/{worker}/{attempt}", "a refusal or a failed run before it", "none")
+
+
+def _check_evidence(record: Record, number: int) -> None:
+    rules = record.campaign.constitution
+    first = max(1, number - rules.gap.window + 1)
+    window = [round_facts(record.folder, record.events, record.campaign.seed, one) for one in range(first, number + 1)]
+    earlier = [one for past in range(1, number) for one in record.evidence(past).replicates]
+    found = record.evidence(number)
+    again = review(window, rules, record.origin, Weights(**record.suites["weights"]), earlier)
+    again = again.replace(looks=found.looks)
+    expected, got = (digest_of(one.model_dump(mode="json", by_alias=True)) for one in (found, again))
+    _must(f"evidence of round {number}", expected, got)
+
+
+def _check_policy(record: Record, number: int) -> None:
+    following, edits = next_policy(record.campaign.constitution, record.policy(number), record.evidence(number))
+    said = record.data("policy", str(number + 1))
+    _must(f"policy of round {number + 1}", said["digest"], digest_of(following.model_dump(mode="json", by_alias=True)))
+    written = [edit.model_dump(mode="json", by_alias=True) for edit in edits]
+    _must(f"edits to the policy of round {number + 1}", said["edits"], digest_of(written))
+
+
+def explain_round(root: Path, number: int) -> str:
+    """The argument of a round's verdicts and of the policy that followed. Raises ValueError if it is not closed."""
+    record = open_record(root)
+    said = record.data("policy", str(number + 1))
+    if number not in record.rounds or said is None:
+        raise ValueError(f"round {number} is not closed yet; closed rounds: {record.rounds or 'none'}")
+    edits = load_json(record.folder.edits(number + 1), said["edits"])
+    parsed = tuple(Edit.parse(edit, where="edit") for edit in edits)
+    return explain(record.policy(number), record.evidence(number), record.policy(number + 1), parsed)

@@ -1,0 +1,83 @@
+"""The axes of search: the generic seven at the start, and how each adapts to what its worker found.
+
+After a gain an axis goes on as it went. After a miss it turns round; when both directions have been missed equally often
+and the last one was a loss, its step was too large and is halved. An axis without a gain after two misses each way is
+retired as a plateau. All that was learnt of steps was learnt on one score: when the objective moves, it is forgotten.
+"""
+
+from collections.abc import Sequence
+
+from megatron_evolve.edits import Draft
+from megatron_evolve.policy import OPENED_BY_EVIDENCE, Axis, Operator, SearchPolicy
+from megatron_evolve.reading import Reading
+
+GENERIC: tuple[Operator, ...] = ("headroom", "balance", "style", "lr", "steps", "schedule", "adapter")
+
+PLATEAU = 2  # misses in each direction
+LEAST_STEP = 0.125
+LARGEST_STEP = 2.0
+GROWTH = 1.5  # of the step after a gain, while gains on dev are being exploited
+
+# Best first: the reading that an axis is judged by when its worker had to repair.
+_ORDER = ("gain", "promising", "flat", "loss", "failed", "refused", "unscored")
+
+
+def generic_axes() -> tuple[Axis, ...]:
+    """Seven directions that any mix and recipe offer; all open."""
+    return tuple(Axis(name=operator, operator=operator) for operator in GENERIC)
+
+
+def edit_axes(draft: Draft, policy: SearchPolicy, found: Sequence[Reading]) -> None:
+    """Adapts every axis that had a worker to its best reading; retires plateaus, never the last axis."""
+    by_axis: dict[str, Reading] = {}
+    for reading in sorted(found, key=lambda one: (_ORDER.index(one.kind), one.rank)):
+        by_axis.setdefault(reading.candidate.axis, reading)
+    worked = [axis for axis in policy.open_axes() if axis.name in by_axis and axis.operator not in OPENED_BY_EVIDENCE]
+    after = {axis.name: _adapted(policy, axis, by_axis[axis.name]) for axis in worked}
+    still_open = [axis.name for axis in policy.open_axes() if axis.name not in after or not after[axis.name].retired]
+    for axis in worked:
+        adapted, reading = after[axis.name], by_axis[axis.name]
+        if not still_open:
+            adapted = adapted.replace(retired="")
+        for name in ("direction", "magnitude", "misses_up", "misses_down", "retired"):
+            draft.write(f"axes.{axis.name}.{name}", getattr(adapted, name), f"{reading.sentence}.", *reading.pointers)
+
+
+def _adapted(policy: SearchPolicy, axis: Axis, reading: Reading) -> Axis:
+    if reading.kind in ("promising", "unscored"):
+        return axis
+    if reading.kind == "gain":
+        larger = min(LARGEST_STEP, axis.magnitude * GROWTH) if policy.mode == "exploit-proxy" else axis.magnitude
+        return axis.replace(magnitude=max(axis.magnitude, larger), misses_up=0, misses_down=0)
+    up = axis.misses_up + (axis.direction == "up")
+    down = axis.misses_down + (axis.direction == "down")
+    level = up == down
+    turned = "down" if axis.direction == "up" else "up"
+    too_large = level and reading.kind in ("loss", "failed")
+    return axis.replace(
+        direction=turned,
+        magnitude=max(LEAST_STEP, axis.magnitude / 2) if too_large else axis.magnitude,
+        misses_up=up,
+        misses_down=down,
+        retired=f"Plateau: no gain in {up} rounds up and {down} down." if min(up, down) >= PLATEAU else "",
+    )
+
+
+def forget_steps(draft: Draft, policy: SearchPolicy, reason: str, cited: Sequence[str]) -> None:
+    """Every axis as it was at the start: open, with the usual step, its misses forgotten."""
+    for axis in policy.axes:
+        fresh = Axis(name=axis.name, operator=axis.operator)
+        for name in ("direction", "magnitude", "misses_up", "misses_down", "retired"):
+            if name != "retired" or axis.operator not in OPENED_BY_EVIDENCE:
+                draft.write(f"axes.{axis.name}.{name}", getattr(fresh, name), reason, *cited)
+
+
+def set_open(draft: Draft, policy: SearchPolicy, operator: Operator, wanted: bool, reason: str, *cited: str) -> None:
+    """Opens or closes the axis of an operator that evidence calls for; adds it when there is none."""
+    known = [axis for axis in policy.axes if axis.operator == operator]
+    for axis in known:
+        draft.write(f"axes.{axis.name}.retired", "" if wanted else reason, reason, *cited) if bool(
+            axis.retired
+        ) == wanted else None
+    if wanted and not known:
+        draft.write(f"axes.{operator}", Axis(name=operator, operator=operator).model_dump(mode="json"), reason, *cited)

@@ -1,0 +1,149 @@
+"""A campaign file: what an operator writes once, before the first round.
+
+It names the substrate (a preset to build, or a frozen folder), the judge's suites, the constitution, how the search
+starts and where jobs run. Nothing in it changes while the campaign runs; the copy in the campaign's folder is the one
+that counts.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_evolve.constitution import Constitution
+from megatron_evolve.document import load_yaml
+from megatron_evolve.eval.suite import GeneratedSuite
+from megatron_evolve.policy import Axis, Replicates
+from megatron_evolve.substrate.frozen import Frozen, nearest
+
+SHIPPED = Path(__file__).resolve().parent / "campaigns"
+
+
+class SubstrateSpec(Frozen):
+    """Which frozen ground: a folder, or a preset that is built once and kept."""
+
+    path: str | None = Field(default=None, description="folder of a frozen substrate; none builds the preset")
+    preset: str = Field(default="nano-cpu", description="architecture and build recipe")
+    seed: int = Field(default=0, ge=0, description="seed of the build")
+    cue_rate: dict[str, float] = Field(
+        default_factory=dict,
+        description="how often a surface cue gives a family's rule away in the pool of training rows",
+    )
+
+
+class ExternalCsv(Frozen):
+    """An external target that is a CSV with the columns id, prompt, answer (and family, subfamily where known)."""
+
+    kind: Literal["csv"] = "csv"
+    path: str | None = Field(default=None, description="none: given with --external when the campaign is started")
+    items: dict[Literal["external-a", "external-b"], int] = Field(description="rows of each half asked in one round")
+    sealed: float = Field(default=0.5, gt=0, lt=1, description="share of the rows kept for the end")
+
+
+class EngineSpec(Frozen):
+    """How completions are decoded."""
+
+    max_new_tokens: int = Field(default=24, ge=1, description="a longer completion is cut and counts as truncated")
+    batch_size: int = Field(default=256, ge=1, description="items decoded at once")
+
+
+class JudgeSpec(Frozen):
+    """What a score means in this campaign."""
+
+    dev: GeneratedSuite
+    external: GeneratedSuite | ExternalCsv | None = Field(description="none: every verdict stays UNRESOLVED")
+    engine: EngineSpec = Field(default=EngineSpec())
+    secret: str = Field(min_length=16, description="seeds every draw of items; keep it from workers")
+    origin_seeds: int = Field(default=8, ge=8, le=64, description="seeds of the substrate's own recipe, scored once")
+
+
+class SearchSpec(Frozen):
+    """How the search starts; meta takes it from there."""
+
+    axes: tuple[Axis, ...] | None = Field(default=None, description="none: the generic axes")
+    replicates: Replicates = Field(default=Replicates())
+    ask_external: Literal["all", "best", "none"] = Field(default="all", description="whose external score is asked")
+
+
+class LaunchSpec(Frozen):
+    """Where jobs run."""
+
+    kind: Literal["local"] = "local"
+    cores: int | None = Field(default=None, ge=1, description="cores to fill; none takes what this machine gives")
+    warm: bool = Field(default=True, description="fork jobs from one parent that has the libraries loaded")
+
+
+class Campaign(Frozen):
+    """The whole of a campaign file."""
+
+    schema_: Literal["campaign/1"] = Field(default="campaign/1", alias="schema")
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    claim: Literal["performance", "infrastructure"] = Field(
+        default="infrastructure", description="what the campaign may claim: a better recipe, or that the loop closed"
+    )
+    comparator: Literal["origin"] | None = Field(
+        default=None, description="what a performance claim is measured against"
+    )
+    seed: int = Field(default=0, ge=0, description="every run's seed follows from it")
+    substrate: SubstrateSpec = Field(default=SubstrateSpec())
+    judge: JudgeSpec
+    constitution: Constitution = Field(default=Constitution())
+    search: SearchSpec = Field(default=SearchSpec())
+    worker: tuple[str, ...] | None = Field(default=None, description="argv of the proposer; none: the default program")
+    launch: LaunchSpec = Field(default=LaunchSpec())
+
+    @model_validator(mode="after")
+    def _claim_has_its_comparator(self) -> "Campaign":
+        if self.claim == "performance" and self.comparator is None:
+            raise ValueError(
+                "a performance claim needs a comparator (`comparator: origin`); without one claim infrastructure"
+            )
+        return self
+
+
+def find_campaign(name: str) -> Path:
+    """Path of a campaign file: a path that exists, or the name of a shipped campaign."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = SHIPPED / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    known = [file.stem for file in sorted(SHIPPED.glob("*.yaml"))]
+    raise ValueError(
+        f"no campaign file {name!r}: expected the path of a YAML file or a shipped name{nearest(name, known)}"
+    )
+
+
+def load_campaign(path: Path, *, external: Path | None = None) -> Campaign:
+    """The campaign of a file, with the external CSV put in. Raises ValueError in one sentence."""
+    return with_external(Campaign.parse(load_yaml(path), where=str(path)), external)
+
+
+def with_external(campaign: Campaign, external: Path | None) -> Campaign:
+    """The campaign with the path of its external CSV. Raises ValueError if one is missing or not wanted."""
+    target = campaign.judge.external
+    if external is None:
+        if isinstance(target, ExternalCsv) and target.path is None:
+            raise ValueError(f"campaign {campaign.name} needs its external target: add --external FILE.csv")
+        return campaign
+    if not isinstance(target, ExternalCsv):
+        raise ValueError(
+            f"campaign {campaign.name} has no CSV as external target: leave --external out, or declare one"
+        )
+    return campaign.replace(judge=campaign.judge.replace(external=target.replace(path=str(external.resolve()))))
+
+
+def plan_of(campaign: Campaign) -> dict[str, Any]:
+    """What the campaign will use, at most, for the statement before it starts."""
+    rules = campaign.constitution
+    replicates = campaign.search.replicates
+    explorers = (rules.workers - 1) * replicates.explorer
+    confirmed = min(replicates.confirm_candidates, rules.workers - 1) * replicates.confirm_seeds
+    return {
+        "rounds": rules.rounds,
+        "candidates_per_round": rules.workers,
+        "runs_per_round": rules.anchor_seeds + explorers + confirmed,
+        "runs": rules.rounds * (rules.anchor_seeds + explorers + confirmed),
+        "external_looks": rules.external_looks,
+    }

@@ -1,0 +1,262 @@
+"""The command line. Paths in, one answer out; every setting that matters is in a file with a digest.
+
+Commands import what they need when they run, so that `--help` answers at once.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name="megatron-evolve",
+    help="An autonomous post-training loop for Nemotron mixture-of-experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+substrate_app = typer.Typer(help="The frozen ground that every candidate forks.", no_args_is_help=True)
+mix_app = typer.Typer(help="Data mixes.", no_args_is_help=True)
+app.add_typer(substrate_app, name="substrate")
+app.add_typer(mix_app, name="mix")
+
+Dir = Annotated[Path, typer.Argument(help="a campaign's folder", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+
+
+def fail(message: object, as_json: bool = False) -> NoReturn:
+    """One sentence on stderr (or as JSON), status 1."""
+    if as_json:
+        typer.echo(json.dumps({"error": str(message)}))
+    else:
+        typer.secho(f"megatron-evolve: {message}", fg="red", err=True)
+    raise typer.Exit(1)
+
+
+def emit(value: Any) -> None:
+    """A JSON document on stdout."""
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2, sort_keys=False))
+
+
+@app.command()
+def run(
+    campaign: Annotated[
+        str, typer.Argument(help="a campaign file, or a shipped name such as `demo`", show_default=False)
+    ],
+    dir: Annotated[Path, typer.Option("--dir", help="folder of the campaign; it is resumed if it holds this campaign")],
+    external: Annotated[Path | None, typer.Option(help="CSV of the external target: id, prompt, answer")] = None,
+    store: Annotated[Path | None, typer.Option(help="where built substrates and judges are kept")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a campaign, or go on with it, to its report."""
+    from megatron_evolve.terminal import run_in_terminal
+
+    guarded(lambda: run_in_terminal(campaign, dir, external, store, as_json), as_json)
+
+
+@app.command("try")
+def try_delta(
+    delta: Annotated[Path, typer.Argument(help="a delta file, see `megatron-evolve schema delta`", show_default=False)],
+    dir: Annotated[Path, typer.Option("--dir", help="a campaign's folder, whose substrate and judge are used")],
+    external: Annotated[bool, typer.Option("--external", help="spend one look at the external target")] = False,
+    seeds: Annotated[int, typer.Option(help="runs of the candidate and of the anchor", min=1, max=64)] = 3,
+    as_json: Json = False,
+) -> None:
+    """A researcher's own delta against the anchor, with the paired verdict."""
+    from megatron_evolve.trial import run_trial
+
+    guarded(lambda: run_trial(delta, dir, ask_external=external, seeds=seeds, as_json=as_json), as_json)
+
+
+@app.command()
+def status(dir: Dir, as_json: Json = False) -> None:
+    """Where a campaign stands."""
+    from megatron_evolve.status import status as read_status
+    from megatron_evolve.terminal import show_status
+
+    def answer() -> None:
+        found = read_status(dir)
+        emit(found) if as_json else show_status(found)
+
+    guarded(answer, as_json)
+
+
+@app.command()
+def verify(dir: Dir, as_json: Json = False) -> None:
+    """Check every digest, the chain, and every deterministic decision by making it again."""
+    from megatron_evolve.audit import verify_campaign
+
+    def answer() -> None:
+        found = verify_campaign(dir)
+        if as_json:
+            emit(found)
+        elif found["ok"]:
+            typer.echo(f"ok: {found['events']} events, {found['replayed_decisions']} decisions made again")
+            for note in found["notes"]:
+                typer.echo(f"note: {note}")
+        else:
+            broken = found["first_broken"]
+            typer.secho(
+                f"broken at {broken['where']}: expected {broken['expected']}, got {broken['got']}", fg="red", err=True
+            )
+        if not found["ok"]:
+            raise typer.Exit(1)
+
+    guarded(answer, as_json)
+
+
+@app.command()
+def report(
+    dir: Dir,
+    out: Annotated[Path | None, typer.Option(help="file to write; DIR/report.html otherwise")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the campaign's report: one self-contained HTML file."""
+    from megatron_evolve.report import write_report
+
+    def answer() -> None:
+        path = write_report(dir, out)
+        emit({"report": str(path)}) if as_json else typer.echo(str(path))
+
+    guarded(answer, as_json)
+
+
+@app.command()
+def explain(
+    dir: Dir,
+    round: Annotated[int, typer.Option("--round", help="number of a closed round", min=1)],
+    as_json: Json = False,
+) -> None:
+    """The argument of a round's verdicts and of the policy that followed, in plain sentences."""
+    from megatron_evolve.audit import explain_round
+
+    def answer() -> None:
+        text = explain_round(dir, round)
+        emit({"round": round, "explanation": text}) if as_json else typer.echo(text)
+
+    guarded(answer, as_json)
+
+
+@app.command()
+def worlds(
+    spec: Annotated[Path, typer.Argument(help="a grid of worlds", show_default=False)],
+    dir: Annotated[Path, typer.Option("--dir", help="folder of the campaigns; resumed")],
+    store: Annotated[Path | None, typer.Option(help="where built substrates and judges are kept")] = None,
+    as_json: Json = False,
+) -> None:
+    """Real nano campaigns over a grid of planted and unplanted worlds, and what they found."""
+    from megatron_evolve.worlds import run_worlds
+
+    guarded(
+        lambda: emit(run_worlds(spec, dir, store)) if as_json else typer.echo(run_worlds(spec, dir, store)["table"]),
+        as_json,
+    )
+
+
+@app.command()
+def schema(
+    of: Annotated[str, typer.Argument(help="delta, policy, constitution or campaign")] = "delta", as_json: Json = False
+) -> None:
+    """The schema of a file: every field with its meaning, unit and range."""
+    from megatron_evolve.schema import describe, json_schema
+
+    guarded(lambda: emit(json_schema(of)) if as_json else typer.echo(describe(of)), as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What is installed, which path each operation takes, and what to do next."""
+    from megatron_evolve.doctor import examine, show
+
+    def answer() -> None:
+        found = examine()
+        emit(found) if as_json else show(found)
+
+    guarded(answer, as_json)
+
+
+@mix_app.command("show")
+def mix_show(
+    delta: Annotated[Path, typer.Argument(help="a delta file", show_default=False)],
+    dir: Annotated[Path, typer.Option("--dir", help="the campaign whose substrate it changes")],
+    as_json: Json = False,
+) -> None:
+    """What a delta's mix really contains: shares, rows and forms per family."""
+    from megatron_evolve.trial import show_mix
+
+    guarded(lambda: show_mix(delta, dir, as_json), as_json)
+
+
+@substrate_app.command("build")
+def substrate_build(
+    preset: Annotated[str, typer.Option(help="nano-cpu or challenge-cpu")] = "nano-cpu",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    store: Annotated[Path | None, typer.Option(help="where built substrates are kept")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train and freeze a preset's substrate, unless it stands in the store."""
+    from megatron_evolve.terminal import build_in_terminal
+
+    guarded(lambda: build_in_terminal(preset, seed, store, as_json), as_json)
+
+
+@substrate_app.command("verify")
+def substrate_verify(folder: Annotated[Path, typer.Argument(help="a frozen substrate")], as_json: Json = False) -> None:
+    """Hash every byte of a frozen substrate again."""
+    from megatron_evolve.substrate.manifest import verify as verify_substrate
+
+    def answer() -> None:
+        digest = verify_substrate(folder).digest
+        emit({"ok": True, "digest": digest}) if as_json else typer.echo(f"ok: substrate {digest}")
+
+    guarded(answer, as_json)
+
+
+@substrate_app.command("freeze")
+def substrate_freeze(
+    folder: Annotated[Path, typer.Argument(help="a frozen substrate whose weights are taken", show_default=False)],
+    out: Annotated[Path, typer.Option(help="new folder")],
+    cue: Annotated[list[str] | None, typer.Option("--cue-rate", help="FAMILY=RATE of the new pool, repeatable")] = None,
+    as_json: Json = False,
+) -> None:
+    """Freeze a sibling substrate: the same weights over another pool of training rows."""
+    from megatron_evolve.substrate.pool import refreeze
+
+    def answer() -> None:
+        digest = refreeze(folder, out, cue_rate=_rates(cue or [])).digest
+        emit({"digest": digest, "folder": str(out)}) if as_json else typer.echo(f"froze substrate {digest} in {out}")
+
+    guarded(answer, as_json)
+
+
+def _rates(pairs: list[str]) -> dict[str, float]:
+    try:
+        return {name: float(rate) for name, rate in (pair.split("=", 1) for pair in pairs)}
+    except ValueError:
+        raise ValueError(f"--cue-rate takes FAMILY=RATE such as gravity=0.9, got {' '.join(pairs)}") from None
+
+
+def guarded(action: Any, as_json: bool) -> None:
+    """Runs a command; what a user can mend becomes one sentence, everything else keeps its traceback."""
+    from megatron_evolve.launch.rundir import RunDirError
+
+    try:
+        action()
+    except (ValueError, RunDirError) as error:
+        fail(error, as_json)
+    except OSError as error:
+        fail(
+            f"{error.filename or 'a file'}: {error.strerror}; check the path, its permissions and the free space",
+            as_json,
+        )
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,70 @@
+"""Dead ends: what was tried from the standing settings and lost, so that nobody pays for it twice.
+
+The registry grows and never shrinks. An entry holds for the ground it was tried on and the score it lost on: after the
+standing settings or the objective have moved, the same change is a new question. A run that failed for its own fault
+(diverged, out of memory) failed on every score.
+"""
+
+from megatron_evolve.delta import same_settings
+from megatron_evolve.evidence import CandidateEvidence, Evidence
+from megatron_evolve.policy import DeadEnd, SearchPolicy
+from megatron_evolve.reading import authoritative_split, external_effect, own_fault, pointer, points
+from megatron_evolve.substrate.digest import digest_of
+from megatron_evolve.substrate.settings import Settings, write_all
+
+
+def dead_end_of(policy: SearchPolicy, resolved: Settings) -> DeadEnd | None:
+    """The dead end that these settings repeat, from the same ground and on the same score, or none."""
+    ground = digest_of(policy.standing)
+    for one in policy.dead_ends:
+        if one.ground == ground and one.objective in (policy.objective, "any"):
+            tried = write_all(policy.standing, {path: change["to"] for path, change in one.change.items()})
+            if same_settings(tried, resolved):
+                return one
+    return None
+
+
+def new_dead_ends(policy: SearchPolicy, evidence: Evidence) -> tuple[DeadEnd, ...]:
+    """What this round ruled out and the registry does not hold yet; in an order that knows no domain."""
+    ground = digest_of(policy.standing)
+    found: dict[str, DeadEnd] = {}
+    for index, one in enumerate(evidence.candidates):
+        lost = _loss(index, one, evidence.objective) if one.role == "explorer" and one.change else None
+        if lost is None or one.id in found:
+            continue
+        objective, reason, cited = lost
+        entry = DeadEnd(
+            axis=one.axis,
+            change=one.change,
+            ground=ground,
+            objective=objective,
+            candidate=one.id,
+            round=evidence.round,
+            reason=reason,
+            evidence=cited,
+        )
+        if not any(_covers(known, entry) for known in policy.dead_ends):
+            found[one.id] = entry
+    return tuple(sorted(found.values(), key=lambda entry: (entry.axis, entry.reason)))
+
+
+def _covers(known: DeadEnd, entry: DeadEnd) -> bool:
+    same = known.ground == entry.ground and known.candidate == entry.candidate
+    return same and known.objective in (entry.objective, "any")
+
+
+def _loss(index: int, one: CandidateEvidence, objective: str) -> tuple[str, str, tuple[str, ...]] | None:
+    """The score a candidate lost on, why, and where that stands; none if it did not lose."""
+    here = pointer("candidates", index)
+    fault = own_fault(one)
+    if fault is not None:
+        run = one.runs[fault]
+        told = f"The run ended as {run.outcome.replace('_', ' ')}: {(run.reason or 'no reason given').rstrip('.')}."
+        return "any", told, (f"{here}/runs/{fault}/outcome",)
+    split = authoritative_split(objective, one.effects)
+    if split is None or one.effects[split].high >= 0:
+        return None
+    effect, outside = one.effects[split], external_effect(one)
+    everywhere = objective == "dev" and outside is not None and outside.high < 0
+    told = f"{split} changed by {points(effect.mean)}, at most {points(effect.high)}{', and so did external' * everywhere}."
+    return "any" if everywhere else objective, told, (f"{here}/effects/{split}",)

@@ -1,0 +1,131 @@
+"""The doctor: what is installed, which path each operation will take and why, and what to do next.
+
+Nothing is imported to find out (a broken package must not break the doctor): presence and versions come from package
+metadata, devices from the operating system.
+"""
+
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+REQUIRED = ("torch", "megatron-core", "triton", "numpy", "scipy", "pyarrow", "pydantic", "safetensors", "transformers")
+OPTIONAL = {
+    "transformer-engine": "fused norms and linears on NVIDIA GPUs: pip install 'megatron-evolve[te]'",
+    "mamba-ssm": "CUDA kernels of the Mamba-2 scan: pip install 'megatron-evolve[ssm]'",
+    "causal-conv1d": "CUDA kernel of Mamba's convolution: pip install 'megatron-evolve[ssm]'",
+    "nemo-toolkit": "prompt formats of real checkpoints: pip install 'megatron-evolve[nemo]'",
+    "megatron-bridge": "a second path for full-size checkpoints: pip install 'megatron-evolve[bridge]'",
+}
+APEX_REMEDY = (
+    "NVIDIA Apex is built from source (pip install --no-build-isolation git+https://github.com/NVIDIA/apex); the PyPI "
+    "package called apex is an unrelated web toolkit"
+)
+
+
+def examine() -> dict[str, Any]:
+    """What this machine has, as data."""
+    gpus = gpu_names()
+    packages = {name: version(name) for name in (*REQUIRED, *OPTIONAL)}
+    return {
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(memory_bytes() / 1e9, 1),
+        "gpus": gpus,
+        "packages": packages,
+        "apex": apex(),
+        "launchers": {"local": True, "slurm": shutil.which("sbatch") is not None},
+        "operations": operations(bool(gpus), packages),
+        "next": advice(packages),
+    }
+
+
+def version(name: str) -> str | None:
+    """Installed version, none if absent."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def gpu_names() -> list[str]:
+    """NVIDIA GPUs as the driver lists them, without loading CUDA."""
+    root = Path("/proc/driver/nvidia/gpus")
+    names = []
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        lines = (folder / "information").read_text().splitlines()
+        names.append(next((line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")), "NVIDIA GPU"))
+    return names
+
+
+def memory_bytes() -> int:
+    """Physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def apex() -> str:
+    """`absent`, `nvidia`, or `other`: the package of that name on PyPI is not NVIDIA's."""
+    if util.find_spec("apex") is None:
+        return "absent"
+    found = util.find_spec("apex")
+    place = Path(next(iter(found.submodule_search_locations or []), ""))
+    return "nvidia" if (place / "optimizers").is_dir() else "other"
+
+
+def operations(gpu: bool, packages: dict[str, str | None]) -> dict[str, dict[str, str]]:
+    """Which path each operation takes here, and why."""
+    mamba = packages["mamba-ssm"] and gpu
+    why_cpu = "no GPU on this machine"
+    return {
+        "experts": path("eager", "plain PyTorch over sorted rows; the fused Triton path is not built in yet"),
+        "mamba scan": path("mamba-ssm", "installed, and a GPU is there")
+        if mamba
+        else path("pytorch", "mamba-ssm is not installed" if gpu else why_cpu),
+        "attention": path("megatron local", "Transformer Engine's is not wired in yet"),
+        "norm": path("pytorch RMSNorm", "Transformer Engine's is not wired in yet"),
+        "optimizer": path(
+            "torch AdamW, fused", "NVIDIA Apex is not used on CPU" if not gpu else "Apex is not wired in yet"
+        ),
+        "decoding": path("greedy, own state caches", "convolution, SSM and key-value state are kept between tokens"),
+        "communication": path("nccl", "a GPU is there") if gpu else path("gloo", why_cpu),
+    }
+
+
+def path(taken: str, why: str) -> dict[str, str]:
+    """One row of `operations`."""
+    return {"path": taken, "why": why}
+
+
+def advice(packages: dict[str, str | None]) -> list[str]:
+    """What to do next."""
+    missing = [name for name in REQUIRED if packages[name] is None]
+    said = [f"install what is missing: {', '.join(missing)} (pip install -e .)"] if missing else []
+    if sys.version_info < (3, 12):
+        said.append("use Python 3.12 or newer: megatron-core 0.19 needs it, and pip silently gives an older one")
+    if apex() == "other":
+        said.append(f"the installed package `apex` is not NVIDIA's: remove it; {APEX_REMEDY}")
+    return said or ["run `megatron-evolve run demo --dir runs/demo`"]
+
+
+def show(found: dict[str, Any]) -> None:
+    """The findings as tables."""
+    console = Console(highlight=False)
+    gpus = ", ".join(found["gpus"]) or "no GPU"
+    console.print(f"Python {found['python']}, {found['cores']} cores, {found['memory_gb']} GB, {gpus}")
+    packages = Table("package", "version", "what for", box=None)
+    for name, got in found["packages"].items():
+        packages.add_row(name, got or "-", "" if got else OPTIONAL.get(name, "required: pip install -e ."))
+    packages.add_row("apex", found["apex"], "" if found["apex"] == "nvidia" else APEX_REMEDY)
+    console.print(packages)
+    table = Table("operation", "path", "why", box=None)
+    for name, one in found["operations"].items():
+        table.add_row(name, one["path"], one["why"])
+    console.print(table)
+    for line in found["next"]:
+        console.print(f"next: {line}")

@@ -1,0 +1,55 @@
+"""YAML in: one document of an operator's or a researcher's file, read by the safe loader.
+
+PyYAML follows YAML 1.1, where `1e-5` is text; researchers write learning rates that way, so such text is read as the
+number it is. Errors are one sentence with the line.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loader that also knows YAML 1.2's floats and refuses a key written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_yaml(path: Path | str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ValueError with one sentence for anything else."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected UTF-8 text, got other bytes; save the file as UTF-8") from None
+    return parse_yaml(text, where=str(path))
+
+
+def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
+    """The mapping in YAML text. Raises ValueError with one sentence that starts with `where`."""
+    try:
+        document = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(f"{where}: not valid YAML{line}: {problem}; fix the line") from None
+    if not isinstance(document, dict):
+        kind = "an empty document" if document is None else type(document).__name__
+        raise ValueError(f"{where}: expected keys and values, got {kind}; see `megatron-evolve schema`")
+    return document

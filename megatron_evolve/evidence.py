@@ -1,0 +1,104 @@
+"""Evidence: the one artefact of a round that meta reads, in one fixed schema.
+
+Every effect is a paired difference to the same-round anchor on the same items. Failures keep their kind; a run without a
+score has none. What meta may read of the external target is the released (Ladder, rounded) value; verdicts are computed
+on raw values elsewhere and stand here as their outcomes.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from megatron_evolve.substrate.frozen import Frozen
+
+
+class ScoreValue(Frozen):
+    """A mean with its standard error and its count."""
+
+    mean: float
+    se: float = Field(ge=0)
+    n: int = Field(ge=1)
+
+
+class EffectValue(Frozen):
+    """A paired difference to the anchor, in accuracy (0.01 is one point)."""
+
+    mean: float
+    se: float = Field(ge=0, description="items and seeds together")
+    low: float = Field(description="lower end of the 95 % interval")
+    high: float = Field(description="upper end of the 95 % interval")
+    p_better: float = Field(ge=0, le=1, description="posterior probability that the effect is above zero")
+
+
+class RunRecord(Frozen):
+    """One run: how it ended and what it scored by split."""
+
+    seed: int
+    outcome: str = Field(description="finished, diverged, crashed, out_of_memory, timed_out, cancelled or lost")
+    reason: str = Field(default="", description="one sentence for anything but finished")
+    cpu_seconds: float = Field(default=0.0, ge=0)
+    scores: dict[str, ScoreValue] = Field(default_factory=dict, description="by split; empty for a failed run")
+
+
+class DomainEffect(Frozen):
+    """One domain of one candidate."""
+
+    dev: ScoreValue | None = None
+    external: ScoreValue | None = None
+    dev_effect: EffectValue | None = None
+    external_effect: EffectValue | None = None
+
+
+class CandidateEvidence(Frozen):
+    """What a round learnt about one candidate."""
+
+    id: str
+    axis: str = Field(description="axis name, or `anchor`")
+    role: Literal["anchor", "explorer"]
+    change: dict[str, Any] = Field(description="canonical change from the anchor: path to {from, to}")
+    hypothesis: str = ""
+    runs: tuple[RunRecord, ...]
+    dev: ScoreValue | None = Field(default=None, description="dev-B mean over its finished runs")
+    external: ScoreValue | None = None
+    effects: dict[str, EffectValue] = Field(
+        default_factory=dict, description="by split: dev-a, dev-b, external-a, external-b, external (a and b together)"
+    )
+    confirmed: bool = Field(default=False, description="a second seed alone is above the anchor on the B half too")
+    domains: dict[str, DomainEffect] = Field(default_factory=dict)
+    refused: str = Field(default="", description="why the worker ended without a candidate that could run")
+
+
+class Noise(Frozen):
+    """How much of what differs is chance."""
+
+    seed_sd_dev: float | None = None
+    seed_sd_external: float | None = None
+    between_sd_dev: float | None = None
+    signal_to_noise: float | None = Field(
+        default=None, description="spread between candidates over spread between seeds"
+    )
+    df: float | None = None
+
+
+class Evidence(Frozen):
+    """All that meta may read of a round."""
+
+    schema_: Literal["evidence/1"] = Field(default="evidence/1", alias="schema")
+    round: int
+    substrate: str
+    judge: str
+    policy: str = Field(description="digest of the policy that was searched under")
+    objective: str
+    anchor: str = Field(description="anchor's candidate id")
+    selected: str | None = Field(
+        description="explorer with the best A-half score on the objective; none if none finished"
+    )
+    candidates: tuple[CandidateEvidence, ...]
+    noise: Noise
+    minimum_detectable_effect: dict[str, float] = Field(default_factory=dict, description="by split, 80 % power at 5 %")
+    verdicts: tuple[dict[str, Any], ...] = Field(description="verdict objects of this round")
+    looks: dict[str, int] = Field(default_factory=dict, description="dev and external looks so far, and the budget")
+    replicates: tuple[dict[str, Any], ...] = Field(
+        default=(), description="candidates run twice or more: what the seed variance of later rounds pools"
+    )
+    cpu_seconds: float = Field(default=0.0, ge=0)

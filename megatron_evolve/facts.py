@@ -1,0 +1,154 @@
+"""What a round left behind: its proposals, its runs and how each stage ended, read from the ledger and the run folders.
+
+The reviewer works on these facts and nothing else, so that anybody can review a closed round again and must get the same
+evidence. In: events and files. Out: `RoundFacts`, and per-item answers on demand.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_evolve.artefacts import CampaignFolder, load_yaml_checked
+from megatron_evolve.candidate import candidate_id, run_seed
+from megatron_evolve.delta import Delta, canonical_change
+from megatron_evolve.eval.paired import RunItems
+from megatron_evolve.eval.score import ItemRows, read_rows
+from megatron_evolve.ledger import Event
+from megatron_evolve.policy import SearchPolicy
+from megatron_evolve.substrate.settings import Settings
+
+STAGE_OF_SPLIT = {"dev-a": "dev", "dev-b": "dev", "external-a": "external-a", "external-b": "external-b"}
+MAX_REPLICATES = 1024
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run: where it lies and how its stages ended (`outcome`, `reason`, `cpu_seconds` by stage)."""
+
+    candidate: str
+    seed: int
+    folder: Path
+    ends: dict[str, dict[str, Any]]
+    _rows: dict[str, ItemRows] = field(default_factory=dict, compare=False, repr=False)
+
+    def has(self, split: str) -> bool:
+        """Whether this run was scored on the split."""
+        return self.ends.get(STAGE_OF_SPLIT[split], {}).get("outcome") == "finished"
+
+    def rows(self, split: str) -> ItemRows:
+        """Per-item answers on one split."""
+        stage = STAGE_OF_SPLIT[split]
+        if stage not in self._rows:
+            self._rows[stage] = read_rows(self.folder / stage / "scores.parquet")
+        return self._rows[stage].of_split(split)
+
+    def items(self, splits: Sequence[str]) -> RunItems:
+        """Answers on some splits together, as the paired comparison wants them."""
+        parts = [self.rows(split).of_run(self.candidate, self.seed) for split in splits]
+        if len(parts) == 1:
+            return parts[0]
+        return RunItems(
+            self.candidate,
+            self.seed,
+            [item for part in parts for item in part.item_ids.tolist()],
+            [name for part in parts for name in part.families.tolist()],
+            [value for part in parts for value in part.correct.tolist()],
+        )
+
+
+@dataclass(frozen=True)
+class ProposalFacts:
+    """An explorer as it was proposed."""
+
+    candidate: str
+    worker: int
+    axis: str
+    change: dict[str, Any]
+    hypothesis: str
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """All that a review of the round rests on."""
+
+    number: int
+    folder: CampaignFolder
+    policy: SearchPolicy
+    policy_digest: str
+    substrate: str
+    judge: str
+    anchor: str
+    proposals: tuple[ProposalFacts, ...]
+    refusals: tuple[dict[str, Any], ...]
+    runs: dict[str, tuple[RunFacts, ...]]
+
+    def scored(self, name: str, split: str) -> list[RunFacts]:
+        """Runs of a candidate that were scored on a split, in order of replicate."""
+        return [run for run in self.runs.get(name, ()) if run.has(split)]
+
+    @cached_property
+    def explorers(self) -> tuple[str, ...]:
+        """Explorers with a dev score, in order of worker; each once."""
+        return tuple(dict.fromkeys(one.candidate for one in self.proposals if self.scored(one.candidate, "dev-b")))
+
+
+def round_facts(folder: CampaignFolder, events: Sequence[Event], campaign_seed: int, number: int) -> RoundFacts:
+    """The facts of a round whose runs have ended."""
+    opened = next(event.data for event in events if event.kind == "campaign-opened")
+    digest = next(event.data["digest"] for event in events if event.kind == "policy" and event.key == str(number))
+    path = folder.policy(number)
+    policy = SearchPolicy.parse(load_yaml_checked(path, digest), where=str(path))
+    anchor = candidate_id(opened["substrate"], policy.standing)
+    proposed = sorted(
+        (event for event in events if event.kind == "proposed" and event.data["round"] == number),
+        key=lambda event: (event.data["worker"], int(event.key.rsplit("/", 1)[1])),
+    )
+    accepted = tuple(_proposal(event.data, policy) for event in proposed if event.data["candidate"])
+    ends: dict[str, dict[int, dict[str, Any]]] = {}
+    for event in events:
+        if event.kind == "ended" and event.key.startswith(f"{number}/"):
+            _, name, seed, stage = event.key.split("/")
+            ends.setdefault(name, {}).setdefault(int(seed), {})[stage] = event.data["end"]
+    return RoundFacts(
+        number=number,
+        folder=folder,
+        policy=policy,
+        policy_digest=digest,
+        substrate=opened["substrate"],
+        judge=opened["judge"],
+        anchor=anchor,
+        proposals=accepted,
+        refusals=tuple(
+            {"worker": event.data["worker"], "axis": event.data["axis"], "reason": event.data["refused"]}
+            for event in proposed
+            if event.data["refused"]
+        ),
+        runs={name: _runs(folder, campaign_seed, number, name, found) for name, found in ends.items()},
+    )
+
+
+def _proposal(data: dict[str, Any], policy: SearchPolicy) -> ProposalFacts:
+    resolved = Settings.parse(data["settings"], where="proposed settings")
+    return ProposalFacts(
+        candidate=data["candidate"],
+        worker=data["worker"],
+        axis=data["axis"],
+        change=canonical_change(policy.standing, resolved),
+        hypothesis=Delta.parse(data["delta"], where="delta").hypothesis,
+    )
+
+
+def _runs(
+    folder: CampaignFolder, campaign_seed: int, number: int, name: str, found: dict[int, dict[str, Any]]
+) -> tuple[RunFacts, ...]:
+    """Runs in order of replicate, which is the order their seeds are drawn in, whatever order they ended in."""
+    order: list[int] = []
+    for replicate in range(MAX_REPLICATES):
+        if len(order) == len(found):
+            break
+        seed = run_seed(campaign_seed, number, name, replicate)
+        if seed in found:
+            order.append(seed)
+    return tuple(RunFacts(name, seed, folder.run(number, name, seed), found[seed]) for seed in order)

@@ -1,0 +1,180 @@
+"""The loop: opens a campaign, takes it round by round to its end, and closes it. One controller per folder.
+
+    open (digests checked) -> round 1 .. R (rounds.py) -> close (the standing settings against the origin, sealed items)
+
+Between rounds exactly one value survives: the search policy. Run again on the same folder, the loop goes on where it was.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_evolve import __version__
+from megatron_evolve.artefacts import CampaignFolder, save_json, save_yaml
+from megatron_evolve.campaign import Campaign, plan_of
+from megatron_evolve.closing import close_campaign
+from megatron_evolve.desk import Desk
+from megatron_evolve.eval.freeze import SUITES_FILE
+from megatron_evolve.eval.looks import Looks
+from megatron_evolve.jobs import Ground
+from megatron_evolve.launch.job import Launcher
+from megatron_evolve.launch.local import LocalLauncher, WarmSettings
+from megatron_evolve.launch.rundir import Lock, make_folder, read_json
+from megatron_evolve.ledger import Ledger
+from megatron_evolve.meta import initial_policy
+from megatron_evolve.origin import read_origin
+from megatron_evolve.policy import DomainState, SearchPolicy
+from megatron_evolve.prepare import Prepared, exclusions, judge_process, prepare
+from megatron_evolve.rounds import run_round
+from megatron_evolve.sources import decision_sources
+from megatron_evolve.substrate.digest import digest_of
+from megatron_evolve.substrate.manifest import public_view, verify
+
+Progress = Callable[[str, dict[str, Any]], None]
+
+# What every job of a campaign loads; the warm parent loads it once. Names only: nothing is imported here.
+PRELOAD = ("megatron_evolve.substrate.train.preload:preload",)
+
+
+@dataclass(frozen=True)
+class Session:
+    """How this start of the controller runs: not part of the campaign, so nothing of it is hashed."""
+
+    root: Path
+    store: Path
+    on_progress: Progress
+    stop: Callable[[], bool]
+
+
+def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
+    """Runs or resumes the campaign in `session.root` to its end; returns the closing statement.
+
+    Raises ValueError in one sentence for anything that does not fit (another campaign in the folder, a changed
+    substrate or judge, a second controller), before any job starts.
+    """
+    make_folder(session.root)
+    folder = CampaignFolder(session.root.resolve())
+    with Lock(folder.lock), launcher_of(campaign, session) as launcher:
+        check_same_campaign(folder, campaign)
+        prepared = prepare(campaign, session.store, launcher, session.on_progress)
+        ledger = Ledger(folder.root)
+        try:
+            return _run(session, campaign, folder, ledger, launcher, prepared)
+        finally:
+            ledger.close()
+
+
+@contextmanager
+def launcher_of(campaign: Campaign, session: Session) -> Iterator[Launcher]:
+    """The launcher that the campaign names."""
+    warm = WarmSettings(PRELOAD, ("megatron_evolve",), {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"})
+    cores = campaign.launch.cores or len(os.sched_getaffinity(0))
+    with LocalLauncher(cores, session.root.resolve(), warm if campaign.launch.warm else None) as launcher:
+        yield launcher
+
+
+def check_same_campaign(folder: CampaignFolder, campaign: Campaign) -> None:
+    """Refuses to go on in a folder that another campaign opened."""
+    if not folder.campaign.exists():
+        return
+    from megatron_evolve.document import load_yaml
+
+    found = Campaign.parse(load_yaml(folder.campaign), where=str(folder.campaign))
+    if digest_of(found) != digest_of(campaign):
+        raise ValueError(
+            f"{folder.root} holds campaign {found.name!r}, opened with other settings than the file given now: resume it "
+            f"with {folder.campaign}, or choose another --dir"
+        )
+
+
+def _run(
+    session: Session, campaign: Campaign, folder: CampaignFolder, ledger: Ledger, launcher: Launcher, prepared: Prepared
+) -> dict[str, Any]:
+    opened = ledger.once("campaign-opened", "", lambda: _opening(folder, campaign, prepared))
+    _check_digests(opened, campaign, prepared)
+    desk = Desk(
+        campaign=campaign,
+        ground=Ground(
+            folder=folder,
+            substrate=prepared.substrate_folder,
+            judge=prepared.judge_folder,
+            time_limit_s=campaign.constitution.limits.run_seconds,
+            exclude=exclusions(prepared.judge_folder),
+        ),
+        ledger=ledger,
+        looks=Looks(folder.looks, external_budget=campaign.constitution.external_looks),
+        launcher=launcher,
+        substrate_view=public_view(prepared.substrate),
+        substrate_digest=prepared.substrate.digest,
+        judge_digest=prepared.judge.digest,
+        origin=read_origin(prepared.judge_folder, prepared.judge),
+        origin_settings=prepared.substrate.default,
+        suites=read_json(prepared.judge_folder / SUITES_FILE),
+        on_progress=session.on_progress,
+        stop=lambda: session.stop() or folder.stop_file.exists(),
+    )
+    ledger.once("policy", "1", lambda: _first_policy(desk, prepared))
+    policy = desk.policy(1)
+    for _ in range(campaign.constitution.rounds):
+        policy = run_round(desk, policy)
+    closing = close_campaign(desk, policy)
+    verify(prepared.substrate_folder)
+    judge_process("--verify", str(prepared.judge_folder))
+    return closing
+
+
+def _opening(folder: CampaignFolder, campaign: Campaign, prepared: Prepared) -> dict[str, Any]:
+    return {
+        "name": campaign.name,
+        "claim": campaign.claim,
+        "version": __version__,
+        "decisions": decision_sources(),
+        "campaign": save_yaml(folder.campaign, campaign),
+        "constitution": save_yaml(folder.constitution, campaign.constitution),
+        "substrate": prepared.substrate.digest,
+        "judge": prepared.judge.digest,
+        "substrate_folder": str(prepared.substrate_folder),
+        "judge_folder": str(prepared.judge_folder),
+        "plan": plan_of(campaign),
+    }
+
+
+def _check_digests(opened: dict[str, Any], campaign: Campaign, prepared: Prepared) -> None:
+    """A campaign goes on only on the ground, under the judge and by the constitution that it was opened with."""
+    now = {
+        "substrate": prepared.substrate.digest,
+        "judge": prepared.judge.digest,
+        "constitution": digest_of(campaign.constitution.model_dump(mode="json", by_alias=True)),
+    }
+    for name, digest in now.items():
+        if opened[name] != digest:
+            raise ValueError(
+                f"the {name} changed since the campaign was opened: expected {opened[name][:12]}, got {digest[:12]}; "
+                "restore it, or start a new campaign in another folder"
+            )
+
+
+def _first_policy(desk: Desk, prepared: Prepared) -> dict[str, Any]:
+    policy = opening_policy(desk.campaign, prepared)
+    return {
+        "digest": save_yaml(desk.ground.folder.policy(policy.round), policy),
+        "edits": save_json(desk.ground.folder.edits(policy.round), []),
+    }
+
+
+def opening_policy(campaign: Campaign, prepared: Prepared) -> SearchPolicy:
+    """The policy of round 1: the substrate's own recipe, every axis open, dev as the objective, dev's profile known."""
+    told = prepared.judge.public_view()["dev"]["weight"]
+    accuracy = read_origin(prepared.judge_folder, prepared.judge).family_means("dev-a")
+    domains = {
+        name: DomainState(dev=accuracy.get(name), external=None, dev_weight=weight, external_weight=None)
+        for name, weight in sorted(told.items())
+    }
+    policy = initial_policy(prepared.substrate.default, domains, campaign.constitution)
+    changes: dict[str, Any] = {"replicates": campaign.search.replicates, "ask_external": campaign.search.ask_external}
+    if campaign.search.axes is not None:
+        changes["axes"] = campaign.search.axes
+    return policy.replace(round=1, **changes)

@@ -1,0 +1,182 @@
+"""What must stand before round 1: a frozen substrate, a frozen judge, the origin's scores. Built once and kept.
+
+    campaign.yaml --build--> substrate/ --freeze--> judge/ --8 seeds of the substrate's own recipe--> origin scores
+
+Building and scoring are jobs like any other. What was built is kept in a store under the digest of what it was built
+from, so that the next campaign on the same ground starts at once; each step writes its manifest last, so that an
+interrupted one is taken up again.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_evolve import __version__
+from megatron_evolve.artefacts import CampaignFolder, save_json
+from megatron_evolve.campaign import Campaign, ExternalCsv, JudgeSpec, SubstrateSpec
+from megatron_evolve.candidate import candidate, run_seed
+from megatron_evolve.eval.freeze import WITHHELD_FILE
+from megatron_evolve.eval.judge import Judge, attach_origin, judge_sources, load_judge
+from megatron_evolve.jobs import Ground, Run, drive
+from megatron_evolve.launch.job import Job, JobOutcome, Launcher, OutcomeKind
+from megatron_evolve.launch.rundir import latest_attempt, make_folder, write_json
+from megatron_evolve.origin import ORIGIN_FILE, ORIGIN_ROUND, origin_document
+from megatron_evolve.substrate.digest import digest_of
+from megatron_evolve.substrate.manifest import MANIFEST, Substrate, trainer_sources, verify
+
+BUILD_SECONDS = 3600.0
+
+Progress = Callable[[str, dict[str, Any]], None]
+
+
+def default_store() -> Path:
+    """Where what was built is kept: MEGATRON_EVOLVE_STORE, or the user's cache folder."""
+    named = os.environ.get("MEGATRON_EVOLVE_STORE")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(named) if named else cache / "megatron-evolve"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The frozen ground of a campaign."""
+
+    substrate_folder: Path
+    substrate: Substrate
+    judge_folder: Path
+    judge: Judge
+
+
+def prepare(campaign: Campaign, store: Path, launcher: Launcher, on_progress: Progress) -> Prepared:
+    """Builds, freezes and scores what is missing; verifies every byte of what is there."""
+    substrate_folder = build_substrate(campaign.substrate, store, launcher, on_progress)
+    substrate = verify(substrate_folder)
+    judge_folder = freeze(campaign.judge, substrate, store)
+    if load_judge(judge_folder).origin is None:
+        score_origin(campaign, substrate_folder, substrate, judge_folder, launcher, on_progress)
+    judge_process("--verify", str(judge_folder))
+    return Prepared(substrate_folder, substrate, judge_folder, load_judge(judge_folder))
+
+
+# --- substrate ---------------------------------------------------------------------------------------------------------
+
+
+def build_substrate(spec: SubstrateSpec, store: Path, launcher: Launcher, on_progress: Progress) -> Path:
+    """The folder of the frozen substrate; built by a job unless it stands in the store."""
+    if spec.path is not None:
+        return Path(spec.path).resolve()
+    name = digest_of({"spec": spec, "trainer": trainer_sources()})[:12]
+    folder = (store / "substrates" / f"{spec.preset}-{name}").resolve()
+    if not (folder / "substrate" / MANIFEST).exists():
+        on_progress("building", {"preset": spec.preset, "folder": folder})
+        argv = [sys.executable, "-m", "megatron_evolve.substrate.build", "--preset", spec.preset]
+        argv += ["--out", str(folder / "substrate"), "--seed", str(spec.seed), "--work", str(folder / "work")]
+        for family, rate in sorted(spec.cue_rate.items()):
+            argv += ["--cue-rate", f"{family}={rate}"]
+        run_one(launcher, f"build/{name}", tuple(argv), folder / "build", BUILD_SECONDS)
+    return folder / "substrate"
+
+
+def run_one(launcher: Launcher, key: str, argv: tuple[str, ...], run_dir: Path, seconds: float) -> JobOutcome:
+    """Runs one job to its end. Raises ValueError with the last line of its error output unless it finished."""
+    make_folder(run_dir)
+    job = Job(
+        key=key,
+        argv=argv,
+        run_dir=run_dir,
+        time_limit_s=seconds,
+        done_file="done.json",
+        env={"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+    )
+    attempt = max(1, latest_attempt(run_dir))
+    launcher.submit(job, attempt)
+    state = launcher.poll([key])[key]
+    if isinstance(state, JobOutcome) and state.kind is not OutcomeKind.FINISHED:
+        attempt += 1
+        launcher.submit(job, attempt)
+    while not isinstance(state := launcher.poll([key])[key], JobOutcome):
+        time.sleep(0.05)
+    if state.kind is not OutcomeKind.FINISHED:
+        raise ValueError(f"{key} {state.kind.value}: {state.reason}; its output is in {run_dir / 'attempts'}")
+    return state
+
+
+# --- judge -------------------------------------------------------------------------------------------------------------
+
+
+def freeze(spec: JudgeSpec, substrate: Substrate, store: Path) -> Path:
+    """The folder of the frozen judge for this substrate; frozen by a process of its own unless it stands in the store.
+
+    This process never opens the external target, not even to name it: a CSV is named by its path, size and time here, and
+    by its bytes in the judge.
+    """
+    named = spec.model_dump(mode="json")
+    if isinstance(spec.external, ExternalCsv):
+        path = Path(spec.external.path or "")
+        if not path.is_file():
+            raise ValueError(f"expected the external target at {path}, found no file: check --external")
+        named["external"] |= {"bytes": path.stat().st_size, "modified_ns": path.stat().st_mtime_ns}
+    name = digest_of([named, substrate.digest, judge_sources()])[:12]
+    folder = (store / "judges" / name / "judge").resolve()
+    make_folder(folder.parent)
+    document = {name: named[name] for name in ("dev", "external", "secret")}
+    document["engine"] = {**named["engine"], "version": __version__}
+    write_json(folder.parent / "spec.json", document)
+    judge_process("--spec", str(folder.parent / "spec.json"), "--out", str(folder))
+    return folder
+
+
+def judge_process(*arguments: str) -> None:
+    """Runs the judge's own process. Raises ValueError with its one sentence."""
+    argv = (sys.executable, "-m", "megatron_evolve.eval.freeze", *arguments)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise ValueError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "the judge's process failed")
+
+
+def score_origin(
+    campaign: Campaign,
+    substrate_folder: Path,
+    substrate: Substrate,
+    judge_folder: Path,
+    launcher: Launcher,
+    on_progress: Progress,
+) -> None:
+    """Trains and scores the substrate's own recipe under each origin seed, and attaches the scores to the judge."""
+    work = CampaignFolder(judge_folder.parent / "origin")
+    ground = Ground(
+        folder=work,
+        substrate=substrate_folder,
+        judge=judge_folder,
+        time_limit_s=campaign.constitution.limits.run_seconds,
+        exclude=exclusions(judge_folder),
+    )
+    origin = candidate(substrate.digest, substrate.default)
+    save_json(work.candidate(ORIGIN_ROUND, origin.id) / "candidate.json", origin)
+    seeds = [run_seed(campaign.seed, ORIGIN_ROUND, origin.id, index) for index in range(campaign.judge.origin_seeds)]
+    runs = [Run(ORIGIN_ROUND, origin, seed) for seed in seeds]
+    stages = ("train", "dev") + (("external-a", "external-b") if campaign.judge.external else ())
+    following = dict(zip(stages, stages[1:], strict=False))
+    on_progress("origin", {"runs": len(runs)})
+    ends = drive(
+        ground,
+        launcher,
+        [(run, "train") for run in runs],
+        lambda end: [(end.run, following[end.stage])] if end.finished and end.stage in following else [],
+    )
+    for end in ends:
+        if not end.finished:
+            raise ValueError(f"the origin's run {end.run.seed} {end.outcome} in {end.stage}: {end.reason}; start again")
+        on_progress("ended", {"round": ORIGIN_ROUND, "stage": end.stage, "end": end})
+    save_json(judge_folder / ORIGIN_FILE, origin_document(ground, runs, bool(campaign.judge.external)))
+    attach_origin(judge_folder, ORIGIN_FILE, seeds)
+
+
+def exclusions(judge_folder: Path) -> Path | None:
+    """The file of instances that no training row may equal, if the judge keeps one: hashes, not rows."""
+    path = judge_folder / WITHHELD_FILE
+    return path if path.exists() else None

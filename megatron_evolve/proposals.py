@@ -1,0 +1,137 @@
+"""Proposals: each explorer's worker is asked for a delta through the process seam, and refused or accepted.
+
+A worker sees its brief and nothing else. A refused delta comes back to its worker with the reason, a bounded number of
+times; so does one whose run failed by its own fault. Every call is one event of the ledger.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_evolve.artefacts import save_yaml
+from megatron_evolve.campaign import Campaign
+from megatron_evolve.candidate import Candidate, candidate, run_seed
+from megatron_evolve.delta import Delta
+from megatron_evolve.desk import Desk, Unavailable
+from megatron_evolve.jobs import write_candidate
+from megatron_evolve.policy import Axis, SearchPolicy
+from megatron_evolve.workers.brief import Brief, delta_document
+from megatron_evolve.workers.seam import call_worker
+from megatron_evolve.workers.validate import validate
+
+DEFAULT_WORKER = (sys.executable, "-m", "megatron_evolve.workers.propose")
+WORKER_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Setback:
+    """Why a worker is asked again: its delta, how its run ended (empty if it was refused before), and the reason."""
+
+    delta: Delta | None
+    ending: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explorer:
+    """A worker's accepted proposal."""
+
+    worker: int
+    attempt: int
+    axis: str
+    candidate: Candidate
+    delta: Delta
+
+
+def propose_all(desk: Desk, policy: SearchPolicy) -> list[Explorer]:
+    """One accepted proposal, or an honest refusal, for every explorer of the round."""
+    found = [propose(desk, policy, worker, axis) for worker, axis in assigned_axes(desk.campaign, policy)]
+    return [explorer for explorer in found if explorer is not None]
+
+
+def assigned_axes(campaign: Campaign, policy: SearchPolicy) -> list[tuple[int, Axis]]:
+    """Workers 1..N-1 in order over the open axes; with fewer axes than workers some axis gets two, with other seeds."""
+    axes = policy.open_axes()
+    return [(worker, axes[(worker - 1) % len(axes)]) for worker in range(1, campaign.constitution.workers)]
+
+
+def propose(
+    desk: Desk, policy: SearchPolicy, worker: int, axis: Axis, setback: Setback | None = None, start: int = 0
+) -> Explorer | None:
+    """Asks a worker until its delta is accepted or its repairs are used up."""
+    for attempt in range(start, desk.campaign.constitution.repairs + 1):
+        brief = brief_of(desk.campaign, desk.substrate_view, policy, worker, axis, attempt, setback)
+        event = desk.ledger.once(
+            "proposed",
+            f"{policy.round}/{worker}/{attempt}",
+            lambda brief=brief, attempt=attempt: _ask(desk, policy, worker, attempt, brief),
+        )
+        if event["candidate"]:
+            return _explorer(desk, policy.round, worker, attempt, axis.name, event)
+        setback = Setback(Delta.parse(event["delta"], where="delta") if event["delta"] else None, "", event["refused"])
+    return None
+
+
+def brief_of(
+    campaign: Campaign,
+    substrate_view: dict[str, Any],
+    policy: SearchPolicy,
+    worker: int,
+    axis: Axis,
+    attempt: int,
+    setback: Setback | None,
+) -> Brief:
+    """All that a worker is told, and nothing else. It holds no digest of the judge and no path."""
+    rules = campaign.constitution
+    return Brief(
+        verb="repair" if setback else "propose",
+        substrate=substrate_view,
+        policy=policy,
+        axis=axis,
+        seed=run_seed(campaign.seed, policy.round, f"worker-{worker}", attempt),
+        mutation_space=rules.mutation_space,
+        limits=rules.limits,
+        failed=setback.delta if setback else None,
+        ending=setback.ending if setback else "",
+        reason=setback.reason if setback else "",
+    )
+
+
+def _ask(desk: Desk, policy: SearchPolicy, worker: int, attempt: int, brief: Brief) -> dict[str, Any]:
+    folder = desk.ground.folder.worker(policy.round, worker) / str(attempt)
+    argv = desk.campaign.worker or DEFAULT_WORKER
+    call, proposal = call_worker(argv, brief, folder, time_limit_s=WORKER_SECONDS)
+    if call.ending == "unavailable":
+        raise Unavailable(
+            f"worker {worker}'s program {argv[0]} is unavailable: start it again and run the same command"
+        )
+    record: dict[str, Any] = {
+        "round": policy.round,
+        "worker": worker,
+        "axis": brief.axis.name,
+        "call": call.model_dump(mode="json"),
+        "delta": delta_document(proposal.delta) if proposal else None,
+        "candidate": "",
+        "refused": "",
+    }
+    if proposal is None or proposal.delta is None:
+        record["refused"] = call.reason or (proposal.nothing if proposal else "") or call.ending
+        return record
+    verdict = validate(proposal.delta, policy, desk.campaign.constitution, desk.substrate_view)
+    if isinstance(verdict, str):
+        record["refused"] = verdict
+        return record
+    found = candidate(desk.substrate_digest, verdict)
+    write_candidate(desk.ground.folder, policy.round, found)
+    save_yaml(desk.ground.folder.candidate(policy.round, found.id) / "delta.yaml", record["delta"])
+    record["candidate"] = found.id
+    record["settings"] = verdict.model_dump(mode="json")
+    return record
+
+
+def _explorer(desk: Desk, round_number: int, worker: int, attempt: int, axis: str, event: dict[str, Any]) -> Explorer:
+    found = Candidate.parse(
+        {"id": event["candidate"], "substrate": desk.substrate_digest, "settings": event["settings"]}, where="candidate"
+    )
+    write_candidate(desk.ground.folder, round_number, found)
+    return Explorer(worker, attempt, axis, found, Delta.parse(event["delta"], where="delta"))

@@ -1,0 +1,309 @@
+"""The reviewer: facts of a round in, one evidence artefact of a fixed schema out.
+
+Every effect is paired with the same-round anchor on the same items. Verdicts come from the transfer-gap test on raw
+per-item answers; nothing here knows what any family or axis is called.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_evolve.constitution import Constitution
+from megatron_evolve.eval.paired import (
+    Estimate,
+    RunItems,
+    SeedVariance,
+    effect,
+    minimum_detectable_effect,
+    probability_better,
+)
+from megatron_evolve.eval.score import ItemRows, split_scores
+from megatron_evolve.evidence import (
+    CandidateEvidence,
+    DomainEffect,
+    EffectValue,
+    Evidence,
+    Noise,
+    RunRecord,
+    ScoreValue,
+)
+from megatron_evolve.facts import RoundFacts, RunFacts
+from megatron_evolve.origin import Origin
+from megatron_evolve.verdict import GapTest, judge
+from megatron_evolve.window import RoundItems, RunReplicates, SeedPool
+
+SPLITS: dict[str, tuple[str, ...]] = {
+    "dev-a": ("dev-a",),
+    "dev-b": ("dev-b",),
+    "external-a": ("external-a",),
+    "external-b": ("external-b",),
+    "external": ("external-a", "external-b"),
+}
+INTERVAL_ALPHA = 0.025
+MDE_ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weight of each family's accuracy in the dev and in the external score."""
+
+    dev: Mapping[str, float]
+    external: Mapping[str, float]
+
+    def of(self, split: str) -> Mapping[str, float]:
+        return self.dev if split.startswith("dev") else self.external
+
+
+def a_half_means(facts: RoundFacts, weights: Weights) -> dict[str, float]:
+    """Mean score of each explorer on the A half of the objective: what selection reads."""
+    split = "dev-a" if facts.policy.objective == "dev" else "external-a"
+    means = {}
+    for name in facts.explorers:
+        if runs := facts.scored(name, split):
+            means[name] = statistics.fmean(_overall(run, split, weights) for run in runs)
+    return means
+
+
+def _overall(run: RunFacts, split: str, weights: Weights) -> float:
+    return split_scores(run.rows(split), weights.of(split)).overall.mean
+
+
+def review(
+    window: Sequence[RoundFacts],
+    constitution: Constitution,
+    origin: Origin,
+    weights: Weights,
+    earlier: Sequence[Mapping[str, Any]] = (),
+) -> Evidence:
+    """The evidence of the window's last round.
+
+    `window` holds at most the constitution's window of rounds, in order; `earlier` the replicates that the evidence of
+    all rounds before the last one keeps.
+    """
+    facts = window[-1]
+    rounds = [round_items(one, weights) for one in window]
+    replicates = rounds[-1].replicates()
+    pool = SeedPool((*origin.pooled(), *(RunReplicates.from_dict(one) for one in earlier), *replicates))
+    rule = GapTest(
+        rounds=tuple(range(1, constitution.rounds + 1)),
+        domains=tuple(sorted(weights.external)) if weights.external else (),
+        estimands=("selected", "mean"),
+        beta0=constitution.gap.beta0,
+        alpha=constitution.gap.alpha,
+        window=constitution.gap.window,
+    )
+    verdicts = judge(rounds, rule, pool)
+    means = a_half_means(facts, weights)
+    reviewed = [_candidate(facts, name, weights, pool) for name in _names(facts)]
+    return Evidence(
+        round=facts.number,
+        substrate=facts.substrate,
+        judge=facts.judge,
+        policy=facts.policy_digest,
+        objective=facts.policy.objective,
+        anchor=facts.anchor,
+        selected=max(means, key=lambda name: (means[name], name)) if means else None,
+        candidates=tuple(reviewed),
+        noise=_noise(facts, reviewed, weights, pool),
+        minimum_detectable_effect=_detectable(facts, weights, pool),
+        verdicts=tuple(verdict.model_dump(mode="json") for verdict in verdicts),
+        replicates=tuple(one.to_dict() for one in replicates),
+        cpu_seconds=sum(
+            end["cpu_seconds"] for runs in facts.runs.values() for run in runs for end in run.ends.values()
+        ),
+    )
+
+
+def round_items(facts: RoundFacts, weights: Weights) -> RoundItems:
+    """A round's answers as the gap test wants them: dev-B, and of external what selection has not used."""
+    splits = SPLITS["external-b" if facts.policy.objective == "external" else "external"]
+    names = [facts.anchor, *facts.explorers]
+    dev_a = {
+        name: statistics.fmean(_overall(run, "dev-a", weights) for run in facts.scored(name, "dev-a")) for name in names
+    }
+    return RoundItems(
+        number=facts.number,
+        anchor=facts.anchor,
+        dev_a=dev_a,
+        dev_b=[run.items(("dev-b",)) for name in names for run in facts.scored(name, "dev-b")],
+        external=[run.items(splits) for name in names for run in _scored_on_all(facts, name, splits)],
+        dev_weights=weights.dev,
+        external_weights=weights.external,
+    )
+
+
+def _scored_on_all(facts: RoundFacts, name: str, splits: Sequence[str]) -> list[RunFacts]:
+    return [run for run in facts.scored(name, splits[0]) if all(run.has(split) for split in splits)]
+
+
+# --- one candidate -------------------------------------------------------------------------------------------------------
+
+
+def _names(facts: RoundFacts) -> list[str]:
+    return list(dict.fromkeys([facts.anchor, *(one.candidate for one in facts.proposals)]))
+
+
+def _candidate(facts: RoundFacts, name: str, weights: Weights, pool: SeedPool) -> CandidateEvidence:
+    proposal = next((one for one in facts.proposals if one.candidate == name), None)
+    anchor = name == facts.anchor
+    effects = {} if anchor else {split: _effect(facts, name, split, weights, pool) for split in SPLITS}
+    return CandidateEvidence(
+        id=name,
+        axis="anchor" if proposal is None else proposal.axis,
+        role="anchor" if anchor else "explorer",
+        change={} if proposal is None else proposal.change,
+        hypothesis="" if proposal is None else proposal.hypothesis,
+        runs=tuple(_run_record(run, weights) for run in facts.runs.get(name, ())),
+        dev=_score(facts, name, "dev-b", weights.dev),
+        external=_score(facts, name, "external", weights.external),
+        effects={split: found for split, found in effects.items() if found is not None},
+        confirmed=not anchor and _confirmed(facts, name, weights),
+        domains={
+            domain: _domain(facts, name, domain, weights, pool) for domain in sorted({*weights.dev, *weights.external})
+        },
+    )
+
+
+def _run_record(run: RunFacts, weights: Weights) -> RunRecord:
+    failed = next((end for end in run.ends.values() if end["outcome"] != "finished"), None)
+    scores = {}
+    for split in ("dev-a", "dev-b", "external-a", "external-b"):
+        if run.has(split):
+            overall = split_scores(run.rows(split), weights.of(split)).overall
+            scores[split] = ScoreValue(mean=overall.mean, se=overall.se, n=overall.n)
+    return RunRecord(
+        seed=run.seed,
+        outcome=failed["outcome"] if failed else "finished",
+        reason=failed["reason"] if failed else "",
+        cpu_seconds=sum(end["cpu_seconds"] for end in run.ends.values()),
+        scores=scores,
+    )
+
+
+def _score(facts: RoundFacts, name: str, split: str, weights: Mapping[str, float]) -> ScoreValue | None:
+    """Mean over a candidate's runs; the standard error is the items', as one run's would be."""
+    runs = _scored_on_all(facts, name, SPLITS[split])
+    if not runs:
+        return None
+    scores = [split_scores(_joined(run, SPLITS[split]), weights).overall for run in runs]
+    return ScoreValue(
+        mean=statistics.fmean(score.mean for score in scores),
+        se=statistics.fmean(score.se for score in scores),
+        n=scores[0].n,
+    )
+
+
+def _joined(run: RunFacts, splits: Sequence[str]) -> ItemRows:
+    """The rows of some splits as if they were one."""
+    rows = [run.rows(split) for split in splits]
+    columns = {name: [value for part in rows for value in getattr(part, name).tolist()] for name in vars(rows[0])}
+    return ItemRows(**{**columns, "split": [splits[0]] * len(columns["split"])})
+
+
+def _effect(
+    facts: RoundFacts, name: str, split: str, weights: Weights, pool: SeedPool, domain: str | None = None
+) -> EffectValue | None:
+    found = _estimate(facts, name, split, weights, pool, domain)
+    if found is None:
+        return None
+    return EffectValue(
+        mean=found.mean,
+        se=found.se,
+        low=found.lower(INTERVAL_ALPHA),
+        high=found.upper(INTERVAL_ALPHA),
+        p_better=min(1.0, max(0.0, probability_better(found))),
+    )
+
+
+def _estimate(
+    facts: RoundFacts, name: str, split: str, weights: Weights, pool: SeedPool, domain: str | None = None
+) -> Estimate | None:
+    mine, anchors = (_scored_on_all(facts, one, SPLITS[split]) for one in (name, facts.anchor))
+    if not mine or not anchors:
+        return None
+    weight = _only(weights.of(split), domain)
+    if domain is not None and domain not in weights.of(split):
+        return None
+    return effect(
+        [run.items(SPLITS[split]) for run in mine],
+        [run.items(SPLITS[split]) for run in anchors],
+        weight,
+        seeds_of(pool, weights, split, domain),
+    )
+
+
+def _only(weights: Mapping[str, float], domain: str | None) -> Mapping[str, float]:
+    return weights if domain is None else {name: float(name == domain) for name in weights}
+
+
+def seeds_of(pool: SeedPool, weights: Weights, split: str, domain: str | None = None) -> SeedVariance | None:
+    """Pooled variance between seeds of a split's score, overall or in one domain; none while nothing was run twice."""
+    dev, external = _only(weights.dev, domain), _only(weights.external, domain)
+    if split.startswith("dev"):
+        return pool.variance(1.0, dev, 0.0, external)
+    return pool.variance(0.0, dev, 1.0, external)
+
+
+def _confirmed(facts: RoundFacts, name: str, weights: Weights) -> bool:
+    """Whether the later seeds alone, without the run that was selected on, are above the anchor on the B half."""
+    split = "dev-b" if facts.policy.objective == "dev" else "external-b"
+    later, anchors = facts.scored(name, split)[facts.policy.replicates.explorer :], facts.scored(facts.anchor, split)
+    if not later or not anchors:
+        return False
+    items: list[RunItems] = [run.items((split,)) for run in later]
+    return effect(items, [run.items((split,)) for run in anchors], weights.of(split)).mean > 0
+
+
+def _domain(facts: RoundFacts, name: str, domain: str, weights: Weights, pool: SeedPool) -> DomainEffect:
+    anchor = name == facts.anchor
+    return DomainEffect(
+        dev=_domain_score(facts, name, "dev-b", domain),
+        external=_domain_score(facts, name, "external", domain),
+        dev_effect=None if anchor else _effect(facts, name, "dev-b", weights, pool, domain),
+        external_effect=None if anchor else _effect(facts, name, "external", weights, pool, domain),
+    )
+
+
+def _domain_score(facts: RoundFacts, name: str, split: str, domain: str) -> ScoreValue | None:
+    runs = _scored_on_all(facts, name, SPLITS[split])
+    shares, count = [], 0
+    for run in runs:
+        answers = run.items(SPLITS[split])
+        mine = answers.correct[answers.families == domain]
+        if mine.size:
+            shares.append(float(mine.mean()))
+            count = int(mine.size)
+    if not shares:
+        return None
+    mean = statistics.fmean(shares)
+    return ScoreValue(mean=mean, se=math.sqrt(mean * (1 - mean) / count), n=count)
+
+
+# --- the round as a whole -------------------------------------------------------------------------------------------------
+
+
+def _noise(facts: RoundFacts, reviewed: Sequence[CandidateEvidence], weights: Weights, pool: SeedPool) -> Noise:
+    dev, external = seeds_of(pool, weights, "dev-b"), seeds_of(pool, weights, "external") if weights.external else None
+    means = [one.dev.mean for one in reviewed if one.role == "explorer" and one.dev]
+    between = statistics.stdev(means) if len(means) > 1 else None
+    seed_sd = math.sqrt(dev.replicate) if dev else None
+    return Noise(
+        seed_sd_dev=seed_sd,
+        seed_sd_external=math.sqrt(external.replicate) if external else None,
+        between_sd_dev=between,
+        signal_to_noise=between / seed_sd if between is not None and seed_sd else None,
+        df=dev.df if dev else None,
+    )
+
+
+def _detectable(facts: RoundFacts, weights: Weights, pool: SeedPool) -> dict[str, float]:
+    """Smallest true effect of a typical explorer that this round would have seen (one-sided 5 %, 80 % power)."""
+    found: dict[str, Any] = {}
+    for split in SPLITS:
+        estimates = [_estimate(facts, name, split, weights, pool) for name in facts.explorers]
+        sizes = [minimum_detectable_effect(one, MDE_ALPHA) for one in estimates if one is not None and one.se > 0]
+        if sizes:
+            found[split] = statistics.median(sizes)
+    return found

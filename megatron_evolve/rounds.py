@@ -1,0 +1,239 @@
+"""One round: proposals, their runs, one artefact of evidence, the next policy.
+
+Every step that happened stands in the ledger under its own key and is never taken twice, so the same code opens a round,
+resumes it after a crash at any point, and walks through it again when it is closed.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from megatron_evolve.artefacts import save_json, save_yaml
+from megatron_evolve.candidate import Candidate, candidate, run_seed
+from megatron_evolve.desk import Desk, Stopped
+from megatron_evolve.edits import check_edits
+from megatron_evolve.eval.looks import Look
+from megatron_evolve.evidence import Evidence
+from megatron_evolve.jobs import Run, Stage, StageEnd, drive, write_candidate
+from megatron_evolve.meta import next_policy
+from megatron_evolve.policy import SearchPolicy
+from megatron_evolve.proposals import Explorer, Setback, assigned_axes, propose, propose_all
+from megatron_evolve.review import a_half_means, review
+from megatron_evolve.substrate.digest import digest_file, digest_of
+
+# --- runs --------------------------------------------------------------------------------------------------------------
+
+
+class RoundRuns:
+    """The runs of one round and how each of their stages ended."""
+
+    def __init__(self, desk: Desk, policy: SearchPolicy) -> None:
+        self.desk = desk
+        self.policy = policy
+        self.anchor = candidate(desk.substrate_digest, policy.standing)
+        write_candidate(desk.ground.folder, policy.round, self.anchor)
+        self.explorers: dict[str, Explorer] = {}
+        self.runs: dict[str, list[Run]] = {}
+        self.ends: dict[tuple[str, str], StageEnd] = {}
+
+    def add(self, found: Candidate, seeds: int) -> list[Run]:
+        """`seeds` more runs of a candidate; the same candidate from two workers gets both workers' runs."""
+        runs = self.runs.setdefault(found.id, [])
+        new = [
+            Run(
+                self.policy.round,
+                found,
+                run_seed(self.desk.campaign.seed, self.policy.round, found.id, len(runs) + index),
+            )
+            for index in range(seeds)
+        ]
+        runs.extend(new)
+        return new
+
+    def finished(self, run: Run, stage: Stage) -> bool:
+        end = self.ends.get((run.key, stage))
+        return end is not None and end.finished
+
+    def scored(self, stage: Stage = "dev") -> list[Run]:
+        """Runs whose stage finished, in order."""
+        return [run for runs in self.runs.values() for run in runs if self.finished(run, stage)]
+
+    def drive(self, stages: Iterable[tuple[Run, Stage]], follow: bool) -> None:
+        """Runs stages to their end. With `follow`, a trained run is scored on dev and a failed explorer is repaired."""
+        todo = []
+        for run, stage in stages:
+            if known := self._known(run, stage):
+                todo.extend(self._after(known) if follow else ())
+            else:
+                todo.append((run, stage))
+        after = self._after if follow else lambda end: ()
+        for end in drive(self.desk.ground, self.desk.launcher, todo, after, self.desk.stop):
+            self._record(end)
+        if self.desk.stop():
+            raise Stopped("stopped as asked: everything finished is kept; run the same command to go on")
+
+    def _known(self, run: Run, stage: Stage) -> StageEnd | None:
+        event = self.desk.ledger.find("ended", f"{run.key}/{stage}")
+        if event is None:
+            return None
+        end = StageEnd(run=run, stage=stage, **event.data["end"])
+        self.ends[run.key, stage] = end
+        return end
+
+    def _record(self, end: StageEnd) -> None:
+        facts = {name: getattr(end, name) for name in ("outcome", "reason", "cpu_seconds", "seconds", "attempts")}
+        self.desk.ledger.once("ended", f"{end.run.key}/{end.stage}", lambda: {"end": facts, **self._files(end)})
+        self.ends[end.run.key, end.stage] = end
+        self.desk.on_progress("ended", {"round": self.policy.round, "stage": end.stage, "end": end})
+
+    def _files(self, end: StageEnd) -> dict[str, Any]:
+        """Digests of what the stage left, so that verify finds a byte changed afterwards."""
+        if not end.finished:
+            return {"files": {}}
+        folder = self.desk.ground.stage_dir(end.run, end.stage)
+        names = ("result.json",) if end.stage == "train" else ("scores.json", "scores.parquet")
+        return {"files": {name: digest_file(folder / name) for name in names}}
+
+    def _after(self, end: StageEnd) -> Iterator[tuple[Run, Stage]]:
+        """What follows from an end: a score after training, a repair after a failure that is the candidate's own."""
+        if end.stage != "train":
+            return
+        if end.finished:
+            if not self._known(end.run, "dev"):
+                yield end.run, "dev"
+            return
+        explorer = self.explorers.get(end.run.candidate.id)
+        if explorer is None or end.outcome in ("cancelled", "lost"):
+            return
+        yield from self._repair(explorer, end)
+
+    def _repair(self, explorer: Explorer, end: StageEnd) -> Iterator[tuple[Run, Stage]]:
+        axis = dict(assigned_axes(self.desk.campaign, self.policy))[explorer.worker]
+        better = propose(
+            self.desk,
+            self.policy,
+            explorer.worker,
+            axis,
+            Setback(explorer.delta, end.outcome, end.reason),
+            start=explorer.attempt + 1,
+        )
+        if better is None or better.candidate.id in self.runs:
+            return
+        self.explorers[better.candidate.id] = better
+        for run in self.add(better.candidate, self.policy.replicates.explorer):
+            if known := self._known(run, "train"):
+                yield from self._after(known)
+            else:
+                yield run, "train"
+
+
+def run_candidates(desk: Desk, policy: SearchPolicy) -> RoundRuns:
+    """Trains and scores the anchor, the explorers and the confirmations; asks the external target as the policy says."""
+    explorers = propose_all(desk, policy)
+    runs = RoundRuns(desk, policy)
+    first = runs.add(runs.anchor, desk.campaign.constitution.anchor_seeds)
+    for explorer in explorers:
+        runs.explorers.setdefault(explorer.candidate.id, explorer)
+        first += runs.add(explorer.candidate, policy.replicates.explorer)
+    runs.drive([(run, "train") for run in first], follow=True)
+    if policy.objective == "external":
+        ask_external(runs, "external-a")
+    confirm(runs)
+    if policy.objective == "dev":
+        ask_external(runs, "external-a")
+    ask_external(runs, "external-b")
+    return runs
+
+
+def confirm(runs: RoundRuns) -> None:
+    """Further seeds for the explorers that lead on the A half of the objective."""
+    replicates = runs.policy.replicates
+    leaders = ranked(runs)[: replicates.confirm_candidates]
+    more = [run for name in leaders for run in runs.add(runs.runs[name][0].candidate, replicates.confirm_seeds)]
+    if more:
+        runs.drive([(run, "train") for run in more], follow=True)
+
+
+def ranked(runs: RoundRuns) -> list[str]:
+    """Explorers with a score, best mean on the A half of the objective first. Decided once and kept in the ledger."""
+    desk, policy = runs.desk, runs.policy
+    event = desk.ledger.once(
+        "ranked", str(policy.round), lambda: {"means": a_half_means(desk.facts(policy.round), desk.weights)}
+    )
+    return sorted(event["means"], key=lambda name: (-event["means"][name], name))
+
+
+def ask_external(runs: RoundRuns, stage: Stage) -> None:
+    """Pays one look a candidate, then scores its runs; candidates beyond the budget stay unasked."""
+    desk, policy = runs.desk, runs.policy
+    if desk.campaign.judge.external is None or policy.ask_external == "none":
+        return
+    asked = [runs.anchor.id, *ranked_or_all(runs)]
+    stages: list[tuple[Run, Stage]] = []
+    for name in asked:
+        mine = [run for run in runs.runs[name] if runs.finished(run, "dev")]
+        if not mine or (desk.looks.spent >= desk.looks.external_budget and not _paid(runs, name, stage)):
+            continue
+        desk.looks.pay(look_of(desk, policy, name, mine, stage))
+        stages += [(run, stage) for run in mine]
+    runs.drive(stages, follow=False)
+
+
+def ranked_or_all(runs: RoundRuns) -> list[str]:
+    """Which explorers' external score is asked."""
+    explorers = [name for name in runs.runs if name != runs.anchor.id]
+    return explorers if runs.policy.ask_external == "all" else ranked(runs)[:1]
+
+
+def _paid(runs: RoundRuns, name: str, stage: Stage) -> bool:
+    return runs.desk.looks.paid(candidate=name, round_number=runs.policy.round, split=stage) is not None
+
+
+def look_of(desk: Desk, policy: SearchPolicy, name: str, runs: list[Run], stage: Stage) -> Look:
+    """The look at one candidate's external score. Its items are named by what draws them, so none is opened here."""
+    return Look(
+        candidates=(name,),
+        runs=tuple(run.key for run in runs),
+        purpose="select" if stage == "external-a" else "judge",
+        split=stage,
+        round=policy.round,
+        item_set=digest_of({"judge": desk.judge_digest, "split": stage, "round": policy.round}),
+        items=desk.suites["items"][stage],
+    )
+
+
+# --- the round ---------------------------------------------------------------------------------------------------------
+
+
+def run_round(desk: Desk, policy: SearchPolicy) -> SearchPolicy:
+    """Takes a round from its policy to the next one. Returns at once what the ledger already holds."""
+    number, ledger = policy.round, desk.ledger
+    closed = ledger.find("round-closed", str(number))
+    if closed is None:
+        ledger.once("round-opened", str(number), lambda: {"policy": digest_of(policy), "objective": policy.objective})
+        desk.on_progress("round", {"round": number, "policy": policy})
+        run_candidates(desk, policy)
+        ledger.once("evidence", str(number), lambda: _write_evidence(desk, number))
+        ledger.once("policy", str(number + 1), lambda: _write_policy(desk, policy, desk.evidence(number)))
+        ledger.once("round-closed", str(number), dict)
+        desk.on_progress("closed", {"round": number, "evidence": desk.evidence(number)})
+    return desk.policy(number + 1)
+
+
+def _write_evidence(desk: Desk, number: int) -> dict[str, Any]:
+    rules = desk.campaign.constitution
+    window = [desk.facts(one) for one in range(max(1, number - rules.gap.window + 1), number + 1)]
+    earlier = [one for past in range(1, number) for one in desk.evidence(past).replicates]
+    evidence = review(window, rules, desk.origin, desk.weights, earlier).replace(looks=desk.looks.summary())
+    return {"digest": save_json(desk.ground.folder.evidence(number), evidence)}
+
+
+def _write_policy(desk: Desk, policy: SearchPolicy, evidence: Evidence) -> dict[str, Any]:
+    following, edits = next_policy(desk.campaign.constitution, policy, evidence)
+    check_edits(policy, following, edits, evidence)
+    folder = desk.ground.folder
+    return {
+        "digest": save_yaml(folder.policy(following.round), following),
+        "edits": save_json(
+            folder.edits(following.round), [edit.model_dump(mode="json", by_alias=True) for edit in edits]
+        ),
+    }

@@ -1,0 +1,115 @@
+"""Where a campaign stands, read from its ledger alone: the JSON that scripts and the report rely on.
+
+Keys are added, never renamed. Opening a campaign for reading takes no lock and starts nothing.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_evolve.artefacts import CampaignFolder
+from megatron_evolve.eval.looks import Looks
+from megatron_evolve.evidence import Evidence
+from megatron_evolve.launch.rundir import read_json
+from megatron_evolve.ledger import Event, read_ledger
+
+INTERVENTION_KINDS = ("intervention",)
+
+
+def status(root: Path) -> dict[str, Any]:
+    """The campaign's standing. Raises ValueError when `root` holds no campaign or a corrupt ledger."""
+    folder = CampaignFolder(root)
+    events = read_ledger(folder.ledger)
+    opened = next((event.data for event in events if event.kind == "campaign-opened"), None)
+    if opened is None:
+        return {"campaign": None, "state": "preparing", "rounds": []}
+    budget = opened["plan"]["external_looks"]
+    return {
+        "campaign": opened["name"],
+        "state": state_of(events),
+        "claim": opened["claim"],
+        "interventions": sum(event.kind in INTERVENTION_KINDS for event in events),
+        "looks": Looks(folder.looks, external_budget=budget).summary(),
+        "substrate": opened["substrate"],
+        "judge": opened["judge"],
+        "cpu_seconds": round(sum(event.data["end"]["cpu_seconds"] for event in events if event.kind == "ended"), 3),
+        "rounds": [_round(folder, events, number) for number in opened_rounds(events)],
+        "closing": next((event.data for event in events if event.kind == "campaign-closed"), None),
+    }
+
+
+def state_of(events: list[Event]) -> str:
+    """`preparing`, `running` or `closed`; `running` means not closed, whether or not a controller lives."""
+    kinds = {event.kind for event in events}
+    return "closed" if "campaign-closed" in kinds else "running"
+
+
+def opened_rounds(events: list[Event]) -> list[int]:
+    """Numbers of the rounds that were opened, in order."""
+    return [int(event.key) for event in events if event.kind == "round-opened"]
+
+
+def _round(folder: CampaignFolder, events: list[Event], number: int) -> dict[str, Any]:
+    opened = next(event for event in events if event.kind == "round-opened" and event.key == str(number))
+    found = any(event.kind == "evidence" and event.key == str(number) for event in events)
+    if not found:
+        return {
+            "round": number,
+            "objective": opened.data["objective"],
+            "policy": opened.data["policy"],
+            "verdicts": [],
+            "minimum_detectable_effect": None,
+            "candidates": _running_candidates(events, number),
+        }
+    evidence = Evidence.parse(read_json(folder.evidence(number)), where=str(folder.evidence(number)))
+    return {
+        "round": number,
+        "objective": evidence.objective,
+        "policy": evidence.policy,
+        "verdicts": list(evidence.verdicts),
+        "minimum_detectable_effect": evidence.minimum_detectable_effect.get("dev-b"),
+        "candidates": [_candidate(found) for found in evidence.candidates],
+    }
+
+
+def _candidate(found: Any) -> dict[str, Any]:
+    return {
+        "id": found.id,
+        "axis": found.axis,
+        "role": found.role,
+        "runs": [{"seed": run.seed, "outcome": run.outcome} for run in found.runs],
+        "dev": found.dev.model_dump() if found.dev else None,
+        "external": found.external.model_dump() if found.external else None,
+        "domains": {
+            name: {
+                "dev": domain.dev.model_dump() if domain.dev else None,
+                "external": domain.external.model_dump() if domain.external else None,
+            }
+            for name, domain in found.domains.items()
+        },
+    }
+
+
+def _running_candidates(events: list[Event], number: int) -> list[dict[str, Any]]:
+    """What is known of an open round: runs whose training ended, by candidate."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        if event.kind == "ended" and event.key.startswith(f"{number}/") and event.key.endswith("/train"):
+            _, name, seed, _ = event.key.split("/")
+            runs.setdefault(name, []).append({"seed": int(seed), "outcome": event.data["end"]["outcome"]})
+    axes = {
+        event.data["candidate"]: event.data["axis"]
+        for event in events
+        if event.kind == "proposed" and event.data["round"] == number and event.data["candidate"]
+    }
+    return [
+        {
+            "id": name,
+            "axis": axes.get(name, "anchor"),
+            "role": "explorer" if name in axes else "anchor",
+            "runs": found,
+            "dev": None,
+            "external": None,
+            "domains": {},
+        }
+        for name, found in runs.items()
+    ]

@@ -1,0 +1,169 @@
+"""What a person sees while a campaign runs, and the table it ends with.
+
+One line per thing that happened, with the time left as estimated from the runs so far; the round table when a round
+closes; at the end one sentence made from the ledger and the report's path.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_evolve.campaign import find_campaign, load_campaign, plan_of
+
+STAGE_WORDS = {"train": "trained", "dev": "scored on dev", "external-a": "asked outside", "external-b": "asked outside"}
+
+
+class Narrator:
+    """Prints progress and estimates the time left from the runs that ended."""
+
+    def __init__(self, console: Console, total_runs: int) -> None:
+        self.console = console
+        self.total_runs = total_runs
+        self.trained = 0
+        self.started: float | None = None
+
+    def __call__(self, what: str, facts: dict[str, Any]) -> None:
+        getattr(self, f"_{what}")(facts)
+
+    def _building(self, facts: dict[str, Any]) -> None:
+        self.console.print(
+            f"building substrate {facts['preset']} (once; about a minute of training) in {facts['folder']}"
+        )
+
+    def _origin(self, facts: dict[str, Any]) -> None:
+        self.console.print(f"scoring the origin: {facts['runs']} seeds of the substrate's own recipe (once per judge)")
+
+    def _opened(self, facts: dict[str, Any]) -> None:
+        self.console.print(
+            f"campaign [bold]{facts['name']}[/]: {facts['rounds']} rounds x {facts['candidates_per_round']} candidates, "
+            f"about {facts['runs']} runs, at most {facts['external_looks']} external looks"
+        )
+
+    def _round(self, facts: dict[str, Any]) -> None:
+        policy = facts["policy"]
+        self.started = self.started or time.monotonic()
+        self.console.print(f"\n[bold]round {policy.round}[/]  {policy.mode}, objective {policy.objective}")
+
+    def _ended(self, facts: dict[str, Any]) -> None:
+        end = facts["end"]
+        if end.finished and end.stage != "train":
+            return
+        self.trained += end.stage == "train" and facts["round"] > 0
+        word = STAGE_WORDS.get(end.stage, end.stage) if end.finished else f"[red]{end.outcome}[/] ({end.reason})"
+        self.console.print(
+            f"  {end.run.candidate.id} seed {end.run.seed:<10} {word} in {end.cpu_seconds:5.1f} CPU-s{self._left()}"
+        )
+
+    def _left(self) -> str:
+        if not self.started or not self.trained:
+            return ""
+        seconds = (time.monotonic() - self.started) / self.trained * max(0, self.total_runs - self.trained)
+        return f"   about {seconds / 60:.0f} min left" if seconds > 90 else f"   about {seconds:.0f} s left"
+
+    def _closed(self, facts: dict[str, Any]) -> None:
+        self.console.print(round_table(facts["evidence"].model_dump(mode="json")))
+
+
+def run_in_terminal(name: str, folder: Path, external: Path | None, store: Path | None, as_json: bool) -> None:
+    """Runs a campaign to its report, with progress on stderr (or on the terminal) and the answer on stdout."""
+    from megatron_evolve.cli import emit
+    from megatron_evolve.desk import Stopped, Unavailable
+    from megatron_evolve.loop import Session, run_campaign
+    from megatron_evolve.prepare import default_store
+    from megatron_evolve.report import write_report
+    from megatron_evolve.status import status
+
+    console = Console(stderr=as_json, highlight=False)
+    campaign = load_campaign(find_campaign(name), external=external)
+    plan = plan_of(campaign)
+    narrator = Narrator(console, plan["runs"])
+    asked: list[int] = []
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda number, frame: asked.append(number) if not asked else os._exit(130))
+    narrator("opened", {"name": campaign.name, **plan})
+    session = Session(folder, store or default_store(), narrator, lambda: bool(asked))
+    try:
+        closing = run_campaign(session, campaign)
+    except (Stopped, Unavailable) as pause:
+        console.print(f"[yellow]{pause}[/]")
+        sys.exit(75)  # EX_TEMPFAIL: the same command goes on
+    path = write_report(folder, None)
+    found = status(folder)
+    if as_json:
+        emit({**found, "report": str(path)})
+        return
+    show_status(found)
+    console.print(f"\n[bold]{closing['finding']}[/]\nreport: {path}")
+
+
+def show_status(found: dict[str, Any]) -> None:
+    """Where a campaign stands, as tables."""
+    console = Console(highlight=False)
+    if found["campaign"] is None:
+        console.print("the campaign is being prepared: substrate, judge and origin come first")
+        return
+    looks = found["looks"]
+    console.print(
+        f"[bold]{found['campaign']}[/]  {found['state']}, claim {found['claim']}, {found['interventions']} interventions, "
+        f"{looks['external']} of {looks['external_budget']} external looks, {found['cpu_seconds']:.0f} CPU-s"
+    )
+    for one in found["rounds"]:
+        console.print(round_table(one))
+
+
+def round_table(one: dict[str, Any]) -> Table:
+    """Candidates of a round: dev and external, then its verdicts."""
+    verdicts = "; ".join(verdict_words(one.get("verdicts", [])))
+    table = Table(
+        title=f"round {one['round']}  (objective {one['objective']})", caption=verdicts or None, title_justify="left"
+    )
+    for column in ("candidate", "axis", "runs", "dev", "external"):
+        table.add_column(column, justify="left" if column in ("candidate", "axis") else "right")
+    for found in one["candidates"]:
+        ended = [run["outcome"] for run in found["runs"]]
+        failed = [outcome for outcome in ended if outcome != "finished"]
+        table.add_row(
+            found["id"],
+            found["axis"],
+            f"{len(ended)}" + (f" ({', '.join(failed)})" if failed else ""),
+            _score(found["dev"]),
+            _score(found["external"]),
+        )
+    return table
+
+
+def _score(value: dict[str, Any] | None) -> str:
+    return "-" if value is None else f"{value['mean']:.3f} ± {value['se']:.3f}"
+
+
+def verdict_words(verdicts: list[dict[str, Any]]) -> list[str]:
+    """The verdicts worth a word: every overall one, and the domains that are not unresolved."""
+    shown = [one for one in verdicts if one["domain"] == "overall" or one["outcome"] != "UNRESOLVED"]
+    return [f"{one['outcome']} ({one['estimand']}, {one['domain']})" for one in shown]
+
+
+def build_in_terminal(preset: str, seed: int, store: Path | None, as_json: bool) -> None:
+    """Builds a preset's substrate unless it stands in the store."""
+    from megatron_evolve.campaign import SubstrateSpec
+    from megatron_evolve.cli import emit
+    from megatron_evolve.launch.local import LocalLauncher
+    from megatron_evolve.launch.rundir import make_folder
+    from megatron_evolve.prepare import build_substrate, default_store
+    from megatron_evolve.substrate.manifest import verify
+
+    place = store or default_store()
+    make_folder(place)
+    narrator = Narrator(Console(stderr=True, highlight=False), 0)
+    with LocalLauncher(1, place.resolve()) as launcher:
+        folder = build_substrate(SubstrateSpec(preset=preset, seed=seed), place, launcher, narrator)
+    digest = verify(folder).digest
+    if as_json:
+        emit({"digest": digest, "folder": str(folder)})
+    else:
+        Console(highlight=False).print(f"substrate {digest}\n{folder}")

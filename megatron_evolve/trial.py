@@ -1,0 +1,298 @@
+"""A trial: a researcher's own delta against the anchor, outside any round, with an honest paired verdict.
+
+Both sides train under the same number of fresh seeds and answer the same fresh dev items, which no round has seen. What
+was run stays in DIR/try, so the same command answers at once. A look at the external target is spent only when asked for.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from megatron_evolve.artefacts import CampaignFolder, save_json
+from megatron_evolve.audit import Record, open_record
+from megatron_evolve.candidate import Candidate, candidate, run_seed
+from megatron_evolve.cli import emit
+from megatron_evolve.delta import Delta, canonical_change, resolve
+from megatron_evolve.document import load_yaml
+from megatron_evolve.eval.acting import minimum_detectable_effect, probability_better
+from megatron_evolve.eval.looks import Look, Looks
+from megatron_evolve.eval.paired import Estimate, effect
+from megatron_evolve.facts import RunFacts
+from megatron_evolve.jobs import Ground, Run, Stage, drive, write_candidate
+from megatron_evolve.launch.rundir import Lock
+from megatron_evolve.loop import Session, launcher_of
+from megatron_evolve.prepare import default_store, exclusions
+from megatron_evolve.review import INTERVAL_ALPHA, Weights, seeds_of
+from megatron_evolve.substrate.digest import digest_of
+from megatron_evolve.substrate.settings import Settings
+from megatron_evolve.window import RunReplicates, SeedPool
+
+# Rounds of trials lie far above any campaign's, so their items are drawn by nobody else.
+FIRST_TRIAL_ROUND = 1_000_000
+MDE_ALPHA = 0.05
+EXTERNAL_SPLITS = ("external-a", "external-b")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One delta, resolved, and where its runs lie."""
+
+    record: Record
+    delta: Delta
+    base: Settings
+    anchor: Candidate
+    candidate: Candidate
+    ground: Ground
+    round: int
+    seeds: int
+
+    def runs(self, found: Candidate) -> list[Run]:
+        """The runs of one side."""
+        material = [run_seed(self.record.campaign.seed, self.round, found.id, index) for index in range(self.seeds)]
+        return [Run(self.round, found, seed) for seed in material]
+
+    def facts(self, found: Candidate, stages: tuple[str, ...]) -> list[RunFacts]:
+        """The finished runs of one side."""
+        ends = {stage: {"outcome": "finished"} for stage in stages}
+        places = [(run.seed, self.ground.folder.run(run.round, found.id, run.seed)) for run in self.runs(found)]
+        return [
+            RunFacts(found.id, seed, folder, ends)
+            for seed, folder in places
+            if all((folder / stage / "scores.json").exists() for stage in stages)
+        ]
+
+
+def run_trial(delta_path: Path, root: Path, *, ask_external: bool, seeds: int, as_json: bool) -> None:
+    """Runs the trial and prints its verdict."""
+    trial = open_trial(delta_path, root, seeds)
+    with Lock(CampaignFolder(root.resolve()).lock):
+        failures = run_both(trial, root, ask_external)
+    found = verdict(trial, ask_external, failures)
+    place = trial.ground.folder.root / trial.candidate.id / "evidence.json"
+    save_json(place, found)
+    emit({**found, "evidence": str(place)}) if as_json else typer.echo(f"{words(found)}\n  evidence: {place}")
+
+
+def open_trial(delta_path: Path, root: Path, seeds: int) -> Trial:
+    """The trial of a delta file on a campaign's ground. Raises ValueError in one sentence for anything that misfits."""
+    record = open_record(root)
+    delta = Delta.parse(load_yaml(delta_path), where=str(delta_path))
+    base = base_of(record, delta, str(delta_path))
+    resolved = resolve(base, delta, record.campaign.constitution.mutation_space)
+    judge = Path(record.opened["judge_folder"])
+    ground = Ground(
+        folder=CampaignFolder(root.resolve() / "try"),
+        substrate=Path(record.opened["substrate_folder"]),
+        judge=judge,
+        time_limit_s=record.campaign.constitution.limits.run_seconds,
+        exclude=exclusions(judge),
+    )
+    found = candidate(record.substrate.digest, resolved)
+    number = FIRST_TRIAL_ROUND + int(found.id[:6], 16)
+    return Trial(record, delta, base, candidate(record.substrate.digest, base), found, ground, number, seeds)
+
+
+def base_of(record: Record, delta: Delta, where: str) -> Settings:
+    """The settings that the delta changes."""
+    if not record.substrate.digest.startswith(delta.base.substrate.rstrip("…")):
+        raise ValueError(
+            f"{where}: base.substrate is {delta.base.substrate}, this campaign's is {record.substrate.digest[:12]}; "
+            "leave it out or write the delta for this substrate"
+        )
+    if delta.base.recipe == "default":
+        return record.substrate.default
+    name, _, number = delta.base.recipe.partition("/")
+    if name != "policy" or not number.isdigit() or record.data("policy", number) is None:
+        raise ValueError(
+            f"{where}: base.recipe takes `default` or `policy/r` of a round that has a policy, got {delta.base.recipe!r}"
+        )
+    return record.policy(int(number)).standing
+
+
+def run_both(trial: Trial, root: Path, ask_external: bool) -> list[str]:
+    """Trains and scores both sides; returns what failed, in words."""
+    failures: list[str] = []
+    sides = (trial.anchor, trial.candidate)
+    for side in sides:
+        write_candidate(trial.ground.folder, trial.round, side)
+    if ask_external:
+        pay(trial, root)
+    stages: tuple[Stage, ...] = ("train", "dev", *(EXTERNAL_SPLITS if ask_external else ()))
+    following = dict(zip(stages, stages[1:], strict=False))
+    session = Session(root, default_store(), lambda what, facts: None, lambda: False)
+    with launcher_of(trial.record.campaign, session) as launcher:
+        first = [(run, stages[0]) for side in sides for run in trial.runs(side)]
+        after = lambda end: [(end.run, following[end.stage])] if end.finished and end.stage in following else []  # noqa: E731
+        for end in drive(trial.ground, launcher, first, after):
+            typer.echo(f"  {end.run.candidate.id} seed {end.run.seed} {end.stage}: {end.outcome}", err=True)
+            if not end.finished:
+                failures.append(f"{end.run.candidate.id}/{end.run.seed} {end.stage}: {end.outcome} ({end.reason})")
+    return failures
+
+
+def pay(trial: Trial, root: Path) -> None:
+    """Enters both sides' looks in the campaign's account before anything is asked."""
+    if trial.record.campaign.judge.external is None:
+        raise ValueError("this campaign has no external target: leave --external out")
+    account = Looks(CampaignFolder(root).looks, external_budget=trial.record.campaign.constitution.external_looks)
+    for side in (trial.anchor, trial.candidate):
+        for split in EXTERNAL_SPLITS:
+            account.pay(
+                Look(
+                    candidates=(side.id,),
+                    runs=tuple(run.key for run in trial.runs(side)),
+                    purpose="trial",
+                    split=split,
+                    round=trial.round,
+                    item_set=digest_of({"judge": trial.record.opened["judge"], "split": split, "round": trial.round}),
+                    items=trial.record.suites["items"][split],
+                )
+            )
+
+
+# --- the verdict ---------------------------------------------------------------------------------------------------------
+
+
+def verdict(trial: Trial, ask_external: bool, failures: list[str]) -> dict[str, Any]:
+    """What the trial shows, as data. A side without a finished run has no effect, never a number."""
+    record = trial.record
+    weights = Weights(**record.suites["weights"])
+    earlier = [one for number in record.rounds for one in record.evidence(number).replicates]
+    pool = SeedPool((*record.origin.pooled(), *(RunReplicates.from_dict(one) for one in earlier)))
+    dev = compare(trial, ("dev-b",), "dev", weights, pool)
+    external = compare(trial, EXTERNAL_SPLITS, "external", weights, pool) if ask_external else None
+    return {
+        "schema": "trial/1",
+        "candidate": trial.candidate.id,
+        "anchor": trial.anchor.id,
+        "change": canonical_change(trial.base, trial.candidate.settings),
+        "hypothesis": trial.delta.hypothesis,
+        "seeds": trial.seeds,
+        "substrate": record.substrate.digest,
+        "dev": dev,
+        "external": external,
+        "predicted": trial.delta.predict.model_dump(mode="json"),
+        "failures": failures,
+    }
+
+
+def compare(
+    trial: Trial, splits: tuple[str, ...], side: str, weights: Weights, pool: SeedPool
+) -> dict[str, Any] | None:
+    """The paired difference on some splits, overall and by domain; none while a side has no finished run."""
+    stages = ("dev",) if side == "dev" else splits
+    mine, anchors = trial.facts(trial.candidate, stages), trial.facts(trial.anchor, stages)
+    if not mine or not anchors:
+        return None
+    answers = [[run.items(splits) for run in runs] for runs in (mine, anchors)]
+    domains = sorted(weights.of(side))
+    overall = effect(*answers, weights.of(side), seeds_of(pool, weights, side))
+    by_domain = {
+        name: effect(*answers, {one: float(one == name) for one in domains}, seeds_of(pool, weights, side, name))
+        for name in domains
+    }
+    return {
+        "runs": [len(mine), len(anchors)],
+        "items": len(answers[0][0].item_ids),
+        **_shown(overall),
+        "minimum_detectable_effect": minimum_detectable_effect(overall, MDE_ALPHA),
+        "more_seeds": _more_seeds(overall, len(mine)),
+        "domains": {name: _shown(found) for name, found in by_domain.items()},
+    }
+
+
+def _shown(found: Estimate) -> dict[str, float]:
+    return {
+        "mean": found.mean,
+        "se": found.se,
+        "low": found.lower(INTERVAL_ALPHA),
+        "high": found.upper(INTERVAL_ALPHA),
+        "p_better": probability_better(found),
+    }
+
+
+def _more_seeds(found: Estimate, runs: int) -> int | None:
+    """Further seeds a side that would bring the interval off zero at this effect; none if seeds alone cannot."""
+    room = (found.mean / 1.96) ** 2 - found.item_variance
+    if found.lower(INTERVAL_ALPHA) > 0 or found.upper(INTERVAL_ALPHA) < 0:
+        return 0
+    if room <= 0 or found.seed_variance == 0:
+        return None
+    return max(1, math.ceil(runs * found.seed_variance / room) - runs)
+
+
+def words(found: dict[str, Any]) -> str:
+    """The verdict as a researcher reads it."""
+    dev = found["dev"]
+    lines = []
+    if dev is None:
+        lines.append(f"NO VERDICT  {found['candidate']}: no finished run on one of the two sides")
+    else:
+        said = "GAIN" if dev["low"] > 0 else "LOSS" if dev["high"] < 0 else "NOT SHOWN"
+        lines.append(
+            f"{said}  {found['candidate']} vs anchor {found['anchor']}, {dev['runs'][0]}+{dev['runs'][1]} seeds, "
+            f"{dev['items']:,} dev-B items, substrate {found['substrate'][:4]}"
+        )
+        lines.append(
+            f"  dev {_interval(dev)}   smallest visible effect {100 * dev['minimum_detectable_effect']:.1f}   "
+            f"P(better) {dev['p_better']:.2f}"
+        )
+        lines.append(f"  domains  {_domains(dev, found['predicted'])}")
+    lines.append(
+        f"  external {_interval(found['external'])}"
+        if found["external"]
+        else "  external not asked; add --external to spend one look a side and split"
+    )
+    if dev and dev["more_seeds"]:
+        lines.append(f"  to settle: about +{dev['more_seeds']} seeds a side at this effect")
+    elif dev and dev["more_seeds"] is None:
+        lines.append("  to settle: more items; seeds alone cannot at this effect")
+    lines += [f"  failed: {failure}" for failure in found["failures"]]
+    return "\n".join(lines)
+
+
+def _interval(value: dict[str, float]) -> str:
+    return f"{100 * value['mean']:+.1f} pt [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
+
+
+def _domains(dev: dict[str, Any], predicted: dict[str, Any]) -> str:
+    parts = []
+    for name, value in dev["domains"].items():
+        text = f"{name} {100 * value['mean']:+.1f} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
+        if direction := predicted["domains"].get(name):
+            seen = "up" if value["low"] > 0 else "down" if value["high"] < 0 else "unresolved"
+            text += f", predicted {direction}: {'yes' if seen == direction else seen}"
+        parts.append(text)
+    return " | ".join(parts)
+
+
+# --- the mix ---------------------------------------------------------------------------------------------------------------
+
+
+def show_mix(delta_path: Path, root: Path, as_json: bool) -> None:
+    """Prints what a delta's mix contains: share, rows in one run and form of each family, before and after."""
+    trial = open_trial(delta_path, root, 1)
+    before, after = trial.base, trial.candidate.settings
+    rows = after.recipe.steps * after.recipe.batch_size
+    table = {
+        family: {
+            "share_before": before.mix.weight[family],
+            "share": share,
+            "rows": round(share * rows),
+            "style": after.mix.style[family],
+        }
+        for family, share in after.mix.weight.items()
+    }
+    if as_json:
+        emit({"rows": rows, "curriculum": after.mix.curriculum, "families": table})
+        return
+    typer.echo(
+        f"{rows:,} rows a run, curriculum {after.mix.curriculum}, a prompt at most {after.mix.repetition_cap} times"
+    )
+    for family, one in table.items():
+        typer.echo(
+            f"  {family:20} {one['share_before']:.3f} -> {one['share']:.3f}  {one['rows']:>7,} rows  {one['style']}"
+        )

@@ -1,0 +1,62 @@
+"""One canonical form of a value, and its sha256.
+
+Every name in the campaign that stands for content (substrate, judge, candidate, delta, policy) is a digest made here, so
+two programs that agree on the value agree on its name. In: JSON-able values or files. Out: hexadecimal sha256.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+CHUNK_BYTES = 1 << 20
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON spelling of `value`: sorted keys, no spaces, UTF-8, shortest floats.
+
+    An integral float is written as its integer (`2.0` and `2` name the same setting). Raises ValueError for NaN and
+    infinities, which have no JSON form and no place in a setting, and TypeError for what JSON cannot hold.
+    """
+    return json.dumps(
+        _plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "model_dump"):
+        return _plain(value.model_dump(mode="json"))
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"a digest needs finite numbers, got {value!r}: remove the field or give it a value")
+        return int(value) if value.is_integer() and abs(value) < 2**53 else value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of the canonical form, 64 hexadecimal digits."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def digest_bytes(data: bytes) -> str:
+    """sha256 of bytes, 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path | str) -> str:
+    """sha256 of a file's bytes, read in chunks. Raises OSError as the file system does."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def short(digest: str) -> str:
+    """The first eight digits, for people. Never compared by programs."""
+    return digest[:8]

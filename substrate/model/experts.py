@@ -1,0 +1,189 @@
+"""The routed experts of one layer as one Megatron module: grouped squared-ReLU matrices over rows sorted by expert.
+
+It takes the place of Megatron's `SequentialMLP` or `TEGroupedMLP` in `MoESubmodules(experts=GroupedExperts)`: same
+arguments, same result, parameters under the names of `TEGroupedMLP` (`linear_fc1.weight0`, ...), and distributed
+checkpoints that both of Megatron's classes can read and write. The maths is `kernels.reference`, in a faster form.
+
+Import it after `build.prepare`: it needs Megatron.
+"""
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.activations import squared_relu
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from megatron.core.utils import divide
+from torch import Tensor
+
+from megatron_evolve.kernels import eager, reference
+from megatron_evolve.kernels.reference import GroupedLora
+
+BACKENDS = {"reference": reference.grouped_experts, "eager": eager.grouped_experts}
+
+
+class ExpertWeights(torch.nn.Module):
+    """One matrix per local expert, `weight0`, `weight1`, ..., each (rows, columns), and room for one adapter over all.
+
+    `partition_dim` is the axis that expert tensor parallelism has split: 0 for fc1, 1 for fc2.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        rows: int,
+        columns: int,
+        *,
+        partition_dim: int,
+        config: TransformerConfig,
+        init_method: Callable[[Tensor], None],
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__()
+        self.num_local_experts = num_local_experts
+        self.partition_dim = partition_dim
+        self.pg_collection = pg_collection
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        # reduced over the expert data-parallel group whenever that differs from the dense one, as in RowParallelLinear
+        own_group = (
+            config.expert_model_parallel_size > 1
+            or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+        )
+        for e in range(num_local_experts):
+            weight = torch.nn.Parameter(torch.empty(rows, columns, device=device, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(weight, True, partition_dim, 1)
+            weight.allreduce = not own_group
+            if config.perform_initialization:
+                # the expert generator is seeded by expert-parallel rank: ranks hold different experts
+                with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                    init_method(weight)
+            self.register_parameter(f"weight{e}", weight)
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        self.lora_scale = 1.0
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The E local matrices."""
+        return [getattr(self, f"weight{e}") for e in range(self.num_local_experts)]
+
+    @property
+    def lora(self) -> GroupedLora | None:
+        """The adapter over all local experts, if one was added."""
+        return None if self.lora_A is None else GroupedLora(self.lora_A, self.lora_B, self.lora_scale)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Each local expert as a slice of one global tensor `{prefix}weight` with the expert as its first axis."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        if metadata.get("singleton_local_shards"):
+            raise ValueError("experts are saved as slices of one tensor; got singleton_local_shards=True: leave it out")
+        groups = self.pg_collection
+        first, total = groups.ep.rank() * self.num_local_experts, groups.ep.size() * self.num_local_experts
+        axis = len(sharded_offsets)
+        sharded = {}
+        for e, weight in enumerate(self.weights):
+            entry = make_sharded_tensors_for_checkpoint(
+                {"weight": weight},
+                prefix,
+                {"weight": self.partition_dim},
+                (*sharded_offsets, (axis, first + e, total)),
+                tp_group=groups.expt_tp,
+                dp_cp_group=metadata["dp_cp_group"],
+            )[f"{prefix}weight"]
+            entry.replica_id = (*entry.replica_id[:2], groups.expt_dp.rank())
+            sharded[f"{prefix}weight{e}"] = entry
+        for name, adapter in (("lora_A", self.lora_A), ("lora_B", self.lora_B)):
+            if adapter is not None:
+                sharded[f"{prefix}{name}"] = ShardedTensor.from_rank_offsets(
+                    f"{prefix}{name}",
+                    adapter,
+                    *sharded_offsets,
+                    (axis, groups.ep.rank(), groups.ep.size()),
+                    replica_id=(0, groups.expt_tp.rank(), groups.expt_dp.rank()),
+                    prepend_axis_num=axis,
+                )
+        return sharded
+
+
+class GroupedExperts(MegatronModule):
+    """All local experts of one layer; Megatron's `ExpertsBuilder` and `ExpertsInterface` (transformer/moe/moe_layer.py).
+
+    `backend` names the form of the maths: "eager", or "reference" to hold a suspect result against the definition.
+    Raises ValueError for a configuration whose experts would compute something else.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+        backend: str = "eager",
+    ) -> None:
+        super().__init__(config=config)
+        _check(config, backend)
+        self.compute = BACKENDS[backend]
+        width = config.moe_latent_size or config.hidden_size
+        hidden = divide(config.moe_ffn_hidden_size, pg_collection.expt_tp.size())
+        common = {"config": config, "pg_collection": pg_collection}
+        self.linear_fc1 = ExpertWeights(
+            num_local_experts, hidden, width, partition_dim=0, init_method=config.init_method, **common
+        )
+        self.linear_fc2 = ExpertWeights(
+            num_local_experts, width, hidden, partition_dim=1, init_method=config.output_layer_init_method, **common
+        )
+
+    def forward(
+        self, dispatched_input: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """Rows (M, H) sorted by local expert, rows of each expert (E,), probability of each row (M,): (M, H) and no bias.
+
+        With expert tensor parallelism the result is this rank's partial sum, which Megatron's dispatcher adds up.
+        """
+        fc1, fc2 = self.linear_fc1, self.linear_fc2
+        output = self.compute(
+            dispatched_input, tokens_per_expert, permuted_probs, fc1.weights, fc2.weights, fc1.lora, fc2.lora
+        )
+        return output, None
+
+    def backward_dw(self) -> None:
+        """Weight gradients are never delayed here: nothing is left to do."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Keys of the module, tensors under `{prefix}experts.linear_fc1.weight` as in Megatron's expert classes."""
+        sharded = {}
+        for name, weights in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
+            entries = weights.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata)
+            for entry in entries.values():
+                entry.key = f"{prefix}experts.{entry.key.removeprefix(prefix)}"
+            sharded.update(entries)
+        return sharded
+
+
+def _check(config: TransformerConfig, backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}: name one of them")
+    wanted = {
+        "activation_func": squared_relu,
+        "gated_linear_unit": False,
+        "add_bias_linear": False,
+        "moe_apply_probs_on_input": False,
+        "fp8": None,
+        "fp4": None,
+    }
+    for field, value in wanted.items():
+        if getattr(config, field) != value:
+            raise ValueError(
+                f"grouped experts need {field}={getattr(value, '__name__', value)}; "
+                f"got {getattr(config, field)}: change the configuration or use Megatron's TEGroupedMLP"
+            )

@@ -1,0 +1,133 @@
+"""How one layer of each kind is put together: Megatron's own modules, without Transformer Engine.
+
+`HybridModel` is Megatron's, unmodified; this file fills its spec. Import it after `build.prepare`, which readies the process
+for the modules named here.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.hybrid import hybrid_block
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.ssm import mamba_mixer
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from torch import Tensor
+
+from megatron_evolve.substrate.model.architecture import Architecture
+from megatron_evolve.substrate.model.experts import GroupedExperts
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMS norm with Megatron's signature.
+
+    Megatron's own wrapper refuses sequence parallelism. Its mark on the weight is all that is needed: each rank then sees
+    part of the sequence, and the gradient is summed over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class ClampedMambaMixer(MambaMixer):
+    """MambaMixer that also passes on `dt_min` and the norm's epsilon, which Megatron leaves at 0 and 1e-5."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, dt_clamp: float, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.dt_limit = (dt_clamp, float("inf"))
+        self.norm.eps = config.layernorm_epsilon
+
+    def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Tensor:
+        """Projected input (L, B, z+x+B+C+dt) to normed output (L, B, inner), both of this rank. Unpacked sequences only."""
+        if packed_seq_params is not None:
+            raise ValueError("the Mamba mixer takes padded batches; got packed sequences: pad them to one length")
+        y = mamba_mixer.mamba_split_conv1d_scan_combined(
+            zxBCdt.transpose(0, 1),
+            self.cp.get_conv1d_weight().squeeze(1),
+            self.cp.get_conv1d_bias(),
+            self.cp.get_dt_bias().float(),
+            -torch.exp(self.cp.get_A_log().float()),
+            D=self.cp.get_D(),
+            chunk_size=self.chunk_size,
+            dt_limit=self.dt_limit,
+            activation=self.activation,
+            headdim=self.headdim,
+            ngroups=self.cp.ngroups_local_tpcp,
+            norm_before_gate=self.norm_before_gate,
+        )
+        return self.norm(self.cp.post_conv_ssm(y.transpose(0, 1), packed_seq_params))
+
+
+def hybrid_stack_spec(architecture: Architecture) -> ModuleSpec:
+    """The spec that `HybridModel` builds its layers from."""
+    # Megatron names its final norm itself, outside the spec, and means Transformer Engine's.
+    hybrid_block.TENorm = RMSNorm
+    return ModuleSpec(
+        module=HybridStack,
+        submodules=HybridStackSubmodules(
+            mamba_layer=_mamba_layer(architecture), attention_layer=_attention_layer(), moe_layer=_moe_layer()
+        ),
+    )
+
+
+def _mamba_layer(architecture: Architecture) -> ModuleSpec:
+    mixer = ModuleSpec(
+        module=ClampedMambaMixer,
+        params={
+            "dt_clamp": architecture.dt_min,
+            "d_conv": architecture.mamba_conv_kernel,
+            "chunk_size": architecture.mamba_chunk_size,
+        },
+        submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+    )
+    return ModuleSpec(
+        module=MambaLayer, submodules=MambaLayerSubmodules(norm=RMSNorm, mixer=mixer, mamba_bda=get_bias_dropout_add)
+    )
+
+
+def _attention_layer() -> ModuleSpec:
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear, core_attention=DotProductAttention, linear_proj=RowParallelLinear
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm, self_attention=attention, self_attn_bda=get_bias_dropout_add
+        ),
+    )
+
+
+def _moe_layer() -> ModuleSpec:
+    shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = MoESubmodules(
+        experts=GroupedExperts, shared_experts=partial(SharedExpertMLP, submodules=shared), router=TopKRouter
+    )
+    return ModuleSpec(
+        module=MoETransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=RMSNorm, mlp=partial(MoELayer, submodules=experts), mlp_bda=get_bias_dropout_add
+        ),
+    )

@@ -1,0 +1,204 @@
+"""Training batches: rows drawn by the mix from the operator's pool, as padded arrays of tokens and loss weights.
+
+A row is a function of (seed, step, position in the global batch) and of the prompts drawn before it, never of the number of
+data-parallel ranks: every rank draws the same global batch and encodes it, then takes its own slice. So two ranks train on
+what one would, and a resumed run needs only its step number. Rows are padded, not packed end to end: Megatron's plain Mamba
+path keeps state across a row, and nano batches waste about 15 % on padding.
+
+B rows, T tokens.
+"""
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from megatron_evolve.substrate.manifest import Construction
+from megatron_evolve.substrate.mix import Mix
+from megatron_evolve.substrate.puzzles import families
+from megatron_evolve.substrate.puzzles.row import ANSWER_STYLE, BOX_OPEN, Row, completion_text, prompt_text
+from megatron_evolve.substrate.recipe import Recipe
+from megatron_evolve.substrate.tokenizer import PieceTokenizer
+
+MAX_DRAWS = 200  # a family that gives no usable row in so many draws has run dry
+PAD_MULTIPLE = 4  # sequence parallelism splits the length over up to four ranks
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A global batch, or one rank's slice of it. `weights` is the loss weight of each label, 0 on padding."""
+
+    tokens_BT: np.ndarray  # int64
+    labels_BT: np.ndarray  # int64, the token that follows
+    weights_BT: np.ndarray  # float32
+    padding_BT: np.ndarray  # bool, True where there is no token
+    weight_sum: float  # of the global batch, also in a slice
+    families: tuple[str, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int((~self.padding_BT).sum())
+
+    def part(self, rank: int, of: int) -> "Batch":
+        """Rank `rank`'s slice of `of`. Raises ValueError where the rows do not divide."""
+        rows = len(self.tokens_BT)
+        if rows % of:
+            raise ValueError(f"recipe.batch_size must be a multiple of the {of} data-parallel ranks; got {rows}: change one")
+        mine = slice(rank * rows // of, (rank + 1) * rows // of)
+        arrays = (self.tokens_BT, self.labels_BT, self.weights_BT, self.padding_BT)
+        return Batch(*(array[mine] for array in arrays), weight_sum=self.weight_sum, families=self.families[mine])
+
+
+@dataclass
+class Tally:
+    """What a run drew so far, for the report. The only thing here that changes."""
+
+    rows: Counter = field(default_factory=Counter)  # by family
+    tokens: Counter = field(default_factory=Counter)  # by family, padding not counted
+    redrawn: Counter = field(default_factory=Counter)  # over the repetition cap, by family
+    dropped: Counter = field(default_factory=Counter)  # in the excluded set, by family
+
+    def as_json(self) -> dict[str, dict[str, int]]:
+        return {name: dict(sorted(getattr(self, name).items())) for name in ("rows", "tokens", "redrawn", "dropped")}
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Where a run's rows come from. `excluded` holds `instance_hash` of rows that must not be trained on.
+
+    `trace_share` is the share of rows that carry their family's trace whatever the mix says; only the build of a substrate
+    sets it. Raises ValueError in one sentence where the mix asks for what the pool does not hold.
+    """
+
+    mix: Mix
+    construction: Construction
+    tokenizer: PieceTokenizer
+    recipe: Recipe
+    seed: int
+    excluded: frozenset[str] = frozenset()
+    trace_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        pool = self.construction
+        unknown = sorted(set(self.mix.weight) - set(pool.families))
+        if unknown:
+            raise ValueError(f"mix.weight names {unknown[0]!r}, which the pool does not hold; it holds {', '.join(pool.families)}")
+        if self.mix.difficulty != pool.difficulty:
+            raise ValueError(f"mix.difficulty is {self.mix.difficulty!r}, but the pool's rows are {pool.difficulty!r}; use that")
+        for family, style in self.mix.style.items():
+            if style != ANSWER_STYLE and style not in pool.styles[family]:
+                raise ValueError(f"mix.style.{family} is {style!r}; the pool offers {', '.join(pool.styles[family])}")
+
+    def batches(self, tally: Tally, start: int = 0) -> Iterator[Batch]:
+        """The run's global batches from step `start` on. Earlier rows are drawn again, so that prompts count as seen."""
+        seen: Counter = Counter()
+        for step in range(self.recipe.steps):
+            rows = self._draw_step(step, seen, tally)
+            batch = self.pack(rows, tally)  # earlier ones too, so that the tally is the same after a resume
+            if step >= start:
+                yield batch
+
+    def held_out(self, num_rows: int, *, uniform: bool) -> Batch:
+        """Rows of the same pool that no step draws, shares as at the end of the run, or equal shares."""
+        shares = {family: 1.0 for family in self.mix.weight} if uniform else self.mix.shares_at(1.0)
+        chosen = _spread(shares, num_rows, 0.5)
+        seen, tally = Counter(), Tally()
+        rows = [self._draw_row(family, f"held-out/{self.seed}/{n}", seen, tally) for n, family in enumerate(chosen)]
+        return self.pack(rows, tally)
+
+    def pack(self, rows: list[tuple[Row, str]], tally: Tally) -> Batch:
+        """Rows with their style as one padded batch. Raises ValueError for a row longer than the recipe's sequence length."""
+        encoded = [self._encode(row, style) for row, style in rows]
+        longest = max(len(tokens) for tokens, _ in encoded) - 1  # the last token is only a label
+        width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+        tokens_BT = np.full((len(rows), width), self.tokenizer.pad_id, dtype=np.int64)
+        labels_BT = tokens_BT.copy()
+        weights_BT = np.zeros((len(rows), width), dtype=np.float32)
+        padding_BT = np.ones((len(rows), width), dtype=bool)
+        for n, ((row, _), (tokens, weights)) in enumerate(zip(rows, encoded, strict=True)):
+            length = len(tokens) - 1
+            tokens_BT[n, :length] = tokens[:-1]
+            labels_BT[n, :length] = tokens[1:]
+            weights_BT[n, :length] = weights[1:]
+            padding_BT[n, :length] = False
+            tally.rows[row.family] += 1
+            tally.tokens[row.family] += length
+        names = tuple(row.family for row, _ in rows)
+        return Batch(tokens_BT, labels_BT, weights_BT, padding_BT, float(weights_BT.sum(dtype=np.float64)), names)
+
+    def _draw_step(self, step: int, seen: Counter, tally: Tally) -> list[tuple[Row, str]]:
+        recipe = self.recipe
+        shares = self.mix.shares_at(step / max(1, recipe.steps - 1))
+        key = f"{self.seed}/{step}"
+        chosen = _spread(shares, recipe.batch_size, random.Random(key).random())
+        return [self._draw_row(family, f"{key}/{n}", seen, tally) for n, family in enumerate(chosen)]
+
+    def _draw_row(self, family: str, key: str, seen: Counter, tally: Tally) -> tuple[Row, str]:
+        rng = random.Random(key)
+        cue_rate = self.construction.cue_rate.get(family, 0.0)
+        style = self.mix.style[family]
+        if self.trace_share and rng.random() < self.trace_share:
+            style = next((name for name in self.construction.styles[family] if name != ANSWER_STYLE), ANSWER_STYLE)
+        for _ in range(MAX_DRAWS):
+            row = families.draw(family, rng, difficulty=self.mix.difficulty, cue_rate=cue_rate)
+            if self.excluded and instance_hash(row) in self.excluded:
+                tally.dropped[family] += 1
+                continue
+            prompt = prompt_text(row)
+            if seen[prompt] >= self.mix.repetition_cap:
+                tally.redrawn[family] += 1
+                continue
+            seen[prompt] += 1
+            return row, style
+        raise ValueError(
+            f"family {family!r} gave no usable row in {MAX_DRAWS} draws ({tally.redrawn[family]} over the repetition cap of "
+            f"{self.mix.repetition_cap}, {tally.dropped[family]} excluded); raise mix.repetition_cap or lower its weight or recipe.steps"
+        )
+
+    def _encode(self, row: Row, style: str) -> tuple[list[int], list[float]]:
+        """Tokens of prompt, trace, boxed answer and end, with the loss weight of each."""
+        recipe, encode = self.recipe, self.tokenizer.encode
+        completion = completion_text(row, style)
+        box = completion.rindex(BOX_OPEN)
+        prompt, answer = encode(prompt_text(row)), [*encode(completion[box:]), self.tokenizer.eos_id]
+        trace = encode(completion[:box])
+        tokens = prompt + trace + answer
+        if len(tokens) > recipe.sequence_length:
+            raise ValueError(
+                f"a row of family {row.family!r} in style {style!r} has {len(tokens)} tokens, recipe.sequence_length is "
+                f"{recipe.sequence_length}; raise it"
+            )
+        weights = [recipe.prompt_loss_weight] * len(prompt)
+        weights += [recipe.answer_loss_weight if style == ANSWER_STYLE else recipe.trace_loss_weight] * len(trace)
+        return tokens, weights + [recipe.answer_loss_weight] * len(answer)
+
+
+def _spread(shares: dict[str, float], num_rows: int, offset: float) -> list[str]:
+    """`num_rows` families, each within one row of its share: systematic sampling with one random offset in [0, 1).
+
+    Independent draws would let a family's count vary by +-3 of 11 in a batch of 64, noise that says nothing about the mix.
+    """
+    edges = np.cumsum(list(shares.values()))
+    points = (np.arange(num_rows) + offset) * (edges[-1] / num_rows)
+    names = list(shares)
+    return [names[index] for index in np.searchsorted(edges, points, side="right")]
+
+
+def instance_hash(row: Row) -> str:
+    """sha256 of the row's canonical rule instance: two rows that ask the same thing in other words have the same one."""
+    return hashlib.sha256(row.instance.encode()).hexdigest()
+
+
+def read_excluded(path: Path) -> frozenset[str]:
+    """The excluded set of a file with one `instance_hash` a line. Raises ValueError naming the first line that is none."""
+    hashes = path.read_text().split()
+    for number, line in enumerate(hashes, 1):
+        if len(line) != 64 or set(line) - set("0123456789abcdef"):
+            raise ValueError(f"{path}:{number}: expected 64 hexadecimal digits, got {line[:20]!r}; write instance_hash of each row")
+    return frozenset(hashes)
+

@@ -1,0 +1,167 @@
+"""Checkpoints: a folder that is whole or absent, with a manifest that names each file by its sha256.
+
+Two kinds. `weights` or `adapter` is what a run hands on to its evaluation. `resume` also holds the optimizer's moments, the
+random generators and the trainer's own state, so that a run killed after it goes on bit for bit as if it had not been. Files
+are safetensors and JSON: no pickles, and 10 ms in place of the 3 s of a distributed save.
+
+A folder is written under a temporary name, its manifest last, and renamed. Data-parallel ranks hold equal state, so rank 0
+writes for all. Ranks that each hold a part of the model need Megatron's distributed checkpoint, which is not here yet.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, write_json, write_whole
+from megatron_evolve.substrate.digest import digest_file
+from megatron_evolve.substrate.frozen import Frozen
+from megatron_evolve.substrate.manifest import SourceFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST = "manifest.json"
+Kind = Literal["weights", "adapter", "resume"]
+
+
+class Checkpoint(Frozen):
+    """A checkpoint's manifest."""
+
+    schema_: Literal["checkpoint/1"] = Field(default="checkpoint/1", alias="schema")
+    kind: Kind
+    step: int = Field(ge=0, description="optimizer steps taken")
+    run: str = Field(description="digest of what is trained: two checkpoints of one run have the same")
+    state: dict[str, Any] = Field(default_factory=dict, description="what the trainer needs to go on, or wishes to tell")
+    files: dict[str, SourceFile]
+
+
+def save_checkpoint(
+    folder: Path, *, kind: Kind, step: int, run: str, tensors: dict[str, dict[str, "Tensor"]], state: dict[str, Any]
+) -> None:
+    """Write `tensors` (file stem to named tensors) and the manifest as `folder`, replacing an older one. Rank 0 only.
+
+    Raises RunDirError in one sentence for a full disk or a read-only folder; an older checkpoint is then still whole.
+    """
+    from safetensors.torch import save
+
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    make_folder(partial)
+    files = {}
+    try:
+        for stem, named in tensors.items():
+            path = partial / f"{stem}.safetensors"
+            # Megatron keeps parameters as views of one buffer; a file wants each tensor by itself.
+            write_whole(path, save({name: value.detach().contiguous().clone() for name, value in named.items()}))
+            files[path.name] = SourceFile(sha256=digest_file(path), bytes=path.stat().st_size)
+        manifest = Checkpoint(kind=kind, step=step, run=run, state=state, files=files)
+        write_json(partial / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(partial, folder)
+    except (RunDirError, OSError):
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """The manifest of a checkpoint after every byte it names was hashed. Raises ValueError in one sentence."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"expected a checkpoint in {folder}, it has no {MANIFEST}: it is missing or was never finished; train again")
+    try:
+        checkpoint = Checkpoint.parse(read_json(path), where=str(path))
+    except RunDirError as error:
+        raise ValueError(f"{error}; or train again") from error
+    for name, expected in checkpoint.files.items():
+        _check(Path(folder) / name, expected)
+    return checkpoint
+
+
+def _check(path: Path, expected: SourceFile) -> None:
+    if not path.is_file():
+        raise ValueError(f"expected the checkpoint file {path} with {expected.bytes} bytes; it is missing: train again")
+    size = path.stat().st_size
+    if size != expected.bytes:
+        raise ValueError(f"expected {expected.bytes} bytes in {path}, got {size}: it is truncated or changed; train again")
+    if digest_file(path) != expected.sha256:
+        raise ValueError(f"expected sha256 {expected.sha256[:12]} of {path}, got {digest_file(path)[:12]}; train again")
+
+
+def read_tensors(folder: Path, stem: str) -> dict[str, "Tensor"]:
+    """The named tensors of one file of a loaded checkpoint."""
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / f"{stem}.safetensors")
+
+
+def latest_resume(folder: Path, run: str) -> Path | None:
+    """The newest whole `resume` checkpoint under `folder` that belongs to `run`, or None.
+
+    A damaged one is passed over, which stderr tells: starting earlier costs time and changes no bit.
+    """
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            if load_checkpoint(path).run == run:
+                return path
+        except ValueError as error:
+            print(f"not resuming from {path.name}: {error}", file=sys.stderr)
+    return None
+
+
+def resume_folder(folder: Path, step: int) -> Path:
+    """Where the `resume` checkpoint of `step` stands; names sort by step."""
+    return folder / f"step-{step:09d}"
+
+
+def keep_only(folder: Path, newest: Path) -> None:
+    """Remove every checkpoint under `folder` but `newest`, and what killed runs left behind."""
+    for path in folder.iterdir():
+        if path != newest:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def optimizer_tensors(model: Any, optimizers: list[Any]) -> dict[str, "Tensor"]:
+    """The moments and step counts of torch optimizers, by `<what>/<parameter name>`."""
+    import torch
+
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{what}/{names[id(parameter)]}": value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for what, value in state.items()
+        if torch.is_tensor(value)
+    }
+
+
+def put_optimizer_tensors(model: Any, optimizers: list[Any], tensors: dict[str, "Tensor"]) -> None:
+    """The inverse of `optimizer_tensors`, on a model and optimizers freshly made from the same recipe."""
+    parameters = dict(model.named_parameters())
+    owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for key, value in tensors.items():
+        what, name = key.split("/", 1)
+        parameter = parameters[name]
+        owner[id(parameter)].state[parameter][what] = value.clone()
+
+
+def generator_tensors() -> dict[str, "Tensor"]:
+    """The states of torch's generator and of Megatron's tracked ones."""
+    import torch
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return {"torch": torch.get_rng_state(), **{f"tracked/{name}": s for name, s in get_cuda_rng_tracker().get_states().items()}}
+
+
+def put_generator_tensors(tensors: dict[str, "Tensor"]) -> None:
+    """The inverse of `generator_tensors`."""
+    import torch
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    torch.set_rng_state(tensors["torch"])
+    tracked = {name.removeprefix("tracked/"): state for name, state in tensors.items() if name.startswith("tracked/")}
+    get_cuda_rng_tracker().set_states(tracked)
+

@@ -1,0 +1,183 @@
+"""From a model and a packer to trained weights, resumable at any moment: the loop that runs and substrate builds share.
+
+State that a step needs is all in the model, the optimizer, the generators and `_State`; a `resume` checkpoint holds these, and
+rows are drawn again from the seed. So an interrupted run goes on bit for bit.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_evolve.substrate.packing import Packer, Tally
+from megatron_evolve.substrate.train.checkpoint import (
+    generator_tensors,
+    keep_only,
+    latest_resume,
+    load_checkpoint,
+    optimizer_tensors,
+    put_generator_tensors,
+    put_optimizer_tensors,
+    read_tensors,
+    resume_folder,
+    save_checkpoint,
+)
+from megatron_evolve.substrate.train.divergence import Watch
+from megatron_evolve.substrate.train.optimizer import torch_optimizers
+from megatron_evolve.substrate.train.record import Record
+from megatron_evolve.substrate.train.selection import Selector
+from megatron_evolve.substrate.train.step import Trainer
+
+if TYPE_CHECKING:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from torch import Tensor
+
+RESUME_FOLDER = "resume"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a run ended. `diverged` is the 0-based step and the reason; then the weights are not to be used."""
+
+    steps: int
+    diverged: tuple[int, str] | None
+    first_loss: float
+    last_loss: float
+    chosen_step: int
+    held_out_loss: float | None
+    tally: Tally
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclass
+class _State:
+    """What the loop itself carries from step to step."""
+
+    steps_taken: int = 0
+    first_loss: float = 0.0
+    last_loss: float = 0.0
+    watch: Watch = Watch()
+    seconds: float = 0.0  # of earlier attempts
+    cpu_seconds: float = 0.0
+
+
+class _Clock:
+    def __init__(self, state: _State) -> None:
+        self._before = (state.seconds, state.cpu_seconds)
+        self._start = time.monotonic()
+
+    def read(self) -> tuple[float, float]:
+        """Wall seconds of the loop and CPU-seconds of the process, earlier attempts included."""
+        seconds, cpu_seconds = self._before
+        return seconds + time.monotonic() - self._start, cpu_seconds + time.process_time()
+
+
+def fit(
+    model: "HybridModel",
+    packer: Packer,
+    folder: Path,
+    *,
+    run: str,
+    save_every: int,
+    tell: Callable[[int, float], None] = lambda step, loss: None,
+) -> Fit:
+    """Train `model` in place as `packer.recipe` says; afterwards it holds the weights that the selection rule chose.
+
+    `run` is the digest of everything that decides the bits: an unfinished run with the same digest under `folder` is gone on
+    with. A `resume` checkpoint is written every `save_every` steps (0: never). `tell` hears of every step.
+    """
+    recipe, tally = packer.recipe, Tally()
+    trainer, selector = Trainer(model, recipe), Selector(packer)
+    state = _restore(trainer, selector, folder / RESUME_FOLDER, run)
+    clock, record = _Clock(state), Record(folder, state.steps_taken) if trainer.rank == 0 else None
+    diverged = None
+    for batch in packer.batches(tally, start=state.steps_taken):
+        step = state.steps_taken
+        measured = trainer.step(batch, step)
+        state.steps_taken = step + 1
+        state.first_loss = measured.loss if step == 0 else state.first_loss
+        state.last_loss, state.watch = measured.loss, state.watch.after(measured.loss)
+        if record:
+            record.add(step=step, loss=measured.loss, lr=measured.lr, grad_norm=measured.grad_norm, tokens=batch.num_tokens)
+            record.progress(state.steps_taken, recipe.steps, clock.read()[0])
+        tell(step, measured.loss)
+        if reason := state.watch.verdict(measured.loss, measured.grad_norm):
+            diverged = (step, reason)
+            break
+        selector.consider(trainer, state.steps_taken, trained_tensors(model, recipe.adapter is not None))
+        if record and save_every and state.steps_taken % save_every == 0 and state.steps_taken < recipe.steps:
+            _save(trainer, selector, folder / RESUME_FOLDER, run, state, clock)
+    if record:
+        record.close()
+    if selector.tensors and diverged is None:
+        put_trained_tensors(model, selector.tensors, recipe.adapter is not None)
+    seconds, cpu_seconds = clock.read()
+    return Fit(
+        steps=state.steps_taken,
+        diverged=diverged,
+        first_loss=state.first_loss,
+        last_loss=state.last_loss,
+        chosen_step=selector.step or state.steps_taken,
+        held_out_loss=selector.loss,
+        tally=tally,
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+    )
+
+
+def trained_tensors(model: "HybridModel", adapter: bool) -> dict[str, "Tensor"]:
+    """What training changes: the adapter alone, or every parameter and routing bias."""
+    from megatron_evolve.substrate.model.weights import state_of
+
+    if not adapter:
+        return state_of(model)
+    from megatron_evolve.substrate.model.lora import adapter_state
+
+    return adapter_state(model)
+
+
+def put_trained_tensors(model: "HybridModel", tensors: dict[str, "Tensor"], adapter: bool) -> None:
+    """The inverse of `trained_tensors`."""
+    from megatron_evolve.substrate.model.weights import put_weights
+
+    if not adapter:
+        put_weights(model, tensors)
+        return
+    from megatron_evolve.substrate.model.lora import load_adapter
+
+    load_adapter(model, tensors)
+
+
+def _save(trainer: Trainer, selector: Selector, folder: Path, run: str, state: _State, clock: _Clock) -> None:
+    tensors = {
+        "model": trained_tensors(trainer.model, trainer.recipe.adapter is not None),
+        "optimizer": optimizer_tensors(trainer.model, torch_optimizers(trainer.optimizer)),
+        "generators": generator_tensors(),
+        "selected": selector.tensors,
+    }
+    seconds, cpu_seconds = clock.read()
+    own: dict[str, Any] = {
+        "losses": [state.first_loss, state.last_loss],
+        "watch": {"calm": state.watch.calm, "risen": state.watch.risen},
+        "selected": {"step": selector.step, "loss": selector.loss},
+        "seconds": [seconds, cpu_seconds],
+    }
+    newest = resume_folder(folder, state.steps_taken)
+    save_checkpoint(newest, kind="resume", step=state.steps_taken, run=run, tensors=tensors, state=own)
+    keep_only(folder, newest)
+
+
+def _restore(trainer: Trainer, selector: Selector, folder: Path, run: str) -> _State:
+    path = latest_resume(folder, run)
+    if path is None:
+        return _State()
+    checkpoint = load_checkpoint(path)
+    put_trained_tensors(trainer.model, read_tensors(path, "model"), trainer.recipe.adapter is not None)
+    put_optimizer_tensors(trainer.model, torch_optimizers(trainer.optimizer), read_tensors(path, "optimizer"))
+    put_generator_tensors(read_tensors(path, "generators"))
+    own = checkpoint.state
+    selector.restore(own["selected"]["step"], own["selected"]["loss"], read_tensors(path, "selected"))
+    watch = Watch(calm=tuple(own["watch"]["calm"]), risen=own["watch"]["risen"])
+    return _State(checkpoint.step, *own["losses"], watch, *own["seconds"])

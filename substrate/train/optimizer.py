@@ -1,0 +1,70 @@
+"""A recipe's optimizer and learning-rate schedule as Megatron's own objects."""
+
+from typing import TYPE_CHECKING, Any
+
+from megatron_evolve.substrate.recipe import Recipe
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+
+def make_optimizer(model: "DistributedDataParallel", recipe: Recipe) -> "MegatronOptimizer":
+    """AdamW or SGD over the trainable parameters; Megatron exempts vectors (norms, biases, A_log) from weight decay."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    config = OptimizerConfig(
+        optimizer=recipe.optimizer,
+        lr=recipe.lr,
+        min_lr=recipe.lr * recipe.min_lr_ratio,
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.beta1,
+        adam_beta2=recipe.beta2,
+        adam_eps=recipe.epsilon,
+        sgd_momentum=recipe.beta1,
+        clip_grad=recipe.clip_grad,
+    )
+    optimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+    for inner in torch_optimizers(optimizer):
+        if recipe.optimizer == "adam" and "fused" in inner.defaults:
+            # torch's own AdamW (no Apex): one C++ call per tensor in place of ten small ones, and the same moments.
+            for group in inner.param_groups:
+                group["fused"] = True
+    return optimizer
+
+
+def torch_optimizers(optimizer: "MegatronOptimizer") -> list[Any]:
+    """The optimizers behind Megatron's, one for dense and one for expert parameters where these are kept apart."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in chained if part.optimizer is not None]
+
+
+def make_scheduler(optimizer: "MegatronOptimizer", recipe: Recipe) -> "OptimizerParamScheduler":
+    """Megatron's scheduler for `Recipe.lr_at`; bring it to a step with `set_step`."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=recipe.lr,
+        min_lr=recipe.lr * recipe.min_lr_ratio,
+        lr_warmup_steps=recipe.warmup_steps,
+        lr_decay_steps=recipe.steps,
+        lr_decay_style=recipe.schedule,
+        start_wd=recipe.weight_decay,
+        end_wd=recipe.weight_decay,
+        wd_incr_steps=recipe.steps,
+        wd_incr_style="constant",
+    )
+
+
+def set_step(scheduler: "OptimizerParamScheduler", recipe: Recipe, step: int) -> float:
+    """Set the learning rate of optimizer step `step` (0-based) and return it.
+
+    Megatron counts from 0 and would waste the first step of a warm-up on lr 0; a recipe starts above 0 and reaches its peak
+    with the last warm-up step. So warm-up steps stand one further on in Megatron's count.
+    """
+    count = step + 1 if step < recipe.warmup_steps else step
+    scheduler.step(increment=count - scheduler.num_steps)
+    return scheduler.optimizer.param_groups[0]["lr"]

@@ -1,0 +1,138 @@
+"""One training run as a process: from a frozen substrate, a candidate and a seed to a checkpoint and `result.json`.
+
+    python -m megatron_evolve.substrate.train.run --substrate DIR --candidate candidate.json --seed N --out RUNDIR
+
+also under torchrun (data parallel), or as `main(argv)` in a child that a warm parent forked after `preload`. In RUNDIR:
+
+    metrics.jsonl, progress.json   while it trains
+    resume/step-N/                 how to go on after a kill; gone when the run is done
+    checkpoint/                    the weights or the adapter that the run hands on
+    result.json                    last: the run is done, trained or diverged
+
+A diverged run is a result and exits 0. Anything else that stops a run exits 1 with one sentence on stderr and no result.json;
+the same command again goes on from the last whole `resume` checkpoint, bit for bit.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, write_json
+from megatron_evolve.substrate.digest import digest_of
+from megatron_evolve.substrate.manifest import Substrate, verify
+from megatron_evolve.substrate.packing import Packer, read_excluded
+from megatron_evolve.substrate.settings import Settings
+from megatron_evolve.substrate.tokenizer import PieceTokenizer
+from megatron_evolve.substrate.train.checkpoint import save_checkpoint
+from megatron_evolve.substrate.train.fit import RESUME_FOLDER, fit, trained_tensors
+from megatron_evolve.substrate.train.open import CHECKPOINT_FOLDER, TOKENIZER_FILE, open_substrate
+from megatron_evolve.substrate.train.preload import preload
+
+RESULT_FILE = "result.json"
+SAVE_EVERY = 50  # steps; a resume checkpoint of the nano model costs 0.03 s
+
+
+def main(argv: list[str]) -> int:
+    """Train one run; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except (ValueError, OSError, RunDirError) as error:
+        print(f"megatron-evolve train: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m megatron_evolve.substrate.train.run", description="one training run")
+    parser.add_argument("--substrate", type=Path, required=True, metavar="DIR", help="frozen substrate")
+    parser.add_argument("--candidate", type=Path, required=True, metavar="FILE", help="candidate.json")
+    parser.add_argument("--seed", type=int, required=True, help="seed of the rows and of an adapter's start")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUNDIR", help="folder of this run")
+    parser.add_argument("--save-every", type=int, default=SAVE_EVERY, metavar="STEPS", help="between resume checkpoints")
+    parser.add_argument("--exclude", type=Path, metavar="FILE", help="instance hashes of rows not to train on, one a line")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    result_path = arguments.out / RESULT_FILE
+    if result_path.is_file():
+        return 0  # done by an earlier call of the same command
+    substrate = verify(arguments.substrate)
+    document = read_json(arguments.candidate)
+    settings = _settings(document, substrate, arguments.candidate)
+    excluded = read_excluded(arguments.exclude) if arguments.exclude else frozenset()
+    make_folder(arguments.out)
+
+    preload()
+    from megatron_evolve.substrate.model import build
+
+    runtime = build.start(arguments.seed)
+    try:
+        model = open_substrate(arguments.substrate, substrate)
+        tokenizer = PieceTokenizer.from_json((arguments.substrate / TOKENIZER_FILE).read_text())
+        packer = Packer(settings.mix, substrate.construction, tokenizer, settings.recipe, arguments.seed, excluded)
+        result = train(model, packer, arguments.out, substrate.digest, arguments.save_every, writer=runtime.rank == 0)
+    finally:
+        build.stop()
+    if runtime.rank == 0:
+        write_json(result_path, {"candidate": document["id"], **result})
+        shutil.rmtree(arguments.out / RESUME_FOLDER, ignore_errors=True)
+    return 0
+
+
+def _settings(document: Any, substrate: Substrate, path: Path) -> Settings:
+    if not isinstance(document, dict) or not {"id", "substrate", "settings"} <= document.keys():
+        raise ValueError(f"{path}: expected a candidate with id, substrate and settings; got something else: write it anew")
+    if document["substrate"] != substrate.digest:
+        raise ValueError(
+            f"{path}: the candidate belongs to substrate {str(document['substrate'])[:12]}, the folder holds "
+            f"{substrate.digest[:12]}; give the substrate it was proposed for"
+        )
+    return Settings.parse(document["settings"], where=str(path))
+
+
+def train(
+    model: Any, packer: Packer, folder: Path, substrate_digest: str, save_every: int, *, writer: bool
+) -> dict[str, Any]:
+    """Tune `model` and write its checkpoint; returns the result without the candidate's name."""
+    settings = Settings(mix=packer.mix, recipe=packer.recipe)
+    adapter = packer.recipe.adapter
+    if adapter is not None:
+        from megatron_evolve.substrate.model.lora import add_lora
+
+        add_lora(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=packer.seed)
+    identity = {"substrate": substrate_digest, "settings": digest_of(settings), "seed": packer.seed}
+    run = digest_of({**identity, "excluded": sorted(packer.excluded)})
+    fitted = fit(model, packer, folder, run=run, save_every=save_every)
+    trained = fitted.diverged is None
+    kind = "weights" if adapter is None else "adapter"
+    if trained and writer:
+        tensors = {kind: trained_tensors(model, adapter is not None)}
+        state = {**identity, "adapter": adapter.model_dump(mode="json") if adapter else None}
+        save_checkpoint(folder / CHECKPOINT_FOLDER, kind=kind, step=fitted.chosen_step, run=run, tensors=tensors, state=state)
+    step, reason = fitted.diverged or (None, None)
+    return {
+        "schema": "result/1",
+        "ending": "trained" if trained else "diverged",
+        "diverged": None if trained else {"step": step, "reason": reason},
+        **identity,
+        "run": run,
+        "steps": fitted.steps,
+        "chosen_step": fitted.chosen_step,
+        "loss": {"first": _finite(fitted.first_loss), "last": _finite(fitted.last_loss), "held_out": fitted.held_out_loss},
+        **fitted.tally.as_json(),
+        "seconds": round(fitted.seconds, 2),
+        "cpu_seconds": round(fitted.cpu_seconds, 2),
+        "checkpoint": CHECKPOINT_FOLDER if trained else None,
+    }
+
+
+def _finite(loss: float) -> float | None:
+    """JSON has no NaN; a diverged run's reason tells what the loss was."""
+    return loss if abs(loss) < float("inf") else None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,203 @@
+"""The account of looks: on disk first, never twice, within budget, final once; and what the Ladder releases."""
+
+import itertools
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_evolve.eval.looks import BudgetSpent, Look, Looks, ladder, round_to
+from megatron_evolve.launch.rundir import RunDirError
+
+
+def look(candidate: str = "c1", split: str = "external-b", number: int = 1, **changes) -> Look:
+    fields = {
+        "candidates": (candidate,),
+        "runs": (f"{candidate}/0",),
+        "purpose": "verdict",
+        "split": split,
+        "round": number,
+        "item_set": "0123",
+        "items": 100,
+    }
+    return Look(**fields | changes)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "looks.jsonl"
+
+
+def test_a_look_is_on_disk_before_pay_returns(path):
+    paid = Looks(path, external_budget=3).pay(look())
+    again = Looks(path, external_budget=3)
+    assert again.entries == (paid,)
+    assert again.paid(candidate="c1", round_number=1, split="external-b") == paid
+    assert again.paid(candidate="c1", round_number=2, split="external-b") is None
+    assert again.paid(candidate="c2", round_number=1, split="external-b") is None
+
+
+def test_asking_again_after_a_crash_is_no_second_look(path):
+    first = look(runs=("c1/0", "c1/1"))
+    Looks(path, external_budget=1).pay(first)
+    before = path.read_bytes()
+    account = Looks(path, external_budget=1)
+    assert account.pay(look(runs=("c1/1", "c1/0"), purpose="resumed")) == first
+    assert account.summary() == {"dev": 0, "external": 1, "external_budget": 1}
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("changes", [{"runs": ("c1/0", "c1/9")}, {"item_set": "3210"}])
+def test_another_question_under_the_same_key_is_refused(path, changes):
+    account = Looks(path, external_budget=5)
+    account.pay(look())
+    with pytest.raises(ValueError, match="a candidate is asked once a round"):
+        account.pay(look(**changes))
+    assert account.spent == 1
+
+
+def test_the_budget_holds_across_restarts(path):
+    Looks(path, external_budget=2).pay(look("c1"))
+    account = Looks(path, external_budget=2)
+    account.pay(look("c1", split="external-a"))
+    with pytest.raises(BudgetSpent, match=r"expected at most 2 looks .* c2 asks for one more on external-b") as caught:
+        account.pay(look("c2"))
+    assert "\n" not in str(caught.value)
+    account.pay(look("c2", split="dev-b"))
+    assert account.pay(look("c1")) == look("c1")
+    assert account.summary() == {"dev": 1, "external": 2, "external_budget": 2}
+    assert len(path.read_bytes().splitlines()) == 3
+
+
+def test_without_a_budget_nothing_external_is_asked(path):
+    with pytest.raises(BudgetSpent):
+        Looks(path, external_budget=0).pay(look())
+    assert not path.exists()
+
+
+def test_final_opens_once_for_all_it_names(path):
+    account = Looks(path, external_budget=0)
+    opening = look(candidates=("c1", "c2"), runs=("c1/0", "c2/0"), split="final", number=4)
+    assert account.pay(opening) == opening
+    account = Looks(path, external_budget=0)
+    assert account.pay(opening) == opening
+    assert account.paid(candidate="c2", round_number=9, split="final") == opening
+    assert account.paid(candidate="c3", round_number=4, split="final") is None
+    with pytest.raises(ValueError, match="the final split opens once"):
+        account.pay(look("c3", split="final", number=5))
+
+
+def test_only_final_takes_several_candidates():
+    with pytest.raises(ValueError, match="one candidate's"):
+        look(candidates=("c1", "c2"))
+
+
+def test_a_line_cut_off_by_a_crash_was_never_paid(path):
+    account = Looks(path, external_budget=2)
+    account.pay(look("c1"))
+    account.pay(look("c2"))
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in range(first, len(whole)):
+        path.write_bytes(whole[:end])
+        account = Looks(path, external_budget=2)
+        assert account.spent == 1
+        account.pay(look("c2"))
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{}", "line 1: candidates is missing"),
+        (b"\xff", "line 1: expected a look in JSON"),
+        (b"[", "line 1: expected a look"),
+    ],
+)
+def test_a_corrupt_line_is_named(path, line, message):
+    path.write_bytes(line + b"\n")
+    with pytest.raises(ValueError, match=message):
+        Looks(path, external_budget=1)
+
+
+def test_a_doubled_line_is_named(path):
+    Looks(path, external_budget=1).pay(look())
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(ValueError, match="line 2: expected every look once"):
+        Looks(path, external_budget=1)
+
+
+def test_a_failed_write_leaves_the_account_as_it_was(path, monkeypatch):
+    account = Looks(path, external_budget=3)
+    account.pay(look("c1"))
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunDirError, match="No space left on device: free space"):
+        account.pay(look("c2"))
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert account.spent == 1
+    account.pay(look("c2"))
+    assert Looks(path, external_budget=3).spent == 2
+
+
+def test_a_process_killed_after_pay_has_paid(path):
+    program = (
+        "import os, sys; from megatron_evolve.eval.looks import Look, Looks;"
+        f"Looks({str(path)!r}, external_budget=1).pay(Look.model_validate_json(sys.argv[1])); os.kill(os.getpid(), 9)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, look().model_dump_json()], check=False)
+    assert ended.returncode == -9
+    assert Looks(path, external_budget=1).entries == (look(),)
+
+
+# --- the Ladder ---
+
+
+def test_the_ladder_repeats_until_an_improvement_is_significant():
+    base = [1.0] * 50 + [0.0] * 50
+    lucky = [1.0] * 51 + [0.0] * 49  # gain .01, standard error of the paired difference .01
+    better = [1.0] * 60 + [0.0] * 40
+    worse = [0.0] * 100
+    assert ladder([base, lucky, better, worse, base]) == [0.5, 0.5, 0.6, 0.6, 0.6]
+
+
+def test_the_ladder_rounds_weighted_scores_to_one_item():
+    released = ladder([[1.0, 0.0, 0.0]], weights=[0.5, 0.3, 0.2])
+    assert released == [pytest.approx(2 / 3)]  # .5 to the nearest third; halves go to even
+
+
+def test_the_ladder_refuses_other_items():
+    with pytest.raises(ValueError, match="ask on one item set"):
+        ladder([[1.0, 0.0], [1.0]])
+    assert ladder([]) == []
+    assert ladder([[1.0], [0.0]]) == [1.0, 1.0]
+
+
+def test_the_ladder_resists_fishing_where_the_raw_maximum_does_not():
+    rng = random.Random(11)
+    asked = [[float(rng.random() < 0.5) for _ in range(400)] for _ in range(200)]
+    raw_maximum = max(sum(scores) / 400 for scores in asked)
+    assert ladder(asked)[-1] < raw_maximum
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=8, max_size=8), min_size=1, max_size=12))
+def test_released_scores_never_fall_and_are_known_early(asked):
+    released = ladder(asked)
+    assert len(released) == len(asked)
+    assert all(later >= earlier for earlier, later in itertools.pairwise(released))
+    assert ladder(asked[:-1]) == released[:-1]
+    assert all(abs(value * 8 - round(value * 8)) < 1e-9 for value in released)
+
+
+def test_round_to():
+    assert round_to(0.8512, 0.004) == pytest.approx(0.852)
+    assert round_to(-0.011, 0.02) == pytest.approx(-0.02)

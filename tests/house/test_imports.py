@@ -1,0 +1,103 @@
+"""Imports point down: who may import whom, read from the source with `ast`."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "megatron_evolve"
+ROOMS = ("kernels", "launch", "substrate", "eval", "megatron_evolve")
+
+# Room -> prefixes of the project that it may import, itself apart.
+MAY_IMPORT = {
+    "kernels": (),
+    "launch": (),
+    "substrate": ("megatron_evolve.kernels", "megatron_evolve.launch.rundir"),
+    "eval": ("megatron_evolve.substrate", "megatron_evolve.launch.rundir"),
+    "megatron_evolve": ("megatron_evolve.substrate", "megatron_evolve.launch", "megatron_evolve.eval"),
+}
+HEAVY = ("torch", "megatron", "transformers", "triton")
+TORCH_FREE_FILES = [
+    *sorted((ROOT / "launch").rglob("*.py")),
+    *sorted((ROOT / "megatron_evolve").rglob("*.py")),
+    *sorted((ROOT / "substrate" / "puzzles").rglob("*.py")),
+    *(ROOT / "substrate" / f"{name}.py" for name in ("digest", "frozen", "manifest", "mix", "recipe", "settings", "tokenizer")),
+    *(ROOT / "eval" / f"{name}.py" for name in ("metric", "score", "suite", "paired", "looks", "judge")),
+]
+
+
+def sources(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_prefix(room: str) -> str:
+    return PACKAGE if room == PACKAGE else f"{PACKAGE}.{room}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows_point_down(room: str) -> None:
+    allowed = (*MAY_IMPORT[room], own_prefix(room))
+    if room == PACKAGE:
+        allowed = (PACKAGE,)
+    for path in sources(room):
+        for name in imports(path):
+            if name == PACKAGE or name.startswith(f"{PACKAGE}."):
+                assert name.startswith(allowed), f"{path.relative_to(ROOT)} imports {name}; {room} may not"
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room != PACKAGE])
+def test_nobody_below_imports_the_loop(room: str) -> None:
+    below = tuple(f"{PACKAGE}.{name}" for name in ROOMS if name != PACKAGE)
+    for path in sources(room):
+        for name in imports(path):
+            if name.startswith(f"{PACKAGE}."):
+                assert name.startswith(below), f"{path.relative_to(ROOT)} imports {name}, a room of the loop"
+
+
+def test_launch_needs_the_standard_library_only() -> None:
+    for path in sources("launch"):
+        for name in imports(path):
+            top = name.split(".")[0]
+            assert top in sys.stdlib_module_names or name.startswith(f"{PACKAGE}.launch"), f"{path}: {name}"
+
+
+@pytest.mark.parametrize("path", TORCH_FREE_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_torch_free_files_name_no_heavy_package(path: Path) -> None:
+    for name in imports(path):
+        assert name.split(".")[0] not in HEAVY, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_torch_free_modules_import_with_torch_blocked() -> None:
+    modules = []
+    for path in TORCH_FREE_FILES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts if parts[0] == PACKAGE else (PACKAGE, *parts)
+        modules.append(".".join(part for part in parts if part != "__init__"))
+    program = (
+        "import sys, importlib\n"
+        f"for name in {HEAVY!r}: sys.modules[name] = None\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_is_quick_to_import() -> None:
+    """scipy and pyarrow cost more than the whole help page: they are imported where they are used."""
+    program = "import sys, megatron_evolve.cli; print([m for m in ('scipy', 'pyarrow', 'torch') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"

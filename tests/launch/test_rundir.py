@@ -1,0 +1,79 @@
+"""Files written whole, locks with one holder, and sentences instead of error numbers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_evolve.launch import rundir
+
+HOLD = (
+    "import sys; from pathlib import Path; from megatron_evolve.launch.rundir import Lock; "
+    "Lock(Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.read()"
+)
+
+
+def test_a_file_is_replaced_and_nothing_else_remains(tmp_path: Path) -> None:
+    rundir.write_json(tmp_path / "a.json", {"b": 1})
+    rundir.write_json(tmp_path / "a.json", {"b": [2, "é"]})
+    assert rundir.read_json(tmp_path / "a.json") == {"b": [2, "é"]}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "empty file"), (b'{"a": 1, "b', "truncated"), (b"nonsense\n", "not JSON"), (b"\xff\xfe", "UTF-8")],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(rundir.DamagedFile, match=words) as caught:
+        rundir.read_json(tmp_path / "a.json")
+    assert "a.json" in str(caught.value) and "restore" in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(rundir.RunDirError, match="missing"):
+        rundir.read_json(tmp_path / "a.json")
+    with pytest.raises(rundir.RunDirError, match="create the folder"):
+        rundir.write_whole(tmp_path / "none" / "a", "")
+
+
+def test_a_second_holder_is_told_the_first(tmp_path: Path) -> None:
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(rundir.LockHeld, match=rf"process {first.pid} on {os.uname().nodename}: wait for it or stop it"):
+        rundir.Lock(tmp_path / "lock").acquire()
+    first.kill()
+    first.communicate()
+    with rundir.Lock(tmp_path / "lock"), pytest.raises(rundir.LockHeld, match=str(os.getpid())):
+        rundir.Lock(tmp_path / "lock").acquire()
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_old_file(small_disk: Path) -> None:
+    rundir.write_whole(small_disk / "a", "old")
+    with pytest.raises(rundir.RunDirError, match="no space left on device; free space on that disk"):
+        rundir.write_whole(small_disk / "a", b"x" * 1_000_000)
+    assert (small_disk / "a").read_text() == "old"
+    assert os.listdir(small_disk) == ["a"]
+
+
+def test_a_read_only_folder_is_one_sentence(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if os.geteuid() == 0:  # root writes in spite of permissions
+        folder = request.getfixturevalue("small_disk")
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    else:
+        folder = tmp_path / "closed"
+        folder.mkdir(mode=0o500)
+    for act in (
+        lambda: rundir.write_whole(folder / "a", "x"),
+        lambda: rundir.Lock(folder / "lock").acquire(),
+        lambda: rundir.make_folder(folder / "b"),
+    ):
+        with pytest.raises(
+            rundir.RunDirError, match=r"(read-only file system|permission denied); (mount|make) it writable"
+        ):
+            act()
