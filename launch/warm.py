@@ -36,8 +36,8 @@ from megatron_evolve.launch import rundir
 from megatron_evolve.launch.job import Job
 from megatron_evolve.launch.supervise import exec_argv, redirect, supervise
 
-LINGER_S = 2.0  # between one launcher and the next that resumes its campaign
-TICK_S = 0.5  # how long a supervisor that has ended may stay a zombie
+LINGER_S = 1.0  # between one launcher and the next that resumes its campaign
+TICK_S = 0.25  # how long a supervisor that has ended may stay a zombie
 
 
 class WarmError(Exception):

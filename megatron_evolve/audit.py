@@ -31,6 +31,7 @@ from megatron_evolve.review import Weights, review
 from megatron_evolve.sources import decision_sources
 from megatron_evolve.substrate.digest import digest_file, digest_of
 from megatron_evolve.substrate.manifest import Substrate, public_view, verify
+from megatron_evolve.workers.brief import delta_document
 from megatron_evolve.workers.propose import propose as default_worker
 from megatron_evolve.workers.validate import validate
 
@@ -173,10 +174,8 @@ def _check_proposal(record: Record, event: Event) -> None:
     axis = dict(assigned_axes(record.campaign, policy))[worker]
     brief = brief_of(record.campaign, view, policy, worker, axis, attempt, _setback(record, number, worker, attempt))
     where = f"proposal {event.key}"
-    _must(f"{where}: brief", event.data["call"]["prompt_digest"], brief.digest)
-    if record.campaign.worker is None and event.data["call"]["ending"] == "ok":
-        from megatron_evolve.workers.brief import delta_document
-
+    _must(f"{where}: brief", event.data["call"]["prompt"], brief.digest)
+    if record.campaign.worker is None and event.data["delta"] is not None:
         _must(f"{where}: delta", event.data["delta"], delta_document(default_worker(brief).delta))
     if event.data["delta"] is None:
         return

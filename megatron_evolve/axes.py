@@ -1,8 +1,8 @@
 """The axes of search: the generic seven at the start, and how each adapts to what its worker found.
 
-After a gain an axis goes on as it went. After a miss it turns round; when both directions have been missed equally often
-and the last one was a loss, its step was too large and is halved. An axis without a gain after two misses each way is
-retired as a plateau. All that was learnt of steps was learnt on one score: when the objective moves, it is forgotten.
+After a gain an axis goes on as it went. After a miss it turns round; when both directions have been missed equally
+often and the last one was a loss, its step was too large and is halved. An axis without a gain after two misses each
+way is retired as a plateau. Steps were learnt on one score: when the objective moves, they are forgotten.
 """
 
 from collections.abc import Sequence
@@ -76,8 +76,7 @@ def set_open(draft: Draft, policy: SearchPolicy, operator: Operator, wanted: boo
     """Opens or closes the axis of an operator that evidence calls for; adds it when there is none."""
     known = [axis for axis in policy.axes if axis.operator == operator]
     for axis in known:
-        draft.write(f"axes.{axis.name}.retired", "" if wanted else reason, reason, *cited) if bool(
-            axis.retired
-        ) == wanted else None
+        if bool(axis.retired) == wanted:
+            draft.write(f"axes.{axis.name}.retired", "" if wanted else reason, reason, *cited)
     if wanted and not known:
         draft.write(f"axes.{operator}", Axis(name=operator, operator=operator).model_dump(mode="json"), reason, *cited)

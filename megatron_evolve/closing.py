@@ -7,7 +7,6 @@ was selected on), the origin's frozen runs, the sealed items of the external tar
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.candidate import candidate, run_seed
 from megatron_evolve.desk import Desk, Stopped
 from megatron_evolve.eval.looks import Look
@@ -16,6 +15,7 @@ from megatron_evolve.eval.score import read_rows
 from megatron_evolve.jobs import FINAL_STAGE, Ground, Run, drive, write_candidate
 from megatron_evolve.origin import ORIGIN_ROUND
 from megatron_evolve.policy import SearchPolicy
+from megatron_evolve.prepare import origin_ground
 from megatron_evolve.review import INTERVAL_ALPHA, seeds_of
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.window import RunReplicates, SeedPool
@@ -37,12 +37,8 @@ def final_comparison(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     """The standing settings against the origin on the sealed items."""
     standing = candidate(desk.substrate_digest, policy.standing)
     write_candidate(desk.ground.folder, policy.round, standing)
-    origin_ground = Ground(
-        folder=CampaignFolder(desk.ground.judge.parent / "origin"),
-        substrate=desk.ground.substrate,
-        judge=desk.ground.judge,
-        time_limit_s=desk.ground.time_limit_s,
-        scores=desk.ground.folder.root / "closing",
+    outside = origin_ground(
+        desk.ground.substrate, desk.ground.judge, desk.ground.time_limit_s, desk.ground.folder.root / "closing"
     )
     origin = candidate(desk.substrate_digest, desk.origin_settings)
     origin_runs = [Run(ORIGIN_ROUND, origin, seed) for seed in desk.origin.seeds]
@@ -66,9 +62,9 @@ def final_comparison(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
         }
     _pay(desk, policy, [standing.id, origin.id], [*finished, *origin_runs])
     _drive(desk, desk.ground, finished, FINAL_STAGE)
-    _drive(desk, origin_ground, origin_runs, FINAL_STAGE)
+    _drive(desk, outside, origin_runs, FINAL_STAGE)
     mine = [_items(desk.ground, run) for run in finished]
-    theirs = [_items(origin_ground, run) for run in origin_runs]
+    theirs = [_items(outside, run) for run in origin_runs]
     return _compare(desk, standing.id, origin.id, mine, theirs)
 
 

@@ -66,5 +66,6 @@ def _loss(index: int, one: CandidateEvidence, objective: str) -> tuple[str, str,
         return None
     effect, outside = one.effects[split], external_effect(one)
     everywhere = objective == "dev" and outside is not None and outside.high < 0
-    told = f"{split} changed by {points(effect.mean)}, at most {points(effect.high)}{', and so did external' * everywhere}."
+    told = f"{split} changed by {points(effect.mean)}, at most {points(effect.high)}"
+    told += ", and the external score fell too." if everywhere else "."
     return "any" if everywhere else objective, told, (f"{here}/effects/{split}",)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 REQUIRED = ("torch", "megatron-core", "triton", "numpy", "scipy", "pyarrow", "pydantic", "safetensors", "transformers")
@@ -120,7 +121,7 @@ def show(found: dict[str, Any]) -> None:
     console.print(f"Python {found['python']}, {found['cores']} cores, {found['memory_gb']} GB, {gpus}")
     packages = Table("package", "version", "what for", box=None)
     for name, got in found["packages"].items():
-        packages.add_row(name, got or "-", "" if got else OPTIONAL.get(name, "required: pip install -e ."))
+        packages.add_row(name, got or "-", "" if got else escape(OPTIONAL.get(name, "required: pip install -e .")))
     packages.add_row("apex", found["apex"], "" if found["apex"] == "nvidia" else APEX_REMEDY)
     console.print(packages)
     table = Table("operation", "path", "why", box=None)

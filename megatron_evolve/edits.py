@@ -32,7 +32,7 @@ class Draft:
 
 
 def apply_edits(policy: SearchPolicy, edits: tuple[Edit, ...]) -> SearchPolicy:
-    """The policy after the edits. Raises ValueError if one says another `from` than stands there, or changes nothing."""
+    """The policy after the edits. Raises ValueError if one has another `from` than stands there, or changes nothing."""
     tree = _tree(policy)
     for edit in edits:
         before = _write(tree, edit.path, edit.after)
@@ -44,7 +44,7 @@ def apply_edits(policy: SearchPolicy, edits: tuple[Edit, ...]) -> SearchPolicy:
 
 
 def check_edits(policy: SearchPolicy, following: SearchPolicy, edits: tuple[Edit, ...], evidence: Evidence) -> None:
-    """Checks that the edits are exactly what differs and that every pointer resolves. Raises ValueError in a sentence."""
+    """Checks that the edits are exactly what differs and that every pointer resolves. Raises ValueError."""
     document = evidence.model_dump(mode="json", by_alias=True)
     paths = [edit.path for edit in edits]
     twice = sorted({path for path in paths if paths.count(path) > 1})

@@ -10,9 +10,9 @@ from megatron_evolve.constitution import Constitution
 from megatron_evolve.dead_ends import new_dead_ends
 from megatron_evolve.edits import Draft, check_edits
 from megatron_evolve.evidence import Evidence
-from megatron_evolve.policy import DomainState, Edit, SearchPolicy, premise, struck
+from megatron_evolve.policy import DomainState, Edit, Replicates, SearchPolicy, premise, struck
 from megatron_evolve.promotion import best_gain, pending_after, settings_after, standing_edits
-from megatron_evolve.reading import Reading, pointer, readings
+from megatron_evolve.reading import Reading, authoritative_split, pointer, readings, told_effect
 from megatron_evolve.stance import (
     ask_external_after,
     cited_verdicts,
@@ -31,12 +31,13 @@ NOISE = pointer("noise")
 
 def initial_policy(standing: Settings, domains: dict[str, DomainState], constitution: Constitution) -> SearchPolicy:
     """The policy of the first round: the substrate's own settings, every generic axis open, dev as the objective."""
+    leaders = min(Replicates().confirm_candidates, constitution.workers - 1)
     return SearchPolicy(
         round=1,
         standing=standing,
         axes=generic_axes(),
         domains=domains,
-        ask_external="all" if constitution.external_looks >= constitution.workers else "best",
+        replicates=Replicates(confirm_candidates=leaders),
         premises=(premise(), *(premise(domain) for domain in domains)),
     )
 
@@ -128,7 +129,7 @@ def _edit_replicates(draft: Draft, policy: SearchPolicy, constitution: Constitut
 
 
 def _edit_domains(draft: Draft, policy: SearchPolicy, evidence: Evidence) -> None:
-    """The anchor's accuracies by domain become what is known; a score that was not asked leaves the last one standing."""
+    """The anchor's accuracies by domain become what is known; what was not asked leaves the last one standing."""
     for index, one in enumerate(evidence.candidates):
         if one.role != "anchor":
             continue
@@ -148,7 +149,7 @@ def explain(policy: SearchPolicy, evidence: Evidence, following: SearchPolicy, e
     lines = [
         f"Round {policy.round} searched in mode {policy.mode} for the {policy.objective} score, "
         f"from standing settings with {len(policy.pending)} change(s) waiting.",
-        *_told_candidates(evidence, following),
+        *_told_candidates(evidence),
         *_told_verdicts(evidence),
     ]
     reasons: dict[str, list[str]] = {}
@@ -167,9 +168,20 @@ def explain(policy: SearchPolicy, evidence: Evidence, following: SearchPolicy, e
     return "\n".join(lines)
 
 
-def _told_candidates(evidence: Evidence, following: SearchPolicy) -> list[str]:
-    told = readings(evidence, following.objective, Constitution())
-    return [f"{reading.sentence}." for reading in told] or ["No explorer ran."]
+def _told_candidates(evidence: Evidence) -> list[str]:
+    explorers = [one for one in evidence.candidates if one.role == "explorer"]
+    told = []
+    for one in sorted(explorers, key=lambda one: one.axis):
+        splits = [authoritative_split(objective, one.effects) for objective in ("dev", "external")]
+        effects = " and ".join(f"{split} by {told_effect(one.effects[split])}" for split in splits if split)
+        runs = ", ".join(sorted({run.outcome.replace("_", " ") for run in one.runs}))
+        if one.refused:
+            told.append(f"{one.axis} had no candidate: {one.refused.rstrip('.')}.")
+        elif effects:
+            told.append(f"{one.axis} moved {effects}{', confirmed by further seeds' * one.confirmed}.")
+        else:
+            told.append(f"{one.axis} has no score ({runs or 'no run'}).")
+    return told or ["No explorer ran."]
 
 
 def _told_verdicts(evidence: Evidence) -> list[str]:

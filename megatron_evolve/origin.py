@@ -47,7 +47,7 @@ def origin_document(ground: Ground, runs: Sequence[Run], external: bool) -> Orig
         RunFacts(
             run.candidate.id,
             run.seed,
-            ground.folder.run(run.round, run.candidate.id, run.seed),
+            ground.stage_dir(run, "dev").parent,
             {stage: {"outcome": "finished", "reason": "", "cpu_seconds": 0.0} for stage in stages},
         )
         for run in runs

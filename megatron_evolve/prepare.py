@@ -22,11 +22,11 @@ from megatron_evolve.campaign import Campaign, ExternalCsv, JudgeSpec, Substrate
 from megatron_evolve.candidate import candidate, run_seed
 from megatron_evolve.eval.freeze import WITHHELD_FILE
 from megatron_evolve.eval.judge import Judge, attach_origin, judge_sources, load_judge
-from megatron_evolve.jobs import Ground, Run, drive
+from megatron_evolve.jobs import Ground, Run, StageEnd, drive
 from megatron_evolve.launch.job import Job, JobOutcome, Launcher, OutcomeKind
 from megatron_evolve.launch.rundir import latest_attempt, make_folder, write_json
 from megatron_evolve.origin import ORIGIN_FILE, ORIGIN_ROUND, origin_document
-from megatron_evolve.substrate.digest import digest_of
+from megatron_evolve.substrate.digest import digest_file, digest_of
 from megatron_evolve.substrate.manifest import MANIFEST, Substrate, trainer_sources, verify
 
 BUILD_SECONDS = 3600.0
@@ -144,36 +144,49 @@ def score_origin(
     substrate: Substrate,
     judge_folder: Path,
     launcher: Launcher,
-    on_progress: Progress,
+    say: Progress,
 ) -> None:
-    """Trains and scores the substrate's own recipe under each origin seed, and attaches the scores to the judge."""
-    work = CampaignFolder(judge_folder.parent / "origin")
-    ground = Ground(
-        folder=work,
-        substrate=substrate_folder,
-        judge=judge_folder,
-        time_limit_s=campaign.constitution.limits.run_seconds,
-        exclude=exclusions(judge_folder),
-    )
+    """Trains the substrate's own recipe under each origin seed, scores it, and attaches the scores to the judge.
+
+    Training depends on the substrate alone, so that judges of one substrate share the trained runs.
+    """
+    ground = origin_ground(substrate_folder, judge_folder, campaign.constitution.limits.run_seconds)
     origin = candidate(substrate.digest, substrate.default)
-    save_json(work.candidate(ORIGIN_ROUND, origin.id) / "candidate.json", origin)
-    seeds = [run_seed(campaign.seed, ORIGIN_ROUND, origin.id, index) for index in range(campaign.judge.origin_seeds)]
+    save_json(ground.folder.candidate(ORIGIN_ROUND, origin.id) / "candidate.json", origin)
+    seeds = [run_seed(0, ORIGIN_ROUND, origin.id, index) for index in range(campaign.judge.origin_seeds)]
     runs = [Run(ORIGIN_ROUND, origin, seed) for seed in seeds]
-    stages = ("train", "dev") + (("external-a", "external-b") if campaign.judge.external else ())
+    stages = ("train", "dev", *(("external-a", "external-b") if campaign.judge.external else ()))
     following = dict(zip(stages, stages[1:], strict=False))
-    on_progress("origin", {"runs": len(runs)})
-    ends = drive(
-        ground,
-        launcher,
-        [(run, "train") for run in runs],
-        lambda end: [(end.run, following[end.stage])] if end.finished and end.stage in following else [],
-    )
-    for end in ends:
+    say("origin", {"runs": len(runs)})
+    first = [(run, "train") for run in runs]
+    for end in drive(
+        ground, launcher, first, lambda end: [(end.run, following[end.stage])] if _goes_on(end, following) else []
+    ):
         if not end.finished:
             raise ValueError(f"the origin's run {end.run.seed} {end.outcome} in {end.stage}: {end.reason}; start again")
-        on_progress("ended", {"round": ORIGIN_ROUND, "stage": end.stage, "end": end})
+        say("ended", {"round": ORIGIN_ROUND, "stage": end.stage, "end": end})
     save_json(judge_folder / ORIGIN_FILE, origin_document(ground, runs, bool(campaign.judge.external)))
     attach_origin(judge_folder, ORIGIN_FILE, seeds)
+
+
+def _goes_on(end: StageEnd, following: dict[str, str]) -> bool:
+    return end.finished and end.stage in following
+
+
+def origin_ground(
+    substrate_folder: Path, judge_folder: Path, time_limit_s: float, scores: Path | None = None
+) -> Ground:
+    """Where the origin's runs lie: trained beside the substrate, scored beside the judge (or in `scores`)."""
+    withheld = exclusions(judge_folder)
+    name = "origin" if withheld is None else f"origin-without-{digest_file(withheld)[:8]}"
+    return Ground(
+        folder=CampaignFolder(substrate_folder.parent / name),
+        substrate=substrate_folder,
+        judge=judge_folder,
+        time_limit_s=time_limit_s,
+        exclude=withheld,
+        scores=scores or judge_folder.parent / "origin",
+    )
 
 
 def exclusions(judge_folder: Path) -> Path | None:

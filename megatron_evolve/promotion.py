@@ -11,7 +11,7 @@ from typing import Any
 from megatron_evolve.delta import canonical_change, same_settings
 from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.reading import Reading
-from megatron_evolve.substrate.settings import Settings, read, write_all
+from megatron_evolve.substrate.settings import Settings, write_all
 
 Change = dict[str, Any]
 
@@ -80,6 +80,3 @@ def _still_open(standing: Settings, change: Change) -> bool:
     except ValueError:
         return False
     return same_settings(untouched, standing) and not same_settings(moved, standing)
-
-
-__all__ = ["best_gain", "overlap", "pending_after", "read", "settings_after", "standing_edits"]

@@ -16,7 +16,7 @@ from megatron_evolve.desk import Desk, Unavailable
 from megatron_evolve.jobs import write_candidate
 from megatron_evolve.policy import Axis, SearchPolicy
 from megatron_evolve.workers.brief import Brief, delta_document
-from megatron_evolve.workers.seam import call_worker
+from megatron_evolve.workers.seam import Call, call_worker
 from megatron_evolve.workers.validate import validate
 
 DEFAULT_WORKER = (sys.executable, "-m", "megatron_evolve.workers.propose")
@@ -105,28 +105,28 @@ def _ask(desk: Desk, policy: SearchPolicy, worker: int, attempt: int, brief: Bri
         raise Unavailable(
             f"worker {worker}'s program {argv[0]} is unavailable: start it again and run the same command"
         )
+    delta = proposal.delta if proposal else None
     record: dict[str, Any] = {
         "round": policy.round,
         "worker": worker,
         "axis": brief.axis.name,
-        "call": call.model_dump(mode="json"),
-        "delta": delta_document(proposal.delta) if proposal else None,
+        "delta": delta_document(delta),
         "candidate": "",
         "refused": "",
     }
-    if proposal is None or proposal.delta is None:
-        record["refused"] = call.reason or (proposal.nothing if proposal else "") or call.ending
-        return record
-    verdict = validate(proposal.delta, policy, desk.campaign.constitution, desk.substrate_view)
-    if isinstance(verdict, str):
-        record["refused"] = verdict
-        return record
-    found = candidate(desk.substrate_digest, verdict)
+    if delta is None:
+        return {**record, "refused": (proposal.nothing if proposal else "") or call.reason, "call": _plain(call)}
+    resolved = validate(delta, policy, desk.campaign.constitution, desk.substrate_view)
+    if isinstance(resolved, str):
+        return {**record, "refused": resolved, "call": _plain(call.refused(resolved))}
+    found = candidate(desk.substrate_digest, resolved)
     write_candidate(desk.ground.folder, policy.round, found)
     save_yaml(desk.ground.folder.candidate(policy.round, found.id) / "delta.yaml", record["delta"])
-    record["candidate"] = found.id
-    record["settings"] = verdict.model_dump(mode="json")
-    return record
+    return {**record, "candidate": found.id, "settings": resolved.model_dump(mode="json"), "call": _plain(call)}
+
+
+def _plain(call: Call) -> dict[str, Any]:
+    return call.model_dump(mode="json")
 
 
 def _explorer(desk: Desk, round_number: int, worker: int, attempt: int, axis: str, event: dict[str, Any]) -> Explorer:

@@ -52,6 +52,11 @@ def points(value: float) -> str:
     return f"{100 * value:+.1f} pt"
 
 
+def told_effect(effect: EffectValue) -> str:
+    """An effect with its interval and its probability, for a sentence."""
+    return f"{points(effect.mean)} [{points(effect.low)}, {points(effect.high)}], P(better) {effect.p_better:.2f}"
+
+
 def authoritative_split(objective: str, effects: dict[str, EffectValue]) -> str | None:
     """The split that judges: the objective's B half; the whole of an external score that has no halves."""
     halves = {"dev": ("dev-b",), "external": ("external-b", "external")}[objective]
@@ -75,10 +80,7 @@ def _reading(index: int, one: CandidateEvidence, objective: str, constitution: C
     effect = one.effects[split]
     kind, extra = _kind(one, effect, objective, constitution.promote_probability)
     selecting = one.effects.get(split.removesuffix("-b") + "-a")
-    sentence = (
-        f"{one.axis} moved {split} by {points(effect.mean)} [{points(effect.low)}, {points(effect.high)}], "
-        f"P(better) {effect.p_better:.2f}{extra}"
-    )
+    sentence = f"{one.axis} moved {split} by {told_effect(effect)}{extra}"
     cited = (f"{here}/effects/{split}", f"{here}/confirmed")
     return Reading(one, kind, effect, selecting.mean if selecting else None, sentence, cited + _veto_pointer(here, one))
 

@@ -7,8 +7,8 @@ Everything here follows from verdicts and noise, never from how many rounds have
     exploit-proxy        a confirmed dev gain moved the standing settings, and nothing waits
     stabilise            nothing confirmed yet, or most of what was tried could not be scored
 
-A DECOUPLED or INVERSE verdict strikes the premise of its scope (overall or a domain). A premise is taken back by TRACKING
-in the same scope, from rounds opened since; the search returns to dev when none is struck.
+A DECOUPLED or INVERSE verdict strikes the premise of its scope (overall or a domain). A premise is taken back by
+TRACKING in the same scope, from rounds opened since; the search returns to dev when none is struck.
 """
 
 from collections.abc import Mapping, Sequence
@@ -127,10 +127,7 @@ def mode_after(
             f"Candidates differ by {noise:.2f} times what seeds differ by, so gains need replicates.",
         )
     if moved:
-        return (
-            "exploit-proxy",
-            "A confirmed dev gain stands well above the noise of seeds, and nothing waits to be combined.",
-        )
+        return "exploit-proxy", "A confirmed dev gain moved the standing settings, and nothing waits to be combined."
     if policy.mode in ("proxy-aware", "stack-and-calibrate"):
         return "stabilise", "Nothing is left to combine, and no new gain is confirmed."
     return policy.mode, "The round changed nothing."
@@ -151,9 +148,10 @@ def confirm_seeds_after(policy: SearchPolicy, constitution: Constitution, noise:
 def ask_external_after(policy: SearchPolicy, constitution: Constitution, looks: Mapping[str, int]) -> tuple[str, str]:
     """Whose external score is asked next, given the looks that are left: asking less is the only change made here."""
     left = looks.get("external_budget", constitution.external_looks) - looks.get("external", 0)
-    if policy.ask_external == "all" and left < constitution.workers:
+    full = 2 * constitution.workers  # each candidate is asked on two halves
+    if policy.ask_external == "all" and left < full:
         return (
             "best",
-            f"{left} external look(s) are left, fewer than a round of {constitution.workers} candidates takes.",
+            f"{left} external look(s) are left, fewer than the {full} that a whole round takes.",
         )
     return policy.ask_external, "The looks suffice."

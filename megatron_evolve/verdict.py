@@ -99,7 +99,11 @@ class Verdict(Frozen):
 
 @dataclass(frozen=True, eq=False)
 class _Look:
-    """One estimand in one domain, estimated; `missing` says why there is no number."""
+    """One estimand in one domain, estimated; `missing` says why there is no number.
+
+    `asked` is false where nothing was compared, which is known before this round's answers are: such a look takes no
+    share of the level. One that was asked and shows no variance keeps its share.
+    """
 
     estimand: Estimand
     domain: str
@@ -109,6 +113,7 @@ class _Look:
     g: Estimate | None = None
     ranking_usable: bool = False
     missing: str = ""
+    asked: bool = True
 
     @property
     def decoupled_p(self) -> float:
@@ -152,7 +157,7 @@ def _scope(domain: str, rounds: Sequence[RoundItems], rule: GapTest, pool: SeedP
 
 def _look(estimand: Estimand, pair: Pair, domain: str, scope: _Scope | str, rule: GapTest) -> _Look:
     if pair.missing or isinstance(scope, str):
-        return _Look(estimand, domain, pair, missing=pair.missing or scope)
+        return _Look(estimand, domain, pair, missing=pair.missing or scope, asked=False)
     dev, external = ((one, weights) for one, weights in zip((pair.dev, pair.external), scope.weights, strict=True))
     d = estimate([(1.0, *dev)], scope.seeds[0])
     t = estimate([(1.0, *external)], scope.seeds[1])
@@ -182,10 +187,14 @@ def judge(rounds_in_window: Sequence[RoundItems], rule: GapTest, pool: SeedPool)
             # Without a target there is nothing to weigh: no pair, no scope.
             scope = "" if all(pair.missing for pair in pairs.values()) else _scope(domain, rounds, rule, pool)
             looks += [_look(estimand, pairs[estimand], domain, scope, rule) for estimand in rule.estimands]
-        alarm_levels = holm_levels([look.alarm_p for look in looks], rule.level)
-        tracking_levels = holm_levels([look.tracking_p for look in looks], rule.level)
-        for look, levels in zip(looks, zip(alarm_levels, tracking_levels, strict=True), strict=True):
-            verdicts.append(_verdict(look, levels, rounds[-1].number, rule))
+        alarm = holm_levels([look.alarm_p for look in looks if look.asked], rule.level)
+        tracking = holm_levels([look.tracking_p for look in looks if look.asked], rule.level)
+        for look in looks:
+            if look.missing:
+                verdicts.append(_without_number(look))
+            else:
+                levels = alarm[look.alarm_p], tracking[look.tracking_p]
+                verdicts.append(_verdict(look, levels, rounds[-1].number, rule))
     return tuple(verdicts)
 
 
@@ -205,11 +214,11 @@ def _check_window(rounds: Sequence[RoundItems], rule: GapTest) -> None:
                 )
 
 
-def holm_levels(p_values: Sequence[float], alpha: float) -> list[float]:
-    """The level at which Holm's step-down tests each p-value, in their order; it rejects where p <= level.
+def holm_levels(p_values: Sequence[float], alpha: float) -> dict[float, float]:
+    """The level at which Holm's step-down tests each p-value; it rejects where p <= level.
 
     From the smallest on, the k-th of m meets alpha / (m - k + 1); the first to fail keeps its level for all after it.
-    Equal p-values meet one level, so that order does not matter.
+    Equal p-values meet one level, so that their order does not matter.
     """
     level_of: dict[float, float] = {}
     level = alpha
@@ -217,13 +226,21 @@ def holm_levels(p_values: Sequence[float], alpha: float) -> list[float]:
         if not level_of or max(level_of) <= level:
             level = alpha / (len(p_values) - place)
         level_of.setdefault(p, level)
-    return [level_of[p] for p in p_values]
+    return level_of
+
+
+def _without_number(look: _Look) -> Verdict:
+    return Verdict(
+        outcome="UNRESOLVED",
+        estimand=look.estimand,
+        domain=look.domain,
+        alpha_spent=0.0,
+        ranking_usable=False,
+        reason=_sentence(look.missing),
+    )
 
 
 def _verdict(look: _Look, levels: tuple[float, float], number: int, rule: GapTest) -> Verdict:
-    said = {"estimand": look.estimand, "domain": look.domain, "ranking_usable": look.ranking_usable}
-    if look.missing:
-        return Verdict(**said, outcome="UNRESOLVED", alpha_spent=0.0, reason=_sentence(look.missing))
     level = levels[0] if look.alarm_p <= look.tracking_p else levels[1]
     outcome, declared = "UNRESOLVED", number in rule.rounds
     if declared and min(look.alarm_p, look.tracking_p) <= level:
@@ -234,8 +251,9 @@ def _verdict(look: _Look, levels: tuple[float, float], number: int, rule: GapTes
         reason = _reason(outcome, look, level, rule)
     sure = min(look.d.p_above(), look.d.p_below()) <= DESCRIPTION_ALPHA / 2
     return Verdict(
-        **said,
         outcome=outcome,
+        estimand=look.estimand,
+        domain=look.domain,
         d_dev=Bounds.of(look.d, level),
         d_external=Bounds.of(look.t, level),
         gap=Bounds.of(look.g, level),
@@ -245,6 +263,7 @@ def _verdict(look: _Look, levels: tuple[float, float], number: int, rule: GapTes
         minimum_detectable_effect=max(
             minimum_detectable_effect(look.d, level), minimum_detectable_effect(look.g, level) / rule.beta0
         ),
+        ranking_usable=look.ranking_usable,
         reason=_sentence(reason),
     )
 

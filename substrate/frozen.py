@@ -37,7 +37,8 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def _sentence(cls: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors()[0]
+    # A misspelt key also leaves the right one missing: the misspelling is what to mend.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     path = ".".join(str(part) for part in first["loc"]) or "document"
     more = f" ({error.error_count() - 1} more problem(s) after this one)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":

@@ -41,13 +41,17 @@ class PieceTokenizer:
     def __init__(self, pieces: Sequence[str]) -> None:
         doubled = sorted({piece for piece in pieces if pieces.count(piece) > 1})
         if doubled or "" in pieces:
-            raise ValueError(f"pieces must be distinct and not empty; got {doubled or ['']} twice or empty: remove them")
+            raise ValueError(
+                f"pieces must be distinct and not empty; got {doubled or ['']} twice or empty: remove them"
+            )
         self.pieces = tuple(pieces)
         named = (PAD, EOS, *self.pieces)
         reserved = tuple(f"<reserved-{i}>" for i in range(-len(named) % VOCAB_MULTIPLE))
         self._texts = named + reserved
         self._ids = {piece: i + 2 for i, piece in enumerate(self.pieces)}
-        longest_first = sorted((piece for piece in self.pieces if len(piece) > 1), key=lambda piece: (-len(piece), piece))
+        longest_first = sorted(
+            (piece for piece in self.pieces if len(piece) > 1), key=lambda piece: (-len(piece), piece)
+        )
         self._cut = re.compile("|".join([*map(_alternative, longest_first), r"[\s\S]"])).findall
 
     def __eq__(self, other: object) -> bool:

@@ -1,8 +1,8 @@
 """What a worker is told, and what it answers: the two files of the process seam.
 
-A brief is complete, hashed and one-shot: the substrate as the public may know it, the search policy, one axis, a seed and
-what a delta may reach. Nothing of earlier rounds is in it beyond the policy, nothing of other workers, and no path. The
-answer is one delta, or `nothing` with the reason.
+A brief is complete, hashed and one-shot: the substrate as the public may know it, the search policy, one axis, a seed
+and what a delta may reach. Nothing of earlier rounds is in it beyond the policy, nothing of other workers, and no path.
+The answer is one delta, or `nothing` with the reason.
 """
 
 from typing import Any, Literal

@@ -1,7 +1,7 @@
 """A process group of one: every collective is a copy.
 
-gloo opens a listening socket and a thread for each of Megatron's twenty groups even for one process, and wants a host name that
-resolves. A run on one process needs none of it. Registered with torch as the backend "alone" (CPU tensors).
+gloo opens a listening socket and two threads for each of Megatron's twenty groups even for one process, and wants a host
+name that resolves. A run on one process needs none of it. Registered with torch as the backend "alone" (CPU tensors).
 """
 
 from datetime import timedelta
@@ -64,19 +64,22 @@ class ProcessGroupAlone(dist.ProcessGroup):
 
     reduce_scatter = scatter
 
-    def _allgather_base(self, output: Tensor, value: Tensor, opts: Any = None) -> dist.Work:
+    def all_gather_single(self, output: Tensor, value: Tensor, opts: Any = None) -> dist.Work:
         return _copy([output], [value])
 
-    _reduce_scatter_base = _allgather_base
+    reduce_scatter_single = gather_single = all_gather_single
+    # what torch called the two before 2.15
+    _allgather_base = _reduce_scatter_base = all_gather_single
 
-    def allgather_into_tensor_coalesced(
-        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
-    ) -> dist.Work:
+    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> dist.Work:
         return _copy(outputs, inputs)
 
-    reduce_scatter_tensor_coalesced = alltoall = allgather_into_tensor_coalesced
+    reduce_scatter_single_coalesced = alltoall = all_gather_single_coalesced
+    allgather_into_tensor_coalesced = reduce_scatter_tensor_coalesced = all_gather_single_coalesced
 
-    def alltoall_base(
+    def all_to_all_single(
         self, output: Tensor, value: Tensor, output_sizes: list[int], input_sizes: list[int], opts: Any = None
     ) -> dist.Work:
         return _copy([output], [value])
+
+    alltoall_base = all_to_all_single

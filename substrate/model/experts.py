@@ -113,7 +113,7 @@ class ExpertWeights(torch.nn.Module):
 
 
 class GroupedExperts(MegatronModule):
-    """All local experts of one layer; Megatron's `ExpertsBuilder` and `ExpertsInterface` (transformer/moe/moe_layer.py).
+    """All local experts of one layer; an `ExpertsBuilder` and `ExpertsInterface` of Megatron's moe_layer.py.
 
     `backend` names the form of the maths: "eager", or "reference" to hold a suspect result against the definition.
     Raises ValueError for a configuration whose experts would compute something else.
@@ -144,7 +144,7 @@ class GroupedExperts(MegatronModule):
     def forward(
         self, dispatched_input: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, None]:
-        """Rows (M, H) sorted by local expert, rows of each expert (E,), probability of each row (M,): (M, H) and no bias.
+        """Rows (M, H) sorted by local expert, rows per expert (E,), probability of each row (M,): (M, H), no bias.
 
         With expert tensor parallelism the result is this rank's partial sum, which Megatron's dispatcher adds up.
         """

@@ -13,9 +13,7 @@ from megatron_evolve.substrate.puzzles.row import ANSWER_STYLE, DIFFICULTIES, Ro
 
 TRACE_STYLE = "short-trace"
 
-_MODULES = {
-    module.FAMILY: module for module in (numeral, gravity, unit_conversion, cipher, bit_manipulation, equation)
-}
+_MODULES = {module.FAMILY: module for module in (numeral, gravity, unit_conversion, cipher, bit_manipulation, equation)}
 _GENERATORS = {
     (family, difficulty): getattr(module, f"draw_{difficulty}")
     for family, module in _MODULES.items()

@@ -51,5 +51,7 @@ def _pattern(template: str, *, named: bool = True, **fields: str) -> str:
     """`template` as a regular expression, each field replaced by its own expression."""
     pattern = re.escape(template)
     for name, expression in fields.items():
-        pattern = pattern.replace(re.escape(f"{{{name}}}"), f"(?P<{name}>{expression})" if named else f"(?:{expression})")
+        pattern = pattern.replace(
+            re.escape(f"{{{name}}}"), f"(?P<{name}>{expression})" if named else f"(?:{expression})"
+        )
     return pattern

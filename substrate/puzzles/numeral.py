@@ -88,5 +88,12 @@ def _row(difficulty: str, prompt: str, number: int, instance_: str) -> Row:
     parts = places(number)
     trace = ",".join(parts if number >= 100 else parts[1:])
     return Row(
-        FAMILY, FAMILY, difficulty, prompt, "".join(parts), {"answer": "", "short-trace": trace}, {"n": number}, instance_
+        FAMILY,
+        FAMILY,
+        difficulty,
+        prompt,
+        "".join(parts),
+        {"answer": "", "short-trace": trace},
+        {"n": number},
+        instance_,
     )

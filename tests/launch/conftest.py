@@ -52,7 +52,7 @@ def make_job(tmp_path: Path) -> Callable[..., Job]:
         run_dir = tmp_path / key
         argv = ("/bin/sh", "-c", command) if isinstance(command, str) else command
         env = {"RUN": str(run_dir)} | fields.pop("env", {})
-        return Job(key, argv, run_dir, **({"time_limit_s": 60.0, "done_file": "done", "env": env} | fields))
+        return Job(key, argv, run_dir, **({"time_limit_s": 30.0, "done_file": "done", "env": env} | fields))
 
     return make
 

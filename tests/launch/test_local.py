@@ -154,6 +154,25 @@ def test_an_attempt_that_was_prepared_but_never_begun_is_begun(
     assert (outcome.kind, outcome.attempt) == (OutcomeKind.FINISHED, 1)
 
 
+def test_a_supervisor_that_begins_while_its_job_waits_is_noticed(
+    launcher: LocalLauncher, make_job: Callable[..., Job], ending_of: Callable, wait_until: Callable
+) -> None:
+    """A dead controller had started it, but it signs the attempt only now, when this launcher's cores are taken."""
+    busy, late = make_job("busy", UNTIL_GO, resources=Resources(cores=2)), make_job("late", UNTIL_GO)
+    folder = rundir.prepare_attempt(late, 1)
+    launcher.submit(busy)
+    launcher.submit(late)
+    assert launcher.poll(["busy", "late"]) == {"busy": "running", "late": "pending"}
+    supervisor = subprocess.Popen(
+        [sys.executable, "-m", "megatron_evolve.launch.supervise", folder], start_new_session=True
+    )
+    wait_until(lambda: launcher.poll(["late"])["late"] == "running", "the late supervisor")
+    for job in (busy, late):
+        (job.run_dir / "go").touch()
+        assert ending_of(launcher, job.key).kind is OutcomeKind.FINISHED
+    supervisor.wait()
+
+
 def test_a_job_whose_supervisor_was_killed_is_lost_with_all_it_started(
     launcher: LocalLauncher, make_job: Callable[..., Job], ending_of: Callable, wait_until: Callable
 ) -> None:

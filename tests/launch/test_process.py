@@ -13,8 +13,8 @@ from megatron_evolve.launch.process import ProcessIdentity, kill_left_behind, re
 
 LEADER = """
 import subprocess
-for own_session in (False, True):
-    print(subprocess.Popen(["sleep", "60"], start_new_session=own_session).pid, flush=True)
+print(subprocess.Popen(["sleep", "60"], env={}).pid, flush=True)
+print(subprocess.Popen(["sleep", "60"], start_new_session=True).pid, flush=True)
 input()
 """
 

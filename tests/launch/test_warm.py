@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,20 +15,22 @@ from megatron_evolve.launch import rundir
 from megatron_evolve.launch.job import Job, OutcomeKind, canonical_json
 from megatron_evolve.launch.local import LocalLauncher
 from megatron_evolve.launch.process import ProcessIdentity, read_stat
-from megatron_evolve.launch.warm import WarmError, forkable_module
+from megatron_evolve.launch.warm import LINGER_S, TICK_S, WarmError, forkable_module
 from megatron_evolve.launch.warm_client import WarmSettings
 
 # A package that stands for a training framework: what the preload leaves in it shows that a job is a fork.
 HEAVY = """
+import signal
 LOADED_BY = None
 
 def load():
     global LOADED_BY
     import os
     LOADED_BY = os.getpid()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 """
 SHOW = """
-import json, os, sys, warmjobs.heavy
+import json, os, signal, sys, warmjobs.heavy
 
 def links():
     for name in os.listdir("/proc/self/fd"):
@@ -40,6 +43,7 @@ run = os.environ["RUN"]
 shown = {
     "loaded_by": warmjobs.heavy.LOADED_BY, "parent": os.getppid(), "argv": sys.argv[1:], "env": dict(os.environ),
     "fds": sorted(links()), "group": os.getpgid(0), "pid": os.getpid(), "session": os.getsid(0), "cwd": os.getcwd(),
+    "usr1_is_default": signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL,
 }
 json.dump(shown, open(f"{run}/done", "w"))
 print("shown")
@@ -83,7 +87,11 @@ def settings(tmp_path: Path) -> WarmSettings:
     (package / "__init__.py").touch()
     for name, source in MODULES.items():
         (package / f"{name}.py").write_text(source)
-    env = {"PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1", "LOADED": str(tmp_path / "loaded")}
+    env = {
+        "PYTHONPATH": os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": "1",
+        "LOADED": str(tmp_path / "loaded"),
+    }
     return WarmSettings(("warmjobs.heavy:load",), ("warmjobs",), env)
 
 
@@ -122,6 +130,7 @@ def test_a_fork_is_a_job_like_any_other(
     assert shown["argv"] == ["--steps", "3"]
     assert (shown["parent"], shown["session"]) == (supervisor, supervisor)
     assert shown["group"] == shown["pid"]
+    assert shown["usr1_is_default"]
     assert shown["cwd"] == str(tmp_path)
     assert (shown["env"]["OF_THE_LAUNCHER"], shown["env"]["OF_THE_JOB"]) == ("yes", "too")
     assert "LOADED" not in shown["env"]  # of the parent only
@@ -240,7 +249,8 @@ def test_a_parent_without_launcher_and_jobs_ends_by_itself(
     pointer = rundir.read_json(tmp_path / "state/warm.json")
     parent, folder = ProcessIdentity(**pointer["parent"]), Path(pointer["socket"]).parent
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert parent.is_alive  # the job still runs
+    time.sleep(LINGER_S + 2 * TICK_S)  # that nothing happens can only be waited for
+    assert parent.is_alive  # since the job still runs
     (job.run_dir / "go").touch()
     wait_until(lambda: not parent.is_alive, "the parent's end")
     assert not folder.exists()

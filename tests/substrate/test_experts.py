@@ -122,7 +122,7 @@ def test_initialised_by_seed_at_the_configured_width(megatron):
         assert not torch.equal(a, c)
     fc1, fc2 = first.linear_fc1.weight0, first.linear_fc2.weight0
     assert not torch.equal(fc1, first.linear_fc1.weight1)
-    num_residual = 2 * len(NANO_CPU.pattern)  # output projections start smaller by the root of the residual branches
+    num_residual = len(NANO_CPU.pattern)  # output projections start smaller by the root of the residual branches
     assert fc1.std().item() == pytest.approx(NANO_CPU.init_std, rel=0.05)
     assert fc2.std().item() == pytest.approx(NANO_CPU.init_std / num_residual**0.5, rel=0.05)
 

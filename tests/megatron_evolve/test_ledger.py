@@ -1,0 +1,75 @@
+"""The ledger: chained, append-only, forgiving only of a torn last line."""
+
+import json
+
+import pytest
+
+from megatron_evolve.ledger import GENESIS, Ledger, read_ledger
+
+
+def filled(folder, count: int = 4):
+    ledger = Ledger(folder)
+    for number in range(count):
+        ledger.append("kind", str(number), {"value": number, "text": "ü"})
+    ledger.close()
+    return folder / "ledger.jsonl"
+
+
+def test_round_trip_and_chain(tmp_path) -> None:
+    events = read_ledger(filled(tmp_path))
+    assert [event.data["value"] for event in events] == [0, 1, 2, 3]
+    assert events[0].previous == GENESIS
+    assert all(later.previous == earlier.hash for earlier, later in zip(events, events[1:], strict=False))
+
+
+def test_once_happens_once_and_survives_reopening(tmp_path) -> None:
+    calls = []
+    ledger = Ledger(tmp_path)
+    for _ in range(2):
+        assert ledger.once("a", "k", lambda: calls.append(1) or {"x": 1}) == {"x": 1}
+    ledger.close()
+    again = Ledger(tmp_path)
+    assert again.once("a", "k", lambda: calls.append(1) or {"x": 2}) == {"x": 1}
+    assert calls == [1]
+    assert again.find("a", "other") is None
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path) -> None:
+    path = filled(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"number": 4, "ti')
+    assert len(read_ledger(path)) == 4
+    ledger = Ledger(tmp_path)
+    ledger.append("kind", "4", {})
+    ledger.close()
+    assert len(read_ledger(path)) == 5
+    assert path.read_bytes().startswith(whole)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [lines[0], b"garbage", *lines[2:]],
+        lambda lines: [lines[0], *lines[2:]],
+        lambda lines: [lines[1], lines[0], *lines[2:]],
+        lambda lines: [*lines[:1], lines[1].replace(b'"value": 1', b'"value": 7'), *lines[2:]],
+    ],
+    ids=["garbage", "removed", "swapped", "changed"],
+)
+def test_damage_is_found_and_located(tmp_path, damage) -> None:
+    path = filled(tmp_path)
+    path.write_bytes(b"\n".join(damage(path.read_bytes().splitlines())) + b"\n")
+    with pytest.raises(ValueError, match=r"ledger.jsonl line [12]"):
+        read_ledger(path)
+    with pytest.raises(ValueError, match=r"ledger.jsonl line [12]"):
+        Ledger(tmp_path)
+
+
+def test_an_empty_folder_holds_no_campaign(tmp_path) -> None:
+    with pytest.raises(ValueError, match="holds no campaign"):
+        read_ledger(tmp_path / "ledger.jsonl")
+
+
+def test_lines_are_plain_json(tmp_path) -> None:
+    first = json.loads(filled(tmp_path).read_text().splitlines()[0])
+    assert set(first) == {"number", "time", "kind", "key", "data", "previous", "hash"}
