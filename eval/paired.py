@@ -9,12 +9,13 @@ variance has two parts.
     seeds   a training run is a draw too (`seeds.py`). Its excess over item flips is added once per run, times the run's
             squared coefficient: s^2 (1/m + 1/A) for m runs against A anchor runs.
 
-Degrees of freedom by Satterthwaite. Letters: R runs, n items, F families.
+The item variance has hundreds of degrees of freedom (Satterthwaite over families), the seed variance a handful, so a
+tail is the items' t averaged over what the seed variance may be. Letters: R runs, n items, F families.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -172,34 +173,70 @@ def _by_item(answers: Sequence[Answers], influences: Sequence[np.ndarray]) -> tu
 
 @dataclass(frozen=True)
 class Estimate:
-    """A difference with its standard error and degrees of freedom; accuracy units (0.01 is a point)."""
+    """A difference and what is known of its error; accuracy units (0.01 is a point).
+
+    `squared` is the sum of the squared run coefficients: how often one run's variance counts.
+    """
 
     mean: float
     item_variance: float
-    seed_variance: float
-    df: float
+    item_df: float
+    squared: float = 0.0
+    seeds: SeedVariance | None = None
+
+    @property
+    def seed_variance(self) -> float:
+        return self.squared * self.seeds.excess if self.seeds else 0.0
 
     @property
     def se(self) -> float:
         return math.sqrt(self.item_variance + self.seed_variance)
 
+    @property
+    def df(self) -> float:
+        """Of the seed variance, the scarcer of the two; of the items' where seeds are not counted."""
+        return self.seeds.df if self.seeds else self.item_df
+
+    def half_width(self, alpha: float) -> float:
+        """How far a one-sided bound at level alpha < .5 lies from the mean."""
+        if not self.se:
+            return 0.0
+        from scipy.optimize import brentq
+
+        far = 4 * self.se
+        while self._tail(far) > alpha:
+            far *= 4
+        return float(brentq(lambda x: math.log(self._tail(x) / alpha), 0.0, far, rtol=1e-6))
+
     def lower(self, alpha: float) -> float:
         """One-sided lower bound at level alpha."""
-        return self.mean - t_quantile(1 - alpha, self.df) * self.se
+        return self.mean - self.half_width(alpha)
 
     def upper(self, alpha: float) -> float:
-        return self.mean + t_quantile(1 - alpha, self.df) * self.se
+        return self.mean + self.half_width(alpha)
 
-    def p_above(self, value: float = 0.0) -> float:
-        """p of "not above `value`", one-sided. Raises ValueError where no variance was seen."""
+    def p_above(self) -> float:
+        """p of "not above zero", one-sided. Raises ValueError where no variance was seen."""
         if not self.se:
             raise ValueError(
                 f"expected a difference that varies over items, got {self.mean} on each: no p-value comes from that"
             )
-        return t_tail((self.mean - value) / self.se, self.df)
+        upper = self._tail(abs(self.mean))
+        return upper if self.mean > 0 else 1 - upper
 
-    def p_below(self, value: float = 0.0) -> float:
-        return 1 - self.p_above(value)
+    def p_below(self) -> float:
+        return 1 - self.p_above()
+
+    def _tail(self, deviation: float) -> float:
+        """P(estimate - truth > deviation), averaged over what the seed variance may be (`SeedVariance.draws`)."""
+        from scipy.special import stdtr
+
+        if self.seeds is None or not self.squared:
+            return float(stdtr(self.item_df, -deviation / math.sqrt(self.item_variance)))
+        excess, probability = self.seeds.draws()
+        return float(
+            probability @ stdtr(self.item_df, -deviation / np.sqrt(self.item_variance + self.squared * excess))
+        )
 
 
 def estimate(
@@ -217,15 +254,8 @@ def estimate(
         dfs.append(one.dfs_F)
     part, df = np.concatenate(parts), np.concatenate(dfs)
     items, spread = math.fsum(part), math.fsum(part**2 / df)
-    added = 0.0
-    if seeds is not None:
-        squared = sum(coefficient**2 for coefficient in terms[0][1].coefficients.values())
-        added = squared * seeds.excess
-        # The excess is as uncertain as all of s^2, and a small s^2 must not buy certainty: with the excess alone here
-        # the test is false up to 3 times as often as it says (7 df, level .002); with this never over 1.25 times.
-        spread += (squared * max(seeds.replicate, seeds.flips)) ** 2 / seeds.df
-    total = items + added
-    return Estimate(mean, items, added, total**2 / spread if spread else math.inf)
+    squared = math.fsum(coefficient**2 for coefficient in terms[0][1].coefficients.values())
+    return Estimate(mean, items, items**2 / spread if spread else math.inf, squared, seeds)
 
 
 def effect(
@@ -259,37 +289,22 @@ def difference(seeds: Mapping[str, Sequence[int]], factor: float) -> dict[RunKey
     }
 
 
-def t_quantile(probability: float, df: float) -> float:
-    """Student's t quantile; normal from a million degrees of freedom."""
-    if df > 1e6:
-        return NormalDist().inv_cdf(probability)
-    from scipy.special import stdtrit
-
-    return float(stdtrit(df, probability))
-
-
-def t_tail(t: float, df: float) -> float:
-    """P(T > t)."""
-    from scipy.special import ndtr, stdtr
-
-    return float(ndtr(-t) if df > 1e6 else stdtr(df, -t))
-
-
 def probability_better(found: Estimate, prior_sd: float = PRIOR_SD) -> float:
     """Posterior probability that the true difference is above 0, before measuring N(0, prior_sd^2).
 
-    Normal shrinkage of the mean, t tail for the estimated error. For acting and display; never inside a test. .5 where
+    Normal shrinkage of the mean, the estimate's own tail for its error. For acting and display; never inside a test. .5 where
     nothing was learnt, which is also the answer where no item tells the two apart.
     """
     if not found.se:
         return 0.5
     kept = prior_sd**2 / (prior_sd**2 + found.se**2)
-    return 1 - t_tail(math.sqrt(kept) * found.mean / found.se, found.df)
+    shrunk = replace(found, mean=math.sqrt(kept) * found.mean)
+    return 1 - shrunk.p_above()
 
 
 def minimum_detectable_effect(found: Estimate, alpha: float, power: float = POWER) -> float:
     """The true effect that a one-sided test at level alpha sees with the given power."""
-    return (t_quantile(1 - alpha, found.df) + t_quantile(power, found.df)) * found.se
+    return found.half_width(alpha) + NormalDist().inv_cdf(power) * found.se
 
 
 def wilson(mean: float, n: float, confidence: float = 0.95) -> tuple[float, float]:

@@ -10,6 +10,7 @@ Letters: k replicates, n items, F families.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -102,8 +103,30 @@ class SeedVariance:
     def excess(self) -> float:
         return max(0.0, self.replicate - self.flips)
 
+    def draws(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the excess may truly be, with probabilities: df s^2 / W - psi_rep / 2n, not below 0, W ~ chi^2(df).
+
+        The generalized pivot of Weerahandi (1993). It gives Student's t where items add nothing and the normal where
+        seeds add nothing, and is false at most 1.15 times as often as it says between them, from 1 df on and down to
+        level .002 (simulated). Satterthwaite's combined df was false up to 15 times as often there, since s^2 less its
+        flips is no chi^2; counting the flips' df back in cost all power below 8 df.
+        """
+        chi2, probability = _chi2_nodes(self.df)
+        return np.maximum(0.0, self.df * self.replicate / chi2 - self.flips), probability
+
 
 Term = tuple[float, Replicates, Mapping[str, float]]  # factor, replicates of one split, family weights
+
+
+@lru_cache(maxsize=256)
+def _chi2_nodes(df: float) -> tuple[np.ndarray, np.ndarray]:
+    """Quadrature of chi^2(df): the trapezoid rule in log W, which agrees with Student's t to 7 digits at 64 nodes."""
+    from scipy.special import chdtri
+
+    log_w = np.linspace(math.log(chdtri(df, 1 - 1e-9)), math.log(chdtri(df, 1e-12)), 64)
+    log_density = df / 2 * log_w - np.exp(log_w) / 2
+    probability = np.exp(log_density - log_density.max())
+    return np.exp(log_w), probability / probability.sum()
 
 
 def seed_variance(groups: Sequence[Sequence[Term]]) -> SeedVariance | None:

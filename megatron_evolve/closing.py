@@ -12,13 +12,13 @@ from megatron_evolve.desk import Desk, Stopped
 from megatron_evolve.eval.looks import Look
 from megatron_evolve.eval.paired import RunItems, effect, probability_better
 from megatron_evolve.eval.score import read_rows
+from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.jobs import FINAL_STAGE, Ground, Run, drive, write_candidate
 from megatron_evolve.origin import ORIGIN_ROUND
 from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.prepare import origin_ground
 from megatron_evolve.review import INTERVAL_ALPHA, seeds_of
 from megatron_evolve.substrate.digest import digest_of
-from megatron_evolve.window import RunReplicates, SeedPool
 
 
 def close_campaign(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class RunFacts:
         return RunItems(
             self.candidate,
             self.seed,
-            [item for part in parts for item in part.item_ids.tolist()],
+            [f"{split}/{item}" for split, part in zip(splits, parts, strict=True) for item in part.item_ids.tolist()],
             [name for part in parts for name in part.families.tolist()],
             [value for part in parts for value in part.correct.tolist()],
         )

@@ -111,7 +111,7 @@ class Ground:
         kind, reason = outcome.kind.value, outcome.reason
         if stage == "train" and outcome.kind is OutcomeKind.FINISHED:
             result = read_json(self.stage_dir(run, stage) / RESULT_FILE)
-            if "diverged" in result:
+            if result["diverged"]:
                 kind = "diverged"
                 reason = f"diverged at step {result['diverged']['step']}: {result['diverged']['reason']}"
         return StageEnd(

@@ -12,14 +12,15 @@ from pydantic import Field
 
 from megatron_evolve.eval.judge import Judge
 from megatron_evolve.eval.paired import Answers
+from megatron_evolve.eval.seeds import Replicates, RunReplicates
 from megatron_evolve.facts import RunFacts
 from megatron_evolve.jobs import Ground, Run
 from megatron_evolve.launch.rundir import read_json
 from megatron_evolve.substrate.frozen import Frozen
-from megatron_evolve.window import RunReplicates
 
 ORIGIN_FILE = "origin.json"
 ORIGIN_ROUND = 0
+EXTERNAL_SPLITS = ("external-a", "external-b")
 
 
 class Origin(Frozen):
@@ -42,7 +43,7 @@ class Origin(Frozen):
 
 def origin_document(ground: Ground, runs: Sequence[Run], external: bool) -> Origin:
     """The origin's scores from its finished runs."""
-    stages = ("train", "dev", *(("external-a", "external-b") if external else ()))
+    stages = ("train", "dev", *(EXTERNAL_SPLITS if external else ()))
     facts = [
         RunFacts(
             run.candidate.id,
@@ -52,14 +53,19 @@ def origin_document(ground: Ground, runs: Sequence[Run], external: bool) -> Orig
         )
         for run in runs
     ]
-    splits = ("dev-a", "dev-b", *(("external-a", "external-b") if external else ()))
-    outside = [run.items(("external-a", "external-b")) for run in facts] if external else []
+    splits = ("dev-a", "dev-b", *(EXTERNAL_SPLITS if external else ()))
+    outside = _replicates(facts, EXTERNAL_SPLITS) if external else None
     return Origin(
         candidate=runs[0].candidate.id,
         seeds=tuple(run.seed for run in runs),
         means={split: _means(facts, split) for split in splits},
-        replicates=RunReplicates.of([run.items(("dev-b",)) for run in facts], outside).to_dict(),
+        replicates=RunReplicates(_replicates(facts, ("dev-b",)), outside).to_dict(),
     )
+
+
+def _replicates(facts: Sequence[RunFacts], splits: Sequence[str]) -> Replicates:
+    answers = Answers.of([run.items(splits) for run in facts])
+    return answers.replicates(facts[0].candidate, [run.seed for run in facts])
 
 
 def _means(facts: Sequence[RunFacts], split: str) -> dict[str, float]:

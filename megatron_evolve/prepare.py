@@ -74,22 +74,22 @@ def build_substrate(spec: SubstrateSpec, store: Path, launcher: Launcher, on_pro
     if not (folder / "substrate" / MANIFEST).exists():
         on_progress("building", {"preset": spec.preset, "folder": folder})
         argv = [sys.executable, "-m", "megatron_evolve.substrate.build", "--preset", spec.preset]
-        argv += ["--out", str(folder / "substrate"), "--seed", str(spec.seed), "--work", str(folder / "work")]
+        argv += ["--out", str(folder / "substrate"), "--seed", str(spec.seed)]
         for family, rate in sorted(spec.cue_rate.items()):
             argv += ["--cue-rate", f"{family}={rate}"]
-        run_one(launcher, f"build/{name}", tuple(argv), folder / "build", BUILD_SECONDS)
+        run_one(launcher, f"build/{name}", tuple(argv), folder / "substrate", MANIFEST)
     return folder / "substrate"
 
 
-def run_one(launcher: Launcher, key: str, argv: tuple[str, ...], run_dir: Path, seconds: float) -> JobOutcome:
+def run_one(launcher: Launcher, key: str, argv: tuple[str, ...], run_dir: Path, done_file: str) -> JobOutcome:
     """Runs one job to its end. Raises ValueError with the last line of its error output unless it finished."""
     make_folder(run_dir)
     job = Job(
         key=key,
         argv=argv,
         run_dir=run_dir,
-        time_limit_s=seconds,
-        done_file="done.json",
+        time_limit_s=BUILD_SECONDS,
+        done_file=done_file,
         env={"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
     )
     attempt = max(1, latest_attempt(run_dir))

@@ -14,12 +14,12 @@ from megatron_evolve.constitution import Constitution
 from megatron_evolve.eval.paired import (
     Estimate,
     RunItems,
-    SeedVariance,
     effect,
     minimum_detectable_effect,
     probability_better,
 )
 from megatron_evolve.eval.score import ItemRows, split_scores
+from megatron_evolve.eval.seeds import RunReplicates, SeedPool, SeedVariance
 from megatron_evolve.evidence import (
     CandidateEvidence,
     DomainEffect,
@@ -32,7 +32,7 @@ from megatron_evolve.evidence import (
 from megatron_evolve.facts import RoundFacts, RunFacts
 from megatron_evolve.origin import Origin
 from megatron_evolve.verdict import GapTest, judge
-from megatron_evolve.window import RoundItems, RunReplicates, SeedPool
+from megatron_evolve.window import RoundItems
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "dev-a": ("dev-a",),

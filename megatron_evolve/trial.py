@@ -17,9 +17,9 @@ from megatron_evolve.candidate import Candidate, candidate, run_seed
 from megatron_evolve.cli import emit
 from megatron_evolve.delta import Delta, canonical_change, resolve
 from megatron_evolve.document import load_yaml
-from megatron_evolve.eval.acting import minimum_detectable_effect, probability_better
 from megatron_evolve.eval.looks import Look, Looks
-from megatron_evolve.eval.paired import Estimate, effect
+from megatron_evolve.eval.paired import Estimate, effect, minimum_detectable_effect, probability_better
+from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.facts import RunFacts
 from megatron_evolve.jobs import Ground, Run, Stage, drive, write_candidate
 from megatron_evolve.launch.rundir import Lock
@@ -28,7 +28,6 @@ from megatron_evolve.prepare import default_store, exclusions
 from megatron_evolve.review import INTERVAL_ALPHA, Weights, seeds_of
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
-from megatron_evolve.window import RunReplicates, SeedPool
 
 # Rounds of trials lie far above any campaign's, so their items are drawn by nobody else.
 FIRST_TRIAL_ROUND = 1_000_000

@@ -21,7 +21,7 @@ from typing import Literal, Self
 
 from pydantic import Field
 
-from megatron_evolve.eval.paired import POWER, Estimate, estimate, minimum_detectable_effect, t_quantile
+from megatron_evolve.eval.paired import Estimate, estimate, minimum_detectable_effect
 from megatron_evolve.eval.seeds import SeedPool, SeedVariance
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.window import (
@@ -68,8 +68,8 @@ class Bounds(Frozen):
 
     @classmethod
     def of(cls, found: Estimate, level: float) -> Self:
-        low, high = found.lower(level), found.upper(level)
-        return cls(mean=found.mean, se=found.se, low=low, high=high, level=level)
+        half = found.half_width(level)
+        return cls(mean=found.mean, se=found.se, low=found.mean - half, high=found.mean + half, level=level)
 
 
 class Verdict(Frozen):
@@ -84,7 +84,7 @@ class Verdict(Frozen):
     transfer_slope: float | None = Field(
         default=None, description="external gain over dev gain; none while the dev gain is not apart from zero at 5 %"
     )
-    df: float | None = Field(default=None, description="degrees of freedom of the gap")
+    df: float | None = Field(default=None, description="degrees of freedom of the gap's seed variance")
     alpha_spent: float = Field(ge=0, description="level at which this one was tested; 0 if it could not alarm")
     minimum_detectable_effect: float | None = Field(
         default=None, description="dev gain that, had nothing of it reached the target, would be seen with 80 % power"
@@ -258,7 +258,7 @@ def _verdict(look: _Look, levels: tuple[float, float], number: int, rule: GapTes
         d_external=Bounds.of(look.t, level),
         gap=Bounds.of(look.g, level),
         transfer_slope=look.t.mean / look.d.mean if sure else None,
-        df=min(look.g.df, 1e6),
+        df=look.g.df,
         alpha_spent=level if declared else 0.0,
         minimum_detectable_effect=max(
             minimum_detectable_effect(look.d, level), minimum_detectable_effect(look.g, level) / rule.beta0
@@ -310,7 +310,7 @@ def _unresolved(look: _Look, level: float) -> str:
 def _settled_by(look: _Look, sides: Iterable[Estimate], level: float) -> str:
     items, seeds, looks = 1.0, 1.0, 1.0
     for one in sides:
-        target = (abs(one.mean) / (t_quantile(1 - level, one.df) + t_quantile(POWER, one.df))) ** 2
+        target = one.se**2 * (one.mean / minimum_detectable_effect(one, level)) ** 2
         items = max(items, _times(one.item_variance, target - one.seed_variance))
         seeds = max(seeds, _times(one.seed_variance, target - one.item_variance))
         looks = max(looks, _times(one.se**2, target))

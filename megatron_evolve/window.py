@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_evolve.eval.paired import Answers, Contrast, RunItems, contrast, difference, t_tail
+from megatron_evolve.eval.paired import Answers, Contrast, RunItems, contrast, difference
 from megatron_evolve.eval.seeds import RunReplicates, SeedVariance, weight_vector, weighted_sum
 
 Estimand = Literal["selected", "mean", "cumulative"]
@@ -161,7 +161,9 @@ def ranking_usable(
     if degrees < 1 or not squares[0, 0] * squares[1, 1]:
         return False
     r = float((squares[0, 1] - luck) / math.sqrt(squares[0, 0] * squares[1, 1]))
-    return r > 0 and t_tail(r * math.sqrt(degrees / max(1e-12, 1 - r * r)), degrees) <= DESCRIPTION_ALPHA
+    from scipy.special import stdtr
+
+    return r > 0 and stdtr(degrees, -r * math.sqrt(degrees / max(1e-12, 1 - r * r))) <= DESCRIPTION_ALPHA
 
 
 def _candidate_means(answers: Answers, seeds: Mapping[str, Sequence[int]], weights: Mapping[str, float]) -> np.ndarray:

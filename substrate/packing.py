@@ -25,6 +25,7 @@ from megatron_evolve.substrate.recipe import Recipe
 from megatron_evolve.substrate.tokenizer import PieceTokenizer
 
 MAX_DRAWS = 200  # a family that gives no usable row in so many draws has run dry
+MIN_SAVING = 400  # positions; a second pass through the nano model costs as much time as computing so many
 PAD_MULTIPLE = 4  # sequence parallelism splits the length over up to four ranks
 
 
@@ -49,9 +50,28 @@ class Batch:
         rows = len(self.tokens_BT)
         if rows % of:
             raise ValueError(f"recipe.batch_size must be a multiple of the {of} data-parallel ranks; got {rows}: change one")
-        mine = slice(rank * rows // of, (rank + 1) * rows // of)
+        return self._rows(np.arange(rank * rows // of, (rank + 1) * rows // of), self.tokens_BT.shape[1])
+
+    def narrowed(self, multiple: int) -> list["Batch"]:
+        """The same rows as one micro-batch or two, the short ones apart where that saves enough padding to pay.
+
+        Each has a multiple of `multiple` rows. Every rank must cut the global batch, not its slice: then any number of ranks
+        sees the same padding, which the experts' load counts.
+        """
+        lengths = (~self.padding_BT).sum(1)
+        order = np.argsort(lengths, kind="stable")
+        widths = -(-lengths[order] // PAD_MULTIPLE) * PAD_MULTIPLE
+        rows, widest = self.tokens_BT.shape
+        costs = {cut: cut * widths[cut - 1] + (rows - cut) * widest for cut in range(multiple, rows, multiple)}
+        cut = min(costs, key=costs.__getitem__, default=0)
+        if not cut or rows * widest - costs[cut] < MIN_SAVING:
+            return [self]
+        return [self._rows(np.sort(order[:cut]), int(widths[cut - 1])), self._rows(np.sort(order[cut:]), widest)]
+
+    def _rows(self, chosen: np.ndarray, width: int) -> "Batch":
         arrays = (self.tokens_BT, self.labels_BT, self.weights_BT, self.padding_BT)
-        return Batch(*(array[mine] for array in arrays), weight_sum=self.weight_sum, families=self.families[mine])
+        names = tuple(self.families[row] for row in chosen)
+        return Batch(*(array[chosen, :width] for array in arrays), weight_sum=self.weight_sum, families=names)
 
 
 @dataclass

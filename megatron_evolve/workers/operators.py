@@ -18,9 +18,9 @@ from megatron_evolve.workers.profile import Profile, profile_of
 SHARE_DIGITS = 4
 MOST_OF_THE_WAY = 0.9  # a mix never leaves its old shares altogether
 FIRST_RANK, SMALL_RANK, LARGEST_RANK = 16, 8, 512
-SMALL_TARGETS = ("attention", "mamba")
+SMALL_TARGETS = ["attention", "mamba"]
 FIRST_DECAY, FIRST_CLIP, FIRST_FLOOR, FIRST_PROMPT_WEIGHT = 0.01, 1.0, 0.1, 0.1
-LEAST_CHANGE_OF_STEPS = 0.1
+LEAST_CHANGE_OF_STEPS, LEAST_STEP_OF_STEPS = 0.1, 0.25  # shorter ones drown in the noise of seeds
 
 
 @dataclass(frozen=True)
@@ -141,17 +141,21 @@ def steps(brief: Brief, magnitude: float, up: bool) -> Iterator[Move]:
     """Length of a run times or over two to the magnitude, within the limits."""
     recipe = brief.policy.standing.recipe
     most = min(brief.limits.max_steps, brief.limits.max_rows // recipe.batch_size)
-    wanted = round(recipe.steps * 2.0 ** (magnitude if up else -magnitude))
-    number = max(recipe.warmup_steps + 1, min(wanted, most))
+    size = max(LEAST_STEP_OF_STEPS, magnitude)
+    wanted = round(recipe.steps * 2.0 ** (size if up else -size))
+    number = max(1, min(wanted, most))
     if abs(number - recipe.steps) < LEAST_CHANGE_OF_STEPS * recipe.steps:
         return
+    change = {"recipe.steps": put(number)}
+    if recipe.warmup_steps >= number:  # a warm-up that no longer fits is shortened with the run
+        change["recipe.warmup_steps"] = put(recipe.warmup_steps * number // recipe.steps)
     why = (
         "accuracy may still be rising at the end"
         if up
         else "training longer than needed forgets what the substrate knew"
     )
     told = f"Runs take {recipe.steps} steps of at most {most}; {why}, so this one takes {number}"
-    yield Move({"recipe.steps": put(number)}, f"{told}.")
+    yield Move(change, f"{told}.")
 
 
 def schedule(brief: Brief, magnitude: float, up: bool) -> Iterator[Move]:
@@ -198,19 +202,19 @@ def adapter(brief: Brief, magnitude: float, up: bool) -> Iterator[Move]:
         yield _adapted(brief, {"rank": rank, "alpha": float(rank), **narrow})
         return
     rank = min(LARGEST_RANK, round(current.rank * factor)) if up else max(1, round(current.rank / factor))
-    scaled = {"rank": rank, "alpha": current.alpha * rank / current.rank, "targets": current.targets}
+    scaled = {"rank": rank, "alpha": current.alpha * rank / current.rank, "targets": list(current.targets)}
     if rank != current.rank:
         yield _adapted(brief, scaled)
     if up:
         yield full
     elif len(current.targets) > 1:
-        yield _adapted(brief, {**current.model_dump(), "targets": current.targets[:-1]})
+        yield _adapted(brief, {**current.model_dump(), "targets": list(current.targets[:-1])})
 
 
 def _adapted(brief: Brief, wanted: dict[str, Any]) -> Move:
     current = brief.policy.standing.recipe.adapter
     before = f"rank {current.rank} on {', '.join(current.targets)}" if current else "full fine-tuning"
-    targets = ", ".join(wanted["targets"]) if "targets" in wanted else "every projection"
+    targets = ", ".join(wanted["targets"]) if "targets" in wanted else "its default targets"
     told = f"Training is {before}; an adapter of rank {wanted['rank']} on {targets} changes how far it can go"
     return Move({"recipe.adapter": put(wanted)}, f"{told} from the substrate.", all_up(brief))
 

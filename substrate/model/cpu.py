@@ -102,9 +102,16 @@ def _replace_streams() -> None:
 
 
 def _replace_compiler() -> None:
-    """No torch.compile of small functions: inductor needs a C++ compiler, costs seconds and gained nothing on CPU."""
-    import megatron.core.jit
+    """No torch.compile of small functions: inductor needs a C++ compiler and gained nothing on CPU.
 
+    Megatron decorates with it while it is imported, which alone loads inductor: half of the time to import everything.
+    """
+    torch_compile = torch.compile
+    torch.compile = lambda function=None, **options: function or (lambda decorated: decorated)
+    try:
+        import megatron.core.jit
+    finally:
+        torch.compile = torch_compile
     megatron.core.jit.disable_jit_fuser()
 
 

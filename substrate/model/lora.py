@@ -3,12 +3,13 @@
     W x  becomes  W x + (alpha / rank) * B (A x),    A (rank, in), B (out, rank)
 
 The base is frozen and keeps its state-dict keys: an adapted layer is the same module with two more parameters, `lora_A`
-and `lora_B`, and a subclass's forward. Every expert has its own A and B, so the result does not depend on how experts are
-spread over ranks. A is drawn from the seed and the layer's global name, B starts at zero: at step 0 the model is unchanged,
-and the same in every parallel layout.
+and `lora_B`, and a subclass's forward. Every expert has its own A and B, so the result does not depend on how experts
+are spread over ranks. A is drawn from the seed and the layer's global name, B starts at zero: at step 0 the model is
+unchanged, and the same in every parallel layout.
 
-Tensor parallelism splits what the base splits: B of a column-parallel layer by rows, A of a row-parallel one by columns.
-The small side travels between ranks, never the wide one. Import this file after `build.prepare`: it needs Megatron.
+Tensor parallelism splits what the base splits: B of a column-parallel layer by rows, A of a row-parallel one by
+columns. The rank-wide u = A x travels between ranks, never a layer-wide tensor. Import this file after `build.prepare`:
+it needs Megatron.
 """
 
 import hashlib
@@ -140,7 +141,7 @@ def add_lora(model: torch.nn.Module, *, rank: int, alpha: float, targets: tuple[
 
 
 def adapter_state(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The adapters of this rank by global name, detached but not copied. Names do not change with the pipeline layout."""
+    """The adapters of this rank by global name, detached but not copied. Names do not depend on the pipeline layout."""
     return {
         f"{layer.lora_name}.{part}": getattr(layer, part).detach()
         for _, layer in _adapted(model)
@@ -192,7 +193,7 @@ def _adapted(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _layers(model: torch.nn.Module, target: str) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Layers of one target with their global names: a pipeline stage counts its layers from 0, a name from the first."""
+    """Layers of one target with their global names: a pipeline stage counts from 0, a name from the model's first."""
     for name, module in model.named_modules():
         if not f".{name}".endswith(tuple(f".{suffix}" for suffix in TARGETS[target])):
             continue
@@ -230,7 +231,7 @@ def _adapt_linear(layer: ColumnParallelLinear | RowParallelLinear, rank: int, se
     layer.register_parameter("lora_B", torch.nn.Parameter(layer.weight.new_zeros(len(layer.weight), rank)))
     set_tensor_model_parallel_attributes(layer.lora_A, not column, -1 if column else 1, 1)
     set_tensor_model_parallel_attributes(layer.lora_B, column, 0 if column else -1, 1)
-    # the side that sees only this rank's part of the sequence: Megatron sums its gradient over the tensor-parallel group
+    # the side that sees only this rank's part of the sequence: Megatron sums its gradient over tensor-parallel ranks
     whole = layer.lora_A if column else layer.lora_B
     whole.sequence_parallel = layer.sequence_parallel
     layer.__class__ = LoraColumnParallelLinear if column else LoraRowParallelLinear
@@ -246,7 +247,7 @@ def _adapt_experts(layer: ExpertWeights, rank: int, seed: int) -> None:
     layer.lora_A = torch.nn.Parameter(torch.stack(A))
     layer.lora_B = torch.nn.Parameter(weight.new_zeros(layer.num_local_experts, weight.size(0), rank))
     for parameter in (layer.lora_A, layer.lora_B):
-        set_tensor_model_parallel_attributes(parameter, True, layer.partition_dim + 1, 1)
+        set_tensor_model_parallel_attributes(parameter, True, 0, 1)  # its own on every rank, as Megatron marks experts
         parameter.allreduce = weight.allreduce
 
 

@@ -19,21 +19,22 @@ from megatron_evolve.substrate.puzzles.row import Row
 FAMILY = "cipher"
 SENDERS = ("alice", "hatter", "queen", "rabbit")
 
-SUBJECTS = tuple(
-    "alice bird cat dragon hatter king knight mouse princess queen rabbit student teacher turtle wizard".split()
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+SUBJECTS = _words("alice bird cat dragon hatter king knight mouse princess queen rabbit student teacher turtle wizard")
+VERBS = _words(
+    "chases creates discovers draws dreams explores follows found imagines reads sees studies watches writes"
 )
-VERBS = tuple(
-    "chases creates discovers draws dreams explores follows found imagines reads sees studies watches writes".split()
+ADJECTIVES = _words(
+    "ancient bright clever colorful curious dark golden hidden magical mysterious secret silver strange wise"
 )
-ADJECTIVES = tuple(
-    "ancient bright clever colorful curious dark golden hidden magical mysterious secret silver strange wise".split()
-)
-OBJECTS = tuple(
-    "book castle crystal door forest garden key map message mirror potion puzzle secret story treasure".split()
-)
-PREPOSITIONS = tuple("above around beyond in inside near through under".split())
-LOCATIONS = tuple(
-    "castle cave forest garden island library mountain ocean palace school tower valley village wonderland".split()
+OBJECTS = _words("book castle crystal door forest garden key map message mirror potion puzzle secret story treasure")
+PREPOSITIONS = _words("above around beyond in inside near through under")
+LOCATIONS = _words(
+    "castle cave forest garden island library mountain ocean palace school tower valley village wonderland"
 )
 ARTICLE = ("the",)
 FORMS = (

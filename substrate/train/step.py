@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ROWS_MULTIPLE = 8  # so up to eight data-parallel ranks cut a batch into the same micro-batches
+
+
 @dataclass(frozen=True)
 class Measured:
     """What one step tells of itself, equal on all ranks."""
@@ -76,16 +79,17 @@ class Trainer:
         self.parallel.zero_grad_buffer()
         self.optimizer.zero_grad()
         lr = set_step(self.scheduler, self.recipe, number)
-        parts = forward_backward_no_pipelining(
+        parts = batch.narrowed(max(ROWS_MULTIPLE, self.world))
+        losses = forward_backward_no_pipelining(
             forward_step_func=self._forward,
-            data_iterator=iter([batch.part(self.rank, self.world)]),
+            data_iterator=iter([(part.part(self.rank, self.world), len(parts)) for part in parts]),
             model=self.parallel,
-            num_microbatches=1,
+            num_microbatches=len(parts),
             seq_length=batch.tokens_BT.shape[1],
             micro_batch_size=len(batch.tokens_BT) // self.world,
         )
         _, grad_norm, _ = self.optimizer.step()
-        return Measured(self._over_ranks(parts[0]), self._norm(grad_norm), lr)
+        return Measured(self._over_ranks(sum(losses)), self._norm(grad_norm), lr)
 
     def held_out_loss(self, batch: Batch) -> float:
         """Loss on a batch that is not trained on; every rank computes the whole of it."""
@@ -95,12 +99,13 @@ class Trainer:
         with torch.no_grad():
             return float(weighted_loss(label_loss(self.model, batch, self.device), batch))
 
-    def _forward(self, batches: Iterator[Batch], model: Any) -> tuple["Tensor", Any]:
-        batch = next(batches)
+    def _forward(self, parts: Iterator[tuple[Batch, int]], model: Any) -> tuple["Tensor", Any]:
+        batch, num_parts = next(parts)
 
         def loss_of(losses_BT: "Tensor") -> tuple["Tensor", "Tensor"]:
             loss = weighted_loss(losses_BT, batch)
-            return loss * self.world, loss.detach()  # the wrapper averages gradients over ranks; the loss is a sum
+            # The wrapper averages gradients over ranks and the schedule over micro-batches; this loss is a sum over both.
+            return loss * (self.world * num_parts), loss.detach()
 
         return label_loss(model, batch, self.device), loss_of
 

@@ -58,9 +58,10 @@ def test_output_is_the_input(x: torch.Tensor, collective) -> None:
 
 def test_coalesced(x: torch.Tensor) -> None:
     outs = [_nan(), _nan()]
-    with dist._coalescing_manager(device=torch.device("cpu")):
+    with dist.distributed_c10d._coalescing_manager(async_ops=True) as work:
         dist.all_gather_into_tensor(outs[0], x)
         dist.all_gather_into_tensor(outs[1], x + 1)
+    work.wait()
     assert torch.equal(outs[0], x) and torch.equal(outs[1], x + 1)
 
 

@@ -69,8 +69,9 @@ def test_nano_rows_follow_their_rules():
             rule(a, b) for rule in NANO_RULES.values() if all(rule(x, y) == c for x, g, y, c in lines if g == glyph)
         }
         forced += len(possible) == 1
-    # 97.1 % were forced over a large sample of this generator's kind; 4 sigma of 1,000 is 2.1 %.
-    assert forced > 940
+    # 86.9 % are forced where the glyph is seen once and 97.4 % where it is seen twice (100,000 draws of each), so
+    # 92.1 % over both; 4 sigma of 1,000 is 3.4 %.
+    assert 887 < forced < 955
 
 
 @pytest.mark.parametrize("seed", [3, 4])

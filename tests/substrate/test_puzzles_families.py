@@ -89,7 +89,7 @@ def test_instances_of_many_rows_are_distinct():
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="family must be one of numeral, .*got 'unit'"):
+    with pytest.raises(ValueError, match=r"family must be one of numeral, .*got 'unit'"):
         draw("unit", random.Random(0), difficulty="nano")
     with pytest.raises(ValueError, match="difficulty must be one of nano, challenge; got 'hard'"):
         draw("numeral", random.Random(0), difficulty="hard")

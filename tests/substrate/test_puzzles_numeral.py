@@ -45,5 +45,5 @@ def test_ranges_are_reached():
 
 
 def test_a_cue_is_refused():
-    with pytest.raises(ValueError, match="cue_rate of numeral must be 0, got 0.5"):
+    with pytest.raises(ValueError, match=r"cue_rate of numeral must be 0, got 0\.5"):
         draw("numeral", random.Random(0), difficulty="nano", cue_rate=0.5)

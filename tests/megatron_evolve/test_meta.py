@@ -1,0 +1,304 @@
+"""Meta rule by rule: what moves, what waits, what is ruled out, and when the search turns to the external score."""
+
+import pytest
+
+from megatron_evolve.constitution import Constitution
+from megatron_evolve.dead_ends import dead_end_of
+from megatron_evolve.delta import canonical_change
+from megatron_evolve.edits import apply_edits
+from megatron_evolve.evidence import (
+    CandidateEvidence,
+    DomainEffect,
+    EffectValue,
+    Evidence,
+    Noise,
+    RunRecord,
+    ScoreValue,
+)
+from megatron_evolve.meta import check_edits, explain, initial_policy, next_policy
+from megatron_evolve.policy import DomainState, SearchPolicy, premise, resolve_pointer, struck
+from megatron_evolve.substrate.mix import Mix
+from megatron_evolve.substrate.recipe import Recipe
+from megatron_evolve.substrate.settings import Settings, write_all
+
+RULES = Constitution()
+FAMILIES = ("red", "green", "blue")
+CHANGES = {
+    "headroom": {"mix.weight.red": 2.0},
+    "balance": {"mix.weight.green": 2.0},
+    "style": {"mix.style.red": "trace"},
+    "lr": {"recipe.lr": 2e-3},
+    "steps": {"recipe.steps": 200},
+    "schedule": {"recipe.schedule": "linear"},
+    "adapter": {"recipe.adapter": {"rank": 8, "alpha": 8.0}},
+    "stack": {"recipe.lr": 2e-3, "recipe.steps": 200},
+}
+UP, FLAT, DOWN = 0.03, 0.001, -0.03
+
+
+def start(objective: str = "dev", **changes) -> SearchPolicy:
+    settings = Settings(
+        mix=Mix(weight=dict.fromkeys(FAMILIES, 1.0), style=dict.fromkeys(FAMILIES, "answer")), recipe=Recipe(lr=1e-3)
+    )
+    domains = {name: DomainState(dev=0.4, external=None, dev_weight=1 / 3, external_weight=None) for name in FAMILIES}
+    return initial_policy(settings, domains, RULES).replace(objective=objective, **changes)
+
+
+def effect(mean: float) -> EffectValue:
+    p = 0.5 if abs(mean) < 0.01 else 0.99 if mean > 0 else 0.01
+    return EffectValue(mean=mean, se=0.01, low=mean - 0.02, high=mean + 0.02, p_better=p)
+
+
+def explorer(policy: SearchPolicy, axis: str, mean: float | None, **told) -> CandidateEvidence:
+    """An explorer that moved the objective's halves by `mean`; `told` may set external, confirmed, outcome, change."""
+    external, outcome = told.pop("external", None), told.pop("outcome", "finished")
+    change = canonical_change(policy.standing, write_all(policy.standing, told.pop("change", CHANGES[axis])))
+    effects = {} if mean is None else {f"{policy.objective}-{half}": effect(mean) for half in "ab"}
+    if external is not None:
+        effects |= {split: effect(external) for split in ("external-a", "external-b", "external")}
+    scores = {} if mean is None else {"dev-b": ScoreValue(mean=0.5, se=0.01, n=500)}
+    runs = (RunRecord(seed=1, outcome=outcome, reason="" if outcome == "finished" else "told why", scores=scores),)
+    confirmed = told.pop("confirmed", mean is not None and mean > 0.01)
+    return CandidateEvidence(
+        id=f"id-{axis}",
+        axis=axis,
+        role="explorer",
+        change=change,
+        runs=runs,
+        effects=effects,
+        confirmed=confirmed,
+        **told,
+    )
+
+
+def round_of(
+    policy: SearchPolicy, *explorers: CandidateEvidence, verdicts=(), noise: float | None = 2.0, **more
+) -> Evidence:
+    domains = {name: DomainEffect(dev=ScoreValue(mean=0.45, se=0.01, n=500)) for name in FAMILIES}
+    anchor = CandidateEvidence(id="id-anchor", axis="anchor", role="anchor", change={}, runs=(), domains=domains)
+    return Evidence(
+        round=policy.round,
+        substrate="s",
+        judge="j",
+        policy="p",
+        objective=policy.objective,
+        anchor="id-anchor",
+        selected=None,
+        candidates=(anchor, *explorers),
+        noise=Noise(signal_to_noise=noise),
+        verdicts=tuple(verdicts),
+        **more,
+    )
+
+
+def verdict(outcome: str, domain: str = "overall", estimand: str = "selected") -> dict:
+    return {"outcome": outcome, "domain": domain, "estimand": estimand, "reason": "Told by numbers."}
+
+
+def follow(policy: SearchPolicy, evidence: Evidence, rules: Constitution = RULES) -> SearchPolicy:
+    """The next policy, its edits checked."""
+    following, edits = next_policy(rules, policy, evidence)
+    check_edits(policy, following, edits, evidence)
+    assert next_policy(rules, policy, evidence) == (following, edits)
+    return following
+
+
+def test_initial_policy_has_seven_generic_open_axes() -> None:
+    policy = start()
+    assert len(policy.open_axes()) == 7
+    assert (policy.mode, policy.objective) == ("stabilise", "dev")
+    assert policy.carries_over()
+    assert all(policy.carries_over(name) for name in FAMILIES)
+
+
+def test_a_confirmed_gain_moves_in_and_the_next_best_apart_waits() -> None:
+    policy = start()
+    best = explorer(policy, "lr", 0.05)
+    other = explorer(policy, "steps", UP)
+    following = follow(policy, round_of(policy, other, best))
+    assert following.standing.recipe.lr == 2e-3
+    assert following.standing.recipe.steps == policy.standing.recipe.steps
+    assert [entry["axis"] for entry in following.pending] == ["steps"]
+    assert following.mode == "stack-and-calibrate"
+    assert following.axes_for(1)[0].operator == "stack"
+
+
+def test_shares_overlap_so_only_the_better_mix_is_kept() -> None:
+    policy = start()
+    following = follow(policy, round_of(policy, explorer(policy, "headroom", 0.05), explorer(policy, "balance", UP)))
+    assert following.standing.mix.weight["red"] == pytest.approx(6 / 10, abs=0.2)
+    assert following.pending == ()
+    assert following.mode == "exploit-proxy"
+
+
+@pytest.mark.parametrize("told", [{"confirmed": False}, {"external": DOWN}])
+def test_unconfirmed_or_externally_harmful_gains_stay_out(told: dict) -> None:
+    policy = start()
+    following = follow(policy, round_of(policy, explorer(policy, "lr", UP, **told)))
+    assert following.standing == policy.standing
+    assert following.pending == ()
+
+
+def test_the_a_half_alone_moves_nothing() -> None:
+    policy = start()
+    lucky = explorer(policy, "lr", UP)
+    lucky = lucky.replace(effects={"dev-a": effect(0.1), "dev-b": effect(FLAT)})
+    assert follow(policy, round_of(policy, lucky)).standing == policy.standing
+
+
+def test_a_stack_moves_in_and_takes_what_waited_with_it() -> None:
+    policy = start()
+    waited = follow(policy, round_of(policy, explorer(policy, "schedule", 0.05), explorer(policy, "lr", UP)))
+    assert len(waited.pending) == 1
+    stacked = explorer(waited, "stack", UP, change={"recipe.lr": 2e-3})
+    following = follow(waited, round_of(waited, stacked))
+    assert following.standing.recipe.lr == 2e-3
+    assert following.pending == ()
+    assert "stack" not in {axis.operator for axis in following.open_axes()}
+    lost = follow(waited, round_of(waited, explorer(waited, "stack", FLAT, change={"recipe.lr": 2e-3})))
+    assert lost.pending == ()
+    assert lost.standing == waited.standing
+
+
+def test_losses_and_own_faults_become_dead_ends_and_never_leave() -> None:
+    policy = start()
+    faults = [explorer(policy, "lr", DOWN), explorer(policy, "steps", None, outcome="diverged")]
+    others = [explorer(policy, "style", None, outcome="lost"), explorer(policy, "schedule", FLAT)]
+    following = follow(policy, round_of(policy, *faults, *others))
+    assert [entry.axis for entry in following.dead_ends] == ["lr", "steps"]
+    assert [entry.objective for entry in following.dead_ends] == ["dev", "any"]
+    again = follow(following, round_of(following, *[explorer(following, "lr", DOWN)]))
+    assert again.dead_ends == following.dead_ends
+    tried = write_all(policy.standing, CHANGES["lr"])
+    assert dead_end_of(following, tried) is not None
+    assert dead_end_of(following.replace(objective="external"), tried) is None, "a loss on dev is none on the target"
+    moved = following.replace(standing=write_all(policy.standing, {"recipe.steps": 100}))
+    assert dead_end_of(moved, write_all(moved.standing, CHANGES["lr"])) is None, "another ground is another question"
+
+
+def test_an_axis_turns_round_then_halves_then_retires() -> None:
+    policy = start()
+    seen = []
+    for mean in (DOWN, DOWN, FLAT, FLAT):
+        policy = follow(policy, round_of(policy, explorer(policy, "lr", mean)))
+        axis = next(axis for axis in policy.axes if axis.name == "lr")
+        seen.append((axis.direction, axis.magnitude, bool(axis.retired)))
+    assert seen == [("down", 1.0, False), ("up", 0.5, False), ("down", 0.5, False), ("up", 0.5, True)]
+    assert "lr" not in {axis.name for axis in policy.open_axes()}
+
+
+def test_an_axis_goes_on_after_a_gain_and_without_a_score() -> None:
+    policy = start()
+    for one in (explorer(policy, "lr", UP), explorer(policy, "lr", None, outcome="lost")):
+        following = follow(policy, round_of(policy, one))
+        assert following.axes == policy.axes
+
+
+def test_the_last_open_axis_is_never_retired() -> None:
+    policy = start()
+    only = tuple(
+        axis.replace(misses_up=2, misses_down=1, direction="down") for axis in policy.axes if axis.name == "lr"
+    )
+    following = follow(policy.replace(axes=only), round_of(policy, explorer(policy, "lr", FLAT)))
+    assert len(following.open_axes()) == 1
+
+
+@pytest.mark.parametrize("outcome", ["DECOUPLED", "INVERSE"])
+@pytest.mark.parametrize("domain", ["overall", "green"])
+def test_a_falsified_premise_turns_the_search_to_the_external_score(outcome: str, domain: str) -> None:
+    policy = start()
+    trap = explorer(policy, "headroom", 0.08, external=DOWN)
+    honest = explorer(policy, "style", FLAT, external=UP, confirmed=True)
+    following = follow(policy, round_of(policy, trap, honest, verdicts=[verdict(outcome, domain)]))
+    scope = None if domain == "overall" else domain
+    assert (following.objective, following.mode) == ("external", "proxy-aware")
+    assert following.objective_since == policy.round + 1
+    assert struck(premise(scope)) in following.premises
+    assert not following.carries_over(scope)
+    assert following.standing.mix.style["red"] == "trace", "what the external score confirms moves in at once"
+    assert following.standing.mix.weight == policy.standing.mix.weight
+    assert following.axes_for(1)[0].operator == "selection"
+
+
+def test_return_to_dev_needs_tracking_from_rounds_since() -> None:
+    policy = start()
+    away = follow(policy, round_of(policy, verdicts=[verdict("DECOUPLED", "green"), verdict("UNRESOLVED")]))
+    assert away.objective == "external"
+    quiet = follow(away, round_of(away, verdicts=[verdict("UNRESOLVED", "green")]))
+    assert quiet.objective == "external"
+    pooled = follow(away, round_of(away, verdicts=[verdict("TRACKING", "green")]))
+    assert pooled.objective == "external", "the window still holds the round that fell"
+    elsewhere = follow(quiet, round_of(quiet, verdicts=[verdict("TRACKING", "blue")]))
+    assert elsewhere.objective == "external"
+    back = follow(quiet, round_of(quiet, verdicts=[verdict("TRACKING", "green")]))
+    assert (back.objective, back.carries_over("green")) == ("dev", True)
+    assert back.mode != "proxy-aware"
+
+
+def test_under_the_external_objective_dev_no_longer_counts() -> None:
+    policy = start("external", premises=(struck(premise()),))
+    one = explorer(policy, "lr", UP)
+    one = one.replace(effects={**one.effects, "dev-a": effect(DOWN), "dev-b": effect(DOWN)})
+    following = follow(policy, round_of(policy, one))
+    assert following.standing.recipe.lr == 2e-3
+    assert following.dead_ends == ()
+
+
+def test_more_confirming_seeds_while_seeds_drown_the_differences() -> None:
+    policy = start()
+    noisy = follow(policy, round_of(policy, explorer(policy, "lr", UP, confirmed=False), noise=0.5))
+    assert noisy.replicates.confirm_seeds == 2
+    assert noisy.mode == "stack-and-calibrate"
+    assert follow(noisy, round_of(noisy, noise=0.5)).replicates.confirm_seeds == 2, (
+        "never more runs than the anchor has"
+    )
+    assert follow(noisy, round_of(noisy, noise=3.0)).replicates.confirm_seeds == 1
+
+
+def test_domains_follow_the_anchor_and_looks_are_kept_for_the_best() -> None:
+    policy = start()
+    following = follow(policy, round_of(policy, looks={"external": 60, "external_budget": 64}))
+    assert {state.dev for state in following.domains.values()} == {0.45}
+    assert {state.external for state in following.domains.values()} == {None}
+    assert following.ask_external == "best"
+
+
+def test_evidence_of_another_round_is_refused() -> None:
+    policy = start()
+    with pytest.raises(ValueError, match="evidence of round 1"):
+        next_policy(RULES, policy, round_of(policy.replace(round=2)))
+
+
+def test_check_edits_finds_what_does_not_add_up() -> None:
+    policy = start()
+    evidence = round_of(policy, explorer(policy, "lr", UP), verdicts=[verdict("DECOUPLED")])
+    following, edits = next_policy(RULES, policy, evidence)
+    assert apply_edits(policy, edits) == following
+    with pytest.raises(ValueError, match="without an edit"):
+        check_edits(policy, following.replace(mode="stabilise"), edits, evidence)
+    with pytest.raises(ValueError, match="without an edit"):
+        check_edits(policy, following, edits[1:], evidence)
+    with pytest.raises(ValueError, match="does not resolve"):
+        check_edits(policy, following, (edits[0].replace(evidence=("/candidates/99",)), *edits[1:]), evidence)
+    with pytest.raises(ValueError, match="as `from`"):
+        check_edits(policy, following, (edits[0].replace(before=7), *edits[1:]), evidence)
+    with pytest.raises(ValueError, match="one edit per path"):
+        check_edits(policy, following, (*edits, edits[0]), evidence)
+
+
+def test_every_edit_cites_what_is_there_and_the_argument_can_be_read() -> None:
+    policy = start()
+    explorers = [explorer(policy, "lr", UP, external=UP), explorer(policy, "headroom", DOWN)]
+    evidence = round_of(policy, *explorers, verdicts=[verdict("DECOUPLED", "green")])
+    following, edits = next_policy(RULES, policy, evidence)
+    document = evidence.model_dump(mode="json", by_alias=True)
+    for edit in edits:
+        assert [resolve_pointer(document, cited) for cited in edit.evidence]
+    text = explain(policy, evidence, following, edits)
+    for said in (
+        "DECOUPLED",
+        "objective from 'dev' to 'external'",
+        "lr moved dev-b by +3.0 pt",
+        struck(premise("green")),
+    ):
+        assert said in text

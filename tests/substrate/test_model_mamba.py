@@ -1,0 +1,134 @@
+"""The chunked scan, the convolution and the norm against the sequential recurrence, with every gradient."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_evolve.substrate.model import mamba
+
+# float64 on both sides: only the order of sums differs; measured 1e-14 relative
+EXACT = 1e-11
+
+
+def sequential(x, dt, A, B, C, D, initial=None) -> tuple[Tensor, Tensor]:
+    """The recurrence as it is written: one token after the other."""
+    L, batch, H, P = x.shape
+    heads = H // B.shape[2]
+    B, C = B.repeat_interleave(heads, 2), C.repeat_interleave(heads, 2)
+    state = x.new_zeros(batch, H, P, B.shape[3]) if initial is None else initial
+    outputs = []
+    for t in range(L):
+        state = (dt[t] * A).exp()[..., None, None] * state + (dt[t, ..., None] * x[t])[..., None] * B[t][:, :, None]
+        outputs.append((state * C[t][:, :, None]).sum(-1) + D[:, None] * x[t])
+    return torch.stack(outputs), state
+
+
+def inputs(L: int, *, batch=2, H=6, P=5, G=3, N=4, with_state: bool = False) -> list[Tensor | None]:
+    rng = torch.Generator().manual_seed(L)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    x, dt, A = randn(L, batch, H, P), randn(L, batch, H).exp(), -randn(H).exp()
+    state = randn(batch, H, P, N) if with_state else None
+    return [x, dt, A, randn(L, batch, G, N), randn(L, batch, G, N), randn(H), state]
+
+
+def outputs_and_gradients(scan, values: list[Tensor | None]) -> list[Tensor]:
+    leaves = [None if v is None else v.clone().requires_grad_() for v in values]
+    y, state = scan(*leaves)
+    rng = torch.Generator().manual_seed(0)
+    weights = [torch.randn(t.shape, generator=rng, dtype=t.dtype) for t in (y, state)]
+    ((y * weights[0]).sum() + (state * weights[1]).sum()).backward()
+    return [y.detach(), state.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+@pytest.mark.parametrize(
+    ("L", "chunk", "with_state"),
+    [(1, 16, False), (12, 16, False), (16, 16, False), (37, 16, False), (37, 16, True), (5, 1, True), (64, 16, False)],
+)
+def test_scan_is_the_recurrence(L: int, chunk: int, with_state: bool) -> None:
+    values = inputs(L, with_state=with_state)
+    want = outputs_and_gradients(sequential, values)
+    got = outputs_and_gradients(lambda x, dt, A, B, C, D, s: mamba.chunked_scan(x, dt, A, B, C, D, chunk, s), values)
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).norm() <= EXACT * b.norm()
+
+
+def test_strong_decay_neither_overflows_nor_underflows_to_nan() -> None:
+    x, dt, A, B, C, D, _ = (v if v is None else v.float() for v in inputs(40))
+    got = outputs_and_gradients(lambda *v: mamba.chunked_scan(*v[:-1], 16), [x, dt * 100, A * 100, B, C, D, None])
+    assert all(t.isfinite().all() for t in got)
+
+
+def test_chunk_length_does_not_change_the_result() -> None:
+    values = inputs(50)[:-1]
+    results = [mamba.chunked_scan(*values, chunk)[0] for chunk in (1, 7, 16, 50, 999)]
+    for result in results[1:]:
+        assert torch.allclose(result, results[0], rtol=EXACT, atol=EXACT)
+
+
+def test_a_step_of_zero_leaves_the_state() -> None:
+    x, dt, A, B, C, D, state = inputs(9, with_state=True)
+    _, after = mamba.chunked_scan(x, torch.zeros_like(dt), A, B, C, D, 4, state)
+    assert torch.equal(after, state)
+
+
+def test_tokens_one_by_one_are_the_scan() -> None:
+    x, dt, A, B, C, D, state = inputs(11, with_state=True)
+    want, want_state = mamba.chunked_scan(x, dt, A, B, C, D, 4, state)
+    got = []
+    for t in range(11):
+        y, state = mamba.scan_step(x[t], dt[t], A, B[t], C[t], D, state)
+        got.append(y)
+    assert torch.allclose(torch.stack(got), want, rtol=EXACT, atol=EXACT)
+    assert torch.allclose(state, want_state, rtol=EXACT, atol=EXACT)
+
+
+def test_convolution_is_torch_conv1d() -> None:
+    rng = torch.Generator().manual_seed(1)
+    x, weight, bias = (torch.randn(*s, generator=rng, dtype=torch.float64) for s in ((9, 2, 6), (6, 4), (6,)))
+
+    def theirs(x, weight, bias):
+        y = torch.nn.functional.conv1d(x.permute(1, 2, 0), weight.unsqueeze(1), bias, padding=3, groups=6)[..., :9]
+        return torch.nn.functional.silu(y).permute(2, 0, 1), x.new_zeros(1)
+
+    def ours(x, weight, bias):
+        return mamba.causal_conv(x, weight, bias), x.new_zeros(1)
+
+    for a, b in zip(outputs_and_gradients(ours, [x, weight, bias]), outputs_and_gradients(theirs, [x, weight, bias])):
+        assert torch.allclose(a, b, rtol=EXACT, atol=EXACT)
+    state, steps = torch.zeros(3, 2, 6, dtype=torch.float64), []
+    for token in x:
+        y, state = mamba.conv_step(token, state, weight, bias)
+        steps.append(y)
+    assert torch.allclose(torch.stack(steps), mamba.causal_conv(x, weight, bias), rtol=EXACT, atol=EXACT)
+
+
+def test_convolution_of_fewer_tokens_than_taps() -> None:
+    x, weight, bias = torch.ones(2, 1, 1), torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.zeros(1)
+    got = mamba.causal_conv(x, weight, bias).flatten().tolist()
+    assert got == pytest.approx([v / (1 + math.exp(-v)) for v in (4.0, 7.0)])
+
+
+def test_group_norm_is_rms_by_group() -> None:
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    norm = mamba.GatedRMSNorm(8, eps=1e-5, group_size=4)
+    want = torch.cat([torch.nn.functional.rms_norm(part, (4,), eps=1e-5) for part in x.split(4, -1)], -1)
+    assert torch.allclose(norm(x), want, rtol=1e-6)
+    with pytest.raises(ValueError, match="norm_before_gate"):
+        mamba.GatedRMSNorm(8, norm_before_gate=True)
+
+
+def test_clamp_applies_after_softplus() -> None:
+    dt = mamba.step_size(torch.tensor([[[-20.0, 3.0]]]), torch.zeros(2), (1e-3, math.inf))
+    assert dt.flatten().tolist() == pytest.approx([1e-3, math.log1p(math.exp(3.0))])
+
+
+def test_refuses_what_only_the_package_does() -> None:
+    x, w = torch.zeros(1, 4, 24), torch.zeros(16, 4)
+    with pytest.raises(ValueError, match="install mamba-ssm"):
+        mamba.mamba_split_conv1d_scan_combined(x, w, w[:, 0], w[0], w[0], w[0], 16, activation="relu", headdim=2)
