@@ -18,11 +18,10 @@ from megatron_evolve.document import load_yaml
 from megatron_evolve.eval.freeze import SUITES_FILE
 from megatron_evolve.eval.judge import load_judge
 from megatron_evolve.evidence import Evidence
-from megatron_evolve.explain import explain
 from megatron_evolve.facts import round_facts
 from megatron_evolve.launch.rundir import RunDirError, read_json
 from megatron_evolve.ledger import Event, read_ledger
-from megatron_evolve.meta import next_policy
+from megatron_evolve.meta import explain, next_policy
 from megatron_evolve.origin import Origin, read_origin
 from megatron_evolve.policy import Edit, SearchPolicy
 from megatron_evolve.prepare import judge_process

@@ -2,7 +2,8 @@
 
 After a gain an axis goes on as it went. After a miss it turns round; when both directions have been missed equally
 often and the last one was a loss, its step was too large and is halved. An axis without a gain after two misses each
-way is retired as a plateau. Steps were learnt on one score: when the objective moves, they are forgotten.
+way is retired as a plateau, until the standing settings move: other ground is another question. Steps were learnt on
+one score: when the objective moves, they are forgotten.
 """
 
 from collections.abc import Sequence
@@ -61,6 +62,14 @@ def _adapted(policy: SearchPolicy, axis: Axis, reading: Reading) -> Axis:
         misses_down=down,
         retired=f"Plateau: no gain in {up} rounds up and {down} down." if min(up, down) >= PLATEAU else "",
     )
+
+
+def reopen(draft: Draft, policy: SearchPolicy, reason: str, moved: Reading) -> None:
+    """Opens the axes that were retired as plateaus before this round; their misses are forgotten."""
+    for axis in policy.axes:
+        if axis.retired and axis.operator not in OPENED_BY_EVIDENCE:
+            for name, value in (("retired", ""), ("misses_up", 0), ("misses_down", 0)):
+                draft.write(f"axes.{axis.name}.{name}", value, reason, *moved.pointers)
 
 
 def forget_steps(draft: Draft, policy: SearchPolicy, reason: str, cited: Sequence[str]) -> None:

@@ -95,7 +95,7 @@ def _pay(desk: Desk, policy: SearchPolicy, names: Sequence[str], runs: Sequence[
 
 def _items(ground: Ground, run: Run) -> RunItems:
     rows = read_rows(ground.stage_dir(run, FINAL_STAGE) / "scores.parquet")
-    return rows.of_split("final").of_run(run.candidate.id, run.seed)
+    return rows.of_run(run.candidate.id, run.seed, "final")
 
 
 def _compare(desk: Desk, standing: str, origin: str, mine: list[RunItems], theirs: list[RunItems]) -> dict[str, Any]:

@@ -46,13 +46,13 @@ class RunFacts:
 
     def items(self, splits: Sequence[str]) -> RunItems:
         """Answers on some splits together, as the paired comparison wants them."""
-        parts = [self.rows(split).of_run(self.candidate, self.seed) for split in splits]
+        parts = [self.rows(split).of_run(self.candidate, self.seed, split) for split in splits]
         if len(parts) == 1:
             return parts[0]
         return RunItems(
             self.candidate,
             self.seed,
-            [f"{split}/{item}" for split, part in zip(splits, parts, strict=True) for item in part.item_ids.tolist()],
+            [item for part in parts for item in part.item_ids.tolist()],
             [name for part in parts for name in part.families.tolist()],
             [value for part in parts for value in part.correct.tolist()],
         )

@@ -5,14 +5,15 @@ knows no domain's name and no round's number beyond what the evidence tells, and
 constitution or a verdict. Each change is an edit with its reason and its pointers into the evidence.
 """
 
-from megatron_evolve.axes import edit_axes, forget_steps, generic_axes, set_open
+from megatron_evolve.axes import edit_axes, forget_steps, generic_axes, reopen, set_open
 from megatron_evolve.constitution import Constitution
 from megatron_evolve.dead_ends import new_dead_ends
 from megatron_evolve.edits import Draft, check_edits
 from megatron_evolve.evidence import Evidence
-from megatron_evolve.policy import DomainState, Edit, Replicates, SearchPolicy, premise, struck
+from megatron_evolve.explain import explain
+from megatron_evolve.policy import DomainState, Edit, Replicates, SearchPolicy, premise
 from megatron_evolve.promotion import best_gain, pending_after, settings_after, standing_edits
-from megatron_evolve.reading import Reading, authoritative_split, pointer, readings, told_effect
+from megatron_evolve.reading import Reading, pointer, readings
 from megatron_evolve.stance import (
     ask_external_after,
     cited_verdicts,
@@ -58,6 +59,10 @@ def next_policy(
     found = readings(evidence, objective, constitution)
     moved, pending = _edit_standing(draft, policy, found)
     _edit_axes(draft, policy, found, objective, why, cited_verdicts(said))
+    if moved is not None and objective == policy.objective:
+        reopen(
+            draft, policy, f"The standing settings moved, and a plateau holds for its ground: {moved.sentence}.", moved
+        )
     _edit_opened(draft, policy, objective, pending, found, cited_verdicts(said))
     noise = evidence.noise.signal_to_noise
     mode, because = mode_after(policy, objective, found, pending, moved is not None, noise)
@@ -142,59 +147,3 @@ def _edit_domains(draft: Draft, policy: SearchPolicy, evidence: Evidence) -> Non
                     draft.write(
                         f"domains.{name}.{split}", score.mean, f"The anchor's {split} accuracy in {name}.", here
                     )
-
-
-def explain(policy: SearchPolicy, evidence: Evidence, following: SearchPolicy, edits: tuple[Edit, ...]) -> str:
-    """The argument of a round in plain sentences: what was searched, found, said, and done about it."""
-    lines = [
-        f"Round {policy.round} searched in mode {policy.mode} for the {policy.objective} score, "
-        f"from standing settings with {len(policy.pending)} change(s) waiting.",
-        *_told_candidates(evidence),
-        *_told_verdicts(evidence),
-    ]
-    reasons: dict[str, list[str]] = {}
-    for edit in edits:
-        if edit.path != "round" and not edit.path.startswith("domains."):
-            reasons.setdefault(edit.reason, []).append(
-                f"{edit.path} from {_short(edit.before)} to {_short(edit.after)}"
-            )
-    lines += [f"Because: {reason} So: {'; '.join(changes)}." for reason, changes in reasons.items()]
-    fallen = [text for text in following.premises if text.startswith(struck(""))]
-    lines.append(f"Premises: {' '.join(fallen) if fallen else 'none is falsified.'}")
-    lines.append(
-        f"Round {following.round} searches in mode {following.mode} for the {following.objective} score along "
-        f"{', '.join(axis.name for axis in following.open_axes())}."
-    )
-    return "\n".join(lines)
-
-
-def _told_candidates(evidence: Evidence) -> list[str]:
-    explorers = [one for one in evidence.candidates if one.role == "explorer"]
-    told = []
-    for one in sorted(explorers, key=lambda one: one.axis):
-        splits = [authoritative_split(objective, one.effects) for objective in ("dev", "external")]
-        effects = " and ".join(f"{split} by {told_effect(one.effects[split])}" for split in splits if split)
-        runs = ", ".join(sorted({run.outcome.replace("_", " ") for run in one.runs}))
-        if one.refused:
-            told.append(f"{one.axis} had no candidate: {one.refused.rstrip('.')}.")
-        elif effects:
-            told.append(f"{one.axis} moved {effects}{', confirmed by further seeds' * one.confirmed}.")
-        else:
-            told.append(f"{one.axis} has no score ({runs or 'no run'}).")
-    return told or ["No explorer ran."]
-
-
-def _told_verdicts(evidence: Evidence) -> list[str]:
-    resolved = [verdict for verdict in evidence.verdicts if verdict["outcome"] != "UNRESOLVED"]
-    if not resolved:
-        return ["No verdict was resolved."]
-    return [
-        f"Verdict for the {verdict['estimand']} estimand, {verdict.get('domain') or 'overall'}: {verdict['outcome']}. "
-        f"{verdict.get('reason', '')}".strip()
-        for verdict in resolved
-    ]
-
-
-def _short(value: object) -> str:
-    text = repr(value) if value not in (None, "") else "nothing"
-    return text if len(text) <= 60 else text[:57] + "..."

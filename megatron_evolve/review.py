@@ -206,7 +206,8 @@ def _effect(
     facts: RoundFacts, name: str, split: str, weights: Weights, pool: SeedPool, domain: str | None = None
 ) -> EffectValue | None:
     found = _estimate(facts, name, split, weights, pool, domain)
-    if found is None:
+    # Where no item tells the two sides apart there is no variance, so no interval and no number.
+    if found is None or not found.item_variance:
         return None
     return EffectValue(
         mean=found.mean,
@@ -303,7 +304,7 @@ def _detectable(facts: RoundFacts, weights: Weights, pool: SeedPool) -> dict[str
     found: dict[str, Any] = {}
     for split in SPLITS:
         estimates = [_estimate(facts, name, split, weights, pool) for name in facts.explorers]
-        sizes = [minimum_detectable_effect(one, MDE_ALPHA) for one in estimates if one is not None and one.se > 0]
+        sizes = [minimum_detectable_effect(one, MDE_ALPHA) for one in estimates if one and one.item_variance]
         if sizes:
             found[split] = statistics.median(sizes)
     return found

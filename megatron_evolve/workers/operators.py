@@ -92,6 +92,7 @@ def balance(brief: Brief, magnitude: float, up: bool) -> Iterator[Move]:
         shares = _blend(now, profile.weakness_shares(), min(MOST_OF_THE_WAY, 0.5 * magnitude))
         told = f"Shares are {name} already; this gives more rows to what is still wrong, whatever it weighs in a score"
         yield Move(_shares(now, shares), f"{told}: {profile.told_weakest()}.")
+        yield from _one_family(brief, profile, magnitude, up=False)
     elif len(set(now.values())) > 1:  # on equal shares every curriculum is the same
         current = brief.policy.standing.mix.curriculum
         for curriculum in _shuffled(brief, [one for one in ("uniform-first", "uniform-last") if one != current]):

@@ -31,6 +31,8 @@ def propose(brief: Brief) -> Proposal:
     failed = _resolved(brief, brief.failed) if brief.failed else None
     refusals: list[str] = []
     for move in _moves(brief):
+        if not move.change:
+            continue
         delta = _delta(brief, move)
         found = validate(delta, brief.policy, brief, brief.substrate)
         if isinstance(found, str):
@@ -73,9 +75,7 @@ def _resolved(brief: Brief, delta: Delta) -> Settings | None:
     return found if isinstance(found, Settings) else None
 
 
-def _delta(brief: Brief, move: Move) -> Delta | dict:
-    if not move.change:
-        return {}
+def _delta(brief: Brief, move: Move) -> Delta:
     base = Base(substrate=brief.substrate["digest"], recipe=standing_name(brief.policy))
     return Delta(base=base, hypothesis=move.reason, change=move.change)
 

@@ -15,7 +15,8 @@ from megatron_evolve.evidence import (
     RunRecord,
     ScoreValue,
 )
-from megatron_evolve.meta import check_edits, explain, initial_policy, next_policy
+from megatron_evolve.explain import explain
+from megatron_evolve.meta import check_edits, initial_policy, next_policy
 from megatron_evolve.policy import DomainState, SearchPolicy, premise, resolve_pointer, struck
 from megatron_evolve.substrate.mix import Mix
 from megatron_evolve.substrate.recipe import Recipe
@@ -192,6 +193,18 @@ def test_an_axis_goes_on_after_a_gain_and_without_a_score() -> None:
     for one in (explorer(policy, "lr", UP), explorer(policy, "lr", None, outcome="lost")):
         following = follow(policy, round_of(policy, one))
         assert following.axes == policy.axes
+
+
+def test_a_plateau_is_another_question_on_other_ground() -> None:
+    policy = start()
+    retired = tuple(
+        axis.replace(retired="Plateau.", misses_up=2, misses_down=2) if axis.name == "style" else axis
+        for axis in policy.axes
+    )
+    policy = policy.replace(axes=retired)
+    assert follow(policy, round_of(policy)).axes == policy.axes
+    moved = follow(policy, round_of(policy, explorer(policy, "lr", UP)))
+    assert moved.axes == start().axes
 
 
 def test_the_last_open_axis_is_never_retired() -> None:

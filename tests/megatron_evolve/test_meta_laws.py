@@ -45,7 +45,8 @@ def random_policy(rng: random.Random) -> SearchPolicy:
 def random_change(rng: random.Random, policy: SearchPolicy) -> dict:
     values = rng.choice(
         [
-            {f"mix.weight.{rng.choice(LABELS)}": rng.choice([0.5, 0.25])},
+            {f"mix.weight.{rng.choice(LABELS)}": 0.5},
+            {f"mix.style.{name}": "trace" for name in rng.sample(LABELS, 2)},
             {f"mix.style.{name}": "trace" for name in rng.sample(LABELS, 3)},
             {"recipe.lr": rng.choice([4e-3, 5e-4])},
             {"recipe.steps": rng.choice([70, 280]), "recipe.clip_grad": 0.5},
@@ -56,7 +57,7 @@ def random_change(rng: random.Random, policy: SearchPolicy) -> dict:
 
 
 def random_effect(rng: random.Random) -> dict:
-    mean = rng.choice([-0.05, -0.01, 0.0, 0.01, 0.05])
+    mean = rng.choice([-0.05, 0.0, 0.05, 0.05])  # few values, so that ties are common
     return {
         "mean": mean,
         "se": 0.01,
@@ -91,7 +92,7 @@ def random_evidence(rng: random.Random, policy: SearchPolicy) -> Evidence:
                 "change": random_change(rng, policy),
                 "runs": [run],
                 "effects": {split: random_effect(rng) for split in splits} if scored else {},
-                "confirmed": rng.random() < 0.6,
+                "confirmed": rng.random() < 0.8,
             }
         )
     verdicts = [

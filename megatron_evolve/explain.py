@@ -1,0 +1,64 @@
+"""The argument of a round in plain sentences: what was searched, what was found and said, and what followed from it.
+
+Everything told stands in the policy, the evidence and the edits; nothing is computed anew and nothing is judged here.
+"""
+
+from megatron_evolve.evidence import Evidence
+from megatron_evolve.policy import Edit, SearchPolicy, struck
+from megatron_evolve.reading import authoritative_split, told_effect
+
+
+def explain(policy: SearchPolicy, evidence: Evidence, following: SearchPolicy, edits: tuple[Edit, ...]) -> str:
+    """The argument of a round in plain sentences: what was searched, found, said, and done about it."""
+    lines = [
+        f"Round {policy.round} searched in mode {policy.mode} for the {policy.objective} score, "
+        f"from standing settings with {len(policy.pending)} change(s) waiting.",
+        *_told_candidates(evidence),
+        *_told_verdicts(evidence),
+    ]
+    reasons: dict[str, list[str]] = {}
+    for edit in edits:
+        if edit.path != "round" and not edit.path.startswith("domains."):
+            reasons.setdefault(edit.reason, []).append(
+                f"{edit.path} from {_short(edit.before)} to {_short(edit.after)}"
+            )
+    lines += [f"Because: {reason} So: {'; '.join(changes)}." for reason, changes in reasons.items()]
+    fallen = [text for text in following.premises if text.startswith(struck(""))]
+    lines.append(f"Premises: {' '.join(fallen) if fallen else 'none is falsified.'}")
+    lines.append(
+        f"Round {following.round} searches in mode {following.mode} for the {following.objective} score along "
+        f"{', '.join(axis.name for axis in following.open_axes())}."
+    )
+    return "\n".join(lines)
+
+
+def _told_candidates(evidence: Evidence) -> list[str]:
+    explorers = [one for one in evidence.candidates if one.role == "explorer"]
+    told = []
+    for one in sorted(explorers, key=lambda one: one.axis):
+        splits = [authoritative_split(objective, one.effects) for objective in ("dev", "external")]
+        effects = " and ".join(f"{split} by {told_effect(one.effects[split])}" for split in splits if split)
+        runs = ", ".join(sorted({run.outcome.replace("_", " ") for run in one.runs}))
+        if one.refused:
+            told.append(f"{one.axis} had no candidate: {one.refused.rstrip('.')}.")
+        elif effects:
+            told.append(f"{one.axis} moved {effects}{', confirmed by further seeds' * one.confirmed}.")
+        else:
+            told.append(f"{one.axis} has no score ({runs or 'no run'}).")
+    return told or ["No explorer ran."]
+
+
+def _told_verdicts(evidence: Evidence) -> list[str]:
+    resolved = [verdict for verdict in evidence.verdicts if verdict["outcome"] != "UNRESOLVED"]
+    if not resolved:
+        return ["No verdict was resolved."]
+    return [
+        f"Verdict for the {verdict['estimand']} estimand, {verdict.get('domain') or 'overall'}: {verdict['outcome']}. "
+        f"{verdict.get('reason', '')}".strip()
+        for verdict in resolved
+    ]
+
+
+def _short(value: object) -> str:
+    text = repr(value) if value not in (None, "") else "nothing"
+    return text if len(text) <= 60 else text[:57] + "..."
