@@ -64,14 +64,15 @@ def _suite(spec: dict[str, Any] | None) -> Any:
 
 def _told(dev: GeneratedSuite, external: GeneratedSuite | CsvSuite | None, rows: list[Item]) -> dict[str, Any]:
     """Weights of the families in each score, and how many items a look takes."""
-    told: dict[str, Any] = {"weights": {"dev": _weights(dev, []), "external": {}}, "items": {}}
+    items = {split: n * len(dev.families) for split, n in dev.items_per_family.items()}
+    told: dict[str, Any] = {"weights": {"dev": _weights(dev, []), "external": {}}, "items": items}
     if external is None:
         return told
     told["weights"]["external"] = _weights(external, rows)
     if isinstance(external, GeneratedSuite):
-        told["items"] = {split: n * len(external.families) for split, n in external.items_per_family.items()}
+        told["items"] |= {split: n * len(external.families) for split, n in external.items_per_family.items()}
     else:
-        told["items"] = {**external.items, "open": len(rows) - round(len(rows) * external.sealed)}
+        told["items"] |= {**external.items, "open": len(rows) - round(len(rows) * external.sealed)}
         told["items"]["final"] = len(rows) - told["items"]["open"]
     return told
 

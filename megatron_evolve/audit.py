@@ -207,8 +207,7 @@ def _check_evidence(record: Record, number: int) -> None:
     window = [round_facts(record.folder, record.events, record.campaign.seed, one) for one in range(first, number + 1)]
     earlier = [one for past in range(1, number) for one in record.evidence(past).replicates]
     found = record.evidence(number)
-    again = review(window, rules, record.origin, Weights(**record.suites["weights"]), earlier)
-    again = again.replace(looks=found.looks)
+    again = review(window, rules, record.origin, Weights(**record.suites["weights"]), earlier, found.looks)
     expected, got = (digest_of(one.model_dump(mode="json", by_alias=True)) for one in (found, again))
     _must(f"evidence of round {number}", expected, got)
 

@@ -235,7 +235,7 @@ def _rates(pairs: list[str]) -> dict[str, float]:
     try:
         return {name: float(rate) for name, rate in (pair.split("=", 1) for pair in pairs)}
     except ValueError:
-        raise ValueError(f"--cue-rate takes FAMILY=RATE such as gravity=0.9, got {' '.join(pairs)}") from None
+        raise ValueError(f"--cue-rate takes FAMILY=RATE with a rate from 0 to 1, got {' '.join(pairs)}") from None
 
 
 def guarded(action: Any, as_json: bool) -> None:

@@ -8,7 +8,7 @@ import fnmatch
 import math
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.substrate.settings import Settings, read, write_all
@@ -27,6 +27,10 @@ class Change(Frozen):
         if len(self.model_fields_set & {"set", "scale"}) != 1:
             raise ValueError("a change has exactly one of `set` and `scale`")
         return self
+
+    @model_serializer
+    def _only_the_one(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.model_fields_set}
 
 
 class Base(Frozen):

@@ -88,6 +88,15 @@ class RoundFacts:
         """Runs of a candidate that were scored on a split, in order of replicate."""
         return [run for run in self.runs.get(name, ()) if run.has(split)]
 
+    def first(self, name: str, split: str) -> list[RunFacts]:
+        """The scored runs that selection reads: all of the anchor, and of an explorer those before any confirmation."""
+        runs = self.scored(name, split)
+        if name == self.anchor:
+            return runs
+        proposed = sum(one.candidate == name for one in self.proposals)
+        planned = self.runs[name][: proposed * self.policy.replicates.explorer]
+        return [run for run in runs if run in planned]
+
     @cached_property
     def explorers(self) -> tuple[str, ...]:
         """Explorers with a dev score, in order of worker; each once."""

@@ -51,8 +51,8 @@ def propose_all(desk: Desk, policy: SearchPolicy) -> list[Explorer]:
 
 def assigned_axes(campaign: Campaign, policy: SearchPolicy) -> list[tuple[int, Axis]]:
     """Workers 1..N-1 in order over the open axes; with fewer axes than workers some axis gets two, with other seeds."""
-    axes = policy.open_axes()
-    return [(worker, axes[(worker - 1) % len(axes)]) for worker in range(1, campaign.constitution.workers)]
+    axes = policy.axes_for(campaign.constitution.workers - 1)
+    return list(enumerate(axes, start=1))
 
 
 def propose(

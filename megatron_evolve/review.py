@@ -61,7 +61,7 @@ def a_half_means(facts: RoundFacts, weights: Weights) -> dict[str, float]:
     split = "dev-a" if facts.policy.objective == "dev" else "external-a"
     means = {}
     for name in facts.explorers:
-        if runs := facts.scored(name, split):
+        if runs := facts.first(name, split):
             means[name] = statistics.fmean(_overall(run, split, weights) for run in runs)
     return means
 
@@ -75,12 +75,13 @@ def review(
     constitution: Constitution,
     origin: Origin,
     weights: Weights,
-    earlier: Sequence[Mapping[str, Any]] = (),
+    earlier: Sequence[Mapping[str, Any]],
+    looks: Mapping[str, int],
 ) -> Evidence:
     """The evidence of the window's last round.
 
     `window` holds at most the constitution's window of rounds, in order; `earlier` the replicates that the evidence of
-    all rounds before the last one keeps.
+    all rounds before the last one keeps; `looks` the account's counts so far.
     """
     facts = window[-1]
     rounds = [round_items(one, weights) for one in window]
@@ -105,10 +106,11 @@ def review(
         objective=facts.policy.objective,
         anchor=facts.anchor,
         selected=max(means, key=lambda name: (means[name], name)) if means else None,
-        candidates=tuple(reviewed),
+        candidates=(*reviewed, *_refused(facts)),
         noise=_noise(facts, reviewed, weights, pool),
         minimum_detectable_effect=_detectable(facts, weights, pool),
         verdicts=tuple(verdict.model_dump(mode="json") for verdict in verdicts),
+        looks=dict(looks),
         replicates=tuple(one.to_dict() for one in replicates),
         cpu_seconds=sum(
             end["cpu_seconds"] for runs in facts.runs.values() for run in runs for end in run.ends.values()
@@ -121,7 +123,7 @@ def round_items(facts: RoundFacts, weights: Weights) -> RoundItems:
     splits = SPLITS["external-b" if facts.policy.objective == "external" else "external"]
     names = [facts.anchor, *facts.explorers]
     dev_a = {
-        name: statistics.fmean(_overall(run, "dev-a", weights) for run in facts.scored(name, "dev-a")) for name in names
+        name: statistics.fmean(_overall(run, "dev-a", weights) for run in facts.first(name, "dev-a")) for name in names
     }
     return RoundItems(
         number=facts.number,
@@ -164,6 +166,18 @@ def _candidate(facts: RoundFacts, name: str, weights: Weights, pool: SeedPool) -
             domain: _domain(facts, name, domain, weights, pool) for domain in sorted({*weights.dev, *weights.external})
         },
     )
+
+
+def _refused(facts: RoundFacts) -> list[CandidateEvidence]:
+    """Workers that ended without a candidate, one entry each with the last reason."""
+    accepted = {one.worker for one in facts.proposals}
+    last = {one["worker"]: one for one in facts.refusals if one["worker"] not in accepted}
+    return [
+        CandidateEvidence(
+            id=f"none-{worker}", axis=one["axis"], role="explorer", change={}, runs=(), refused=one["reason"]
+        )
+        for worker, one in sorted(last.items())
+    ]
 
 
 def _run_record(run: RunFacts, weights: Weights) -> RunRecord:

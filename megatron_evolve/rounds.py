@@ -135,12 +135,14 @@ def run_candidates(desk: Desk, policy: SearchPolicy) -> RoundRuns:
         runs.explorers.setdefault(explorer.candidate.id, explorer)
         first += runs.add(explorer.candidate, policy.replicates.explorer)
     runs.drive([(run, "train") for run in first], follow=True)
+    pay_dev(runs, "dev-a")
     if policy.objective == "external":
         ask_external(runs, "external-a")
     confirm(runs)
     if policy.objective == "dev":
         ask_external(runs, "external-a")
     ask_external(runs, "external-b")
+    pay_dev(runs, "dev-b")
     return runs
 
 
@@ -162,6 +164,16 @@ def ranked(runs: RoundRuns) -> list[str]:
     return sorted(event["means"], key=lambda name: (-event["means"][name], name))
 
 
+def pay_dev(runs: RoundRuns, split: str) -> None:
+    """Enters a look at dev for every candidate with a score, before any of it is read: on the A half its first runs."""
+    facts = runs.desk.facts(runs.policy.round)
+    for name in runs.runs:
+        mine = facts.first(name, split) if split == "dev-a" else facts.scored(name, split)
+        if mine:
+            keys = [f"{runs.policy.round}/{name}/{run.seed}" for run in mine]
+            runs.desk.looks.pay(look_of(runs, name, keys, split))
+
+
 def ask_external(runs: RoundRuns, stage: Stage) -> None:
     """Pays one look a candidate, then scores its runs; candidates beyond the budget stay unasked."""
     desk, policy = runs.desk, runs.policy
@@ -173,7 +185,7 @@ def ask_external(runs: RoundRuns, stage: Stage) -> None:
         mine = [run for run in runs.runs[name] if runs.finished(run, "dev")]
         if not mine or (desk.looks.spent >= desk.looks.external_budget and not _paid(runs, name, stage)):
             continue
-        desk.looks.pay(look_of(desk, policy, name, mine, stage))
+        desk.looks.pay(look_of(runs, name, [run.key for run in mine], stage))
         stages += [(run, stage) for run in mine]
     runs.drive(stages, follow=False)
 
@@ -188,16 +200,17 @@ def _paid(runs: RoundRuns, name: str, stage: Stage) -> bool:
     return runs.desk.looks.paid(candidate=name, round_number=runs.policy.round, split=stage) is not None
 
 
-def look_of(desk: Desk, policy: SearchPolicy, name: str, runs: list[Run], stage: Stage) -> Look:
-    """The look at one candidate's external score. Its items are named by what draws them, so none is opened here."""
+def look_of(runs: RoundRuns, name: str, keys: list[str], split: str) -> Look:
+    """The look at one candidate's score. Its items are named by what draws them, so none is opened here."""
+    number, desk = runs.policy.round, runs.desk
     return Look(
         candidates=(name,),
-        runs=tuple(run.key for run in runs),
-        purpose="select" if stage == "external-a" else "judge",
-        split=stage,
-        round=policy.round,
-        item_set=digest_of({"judge": desk.judge_digest, "split": stage, "round": policy.round}),
-        items=desk.suites["items"][stage],
+        runs=tuple(keys),
+        purpose="select" if split.endswith("-a") else "judge",
+        split=split,
+        round=number,
+        item_set=digest_of({"judge": desk.judge_digest, "split": split, "round": number}),
+        items=desk.suites["items"][split],
     )
 
 
@@ -223,7 +236,7 @@ def _write_evidence(desk: Desk, number: int) -> dict[str, Any]:
     rules = desk.campaign.constitution
     window = [desk.facts(one) for one in range(max(1, number - rules.gap.window + 1), number + 1)]
     earlier = [one for past in range(1, number) for one in desk.evidence(past).replicates]
-    evidence = review(window, rules, desk.origin, desk.weights, earlier).replace(looks=desk.looks.summary())
+    evidence = review(window, rules, desk.origin, desk.weights, earlier, desk.looks.summary())
     return {"digest": save_json(desk.ground.folder.evidence(number), evidence)}
 
 

@@ -1,10 +1,11 @@
-"""From nothing to a frozen substrate: pre-train a preset's model on its own puzzles, then freeze weights, tokenizer, manifest.
+"""From nothing to a frozen substrate: pre-train a preset's model on its own puzzles, then freeze weights, tokenizer,
+manifest.
 
     python -m megatron_evolve.substrate.build --preset nano-cpu --out DIR --seed N [--cue-rate FAMILY=0.9 ...]
 
-The weights are trained without cues, whatever the pool that candidates will draw from: so substrates that differ only in
-their pool share them, and `refreeze` makes one from another in milliseconds. A killed build goes on where it was. Learning
-comes in jumps between steps 150 and 450, so a build is a number of steps, never a time.
+The weights are trained without cues, whatever the pool that candidates will draw from: so substrates that differ only
+in their pool share them, and `refreeze` makes one from another in milliseconds. A killed build goes on where it was.
+Learning comes in jumps between steps 150 and 450, so a build is a number of steps, never a time.
 """
 
 import argparse
@@ -49,8 +50,9 @@ SAVE_EVERY = 50
 
 @dataclass(frozen=True)
 class Preset:
-    """What a build starts from. `exposure` is the family weight of the pre-training: the dial that sets how hard a family
-    is for the frozen model. `trace_share` of the rows carry a trace, so that candidates may ask for either form."""
+    """What a build starts from. `exposure` is the family weight of the pre-training: the dial that sets how hard a
+    family is for the frozen model. `trace_share` of the rows carry a trace, so that candidates may ask for either
+    form."""
 
     name: str
     architecture: Architecture
@@ -69,7 +71,7 @@ class Preset:
         return Mix(weight=dict(weight), style=styles, difficulty=self.difficulty, repetition_cap=1000)
 
     def construction(self, cue_rate: Mapping[str, float]) -> Construction:
-        """The operator's pool with this cue rate by family (0 where not named). Raises ValueError for an unknown family."""
+        """The operator's pool with this cue rate by family, 0 where not named. Raises ValueError for an unknown one."""
         for family, rate in cue_rate.items():
             if family not in self.exposure:
                 raise ValueError(f"no family {family!r} for a cue rate{nearest(family, list(self.exposure))}")
@@ -113,7 +115,13 @@ CHALLENGE = Preset(
     name="challenge-cpu",
     architecture=Architecture.model_validate(
         NANO_CPU.model_dump()
-        | {"name": "challenge-cpu", "hidden_size": 96, "mamba_num_heads": 12, "head_dim": 24, "max_sequence_length": 512}
+        | {
+            "name": "challenge-cpu",
+            "hidden_size": 96,
+            "mamba_num_heads": 12,
+            "head_dim": 24,
+            "max_sequence_length": 512,
+        }
         | {"num_experts": 8, "expert_ffn_size": 192, "shared_ffn_size": 192}
     ),
     difficulty="challenge",
@@ -134,7 +142,8 @@ def preset_named(name: str) -> Preset:
 
 
 def build_substrate(preset: Preset, folder: Path, seed: int, cue_rate: Mapping[str, float] | None = None) -> Substrate:
-    """Train and freeze `preset` in `folder`; one seed, one digest on one machine. A finished build is verified and returned.
+    """Train and freeze `preset` in `folder`; one seed, one digest on one machine. A finished build is verified and
+    returned.
 
     Joins a process group of one for the training and leaves it. Raises ValueError if `folder` holds another substrate.
     """
@@ -182,8 +191,8 @@ def _finished(folder: Path, record: dict[str, Any], construction: Construction) 
     found = read_manifest(folder)
     if (found.build, found.construction) != (record, construction):
         raise ValueError(
-            f"{folder} holds substrate {found.digest[:8]} of another build (preset, seed, pool or settings differ); choose "
-            "another folder or remove it"
+            f"{folder} holds substrate {found.digest[:8]} of another build (preset, seed, pool or settings differ); "
+            "choose another folder or remove it"
         )
     return verify(folder)
 
@@ -201,7 +210,9 @@ def _pretrain(packer: Packer, architecture: Architecture, folder: Path, run: str
         teller = _Teller(packer.recipe.steps)
         fitted = fit(model, packer, folder / BUILD_FOLDER, run=run, save_every=SAVE_EVERY, tell=teller)
         if fitted.diverged is not None:
-            raise ValueError(f"the build diverged at step {fitted.diverged[0]}: {fitted.diverged[1]}; choose another seed or lr")
+            raise ValueError(
+                f"the build diverged at step {fitted.diverged[0]}: {fitted.diverged[1]}; choose another seed or lr"
+            )
         save_weights(model, folder / WEIGHTS_FILE)
     finally:
         build.stop()
@@ -236,11 +247,15 @@ def _freeze(folder: Path, **fields: Any) -> Substrate:
 
 def main(argv: list[str]) -> int:
     """Build one substrate; prints its digest."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_evolve.substrate.build", description="pre-train and freeze")
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_evolve.substrate.build", description="pre-train and freeze"
+    )
     parser.add_argument("--preset", required=True, help=", ".join(PRESETS))
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--cue-rate", nargs="*", default=[], metavar="FAMILY=RATE", help="cue of the pool; 0 if not named")
+    parser.add_argument(
+        "--cue-rate", nargs="*", default=[], metavar="FAMILY=RATE", help="cue of the pool; 0 if not named"
+    )
     arguments = parser.parse_args(argv)
     try:
         cue_rate = dict(_cue_rate(text) for text in arguments.cue_rate)

@@ -41,6 +41,9 @@ class Mix(Frozen):
         total = math.fsum(weight.values())
         if total <= 0:
             raise ValueError("family weights sum to zero, so there is nothing to train on; give a family a weight > 0")
+        # Rounded weights miss 1 by the last digit; normalising them again would move it, and the digest with it.
+        if abs(total - 1) <= len(weight) * 10**-WEIGHT_DIGITS:
+            total = 1.0
         return {family: round(value / total, WEIGHT_DIGITS) for family, value in weight.items()}
 
     @model_validator(mode="after")

@@ -1,14 +1,13 @@
 """Training batches: rows drawn by the mix from the operator's pool, as padded arrays of tokens and loss weights.
 
-A row is a function of (seed, step, position in the global batch) and of the prompts drawn before it, never of the number of
-data-parallel ranks: every rank draws the same global batch and encodes it, then takes its own slice. So two ranks train on
-what one would, and a resumed run needs only its step number. Rows are padded, not packed end to end: Megatron's plain Mamba
-path keeps state across a row, and nano batches waste about 15 % on padding.
+A row is a function of (seed, step, position in the global batch) and of the prompts drawn before it, never of the
+number of data-parallel ranks: every rank draws the same global batch and encodes it, then takes its own slice. So two
+ranks train on what one would, and a resumed run needs only its step number. Rows are padded, not packed end to end:
+Megatron's plain Mamba path keeps state across a row, and nano batches waste about 15 % on padding.
 
 B rows, T tokens.
 """
 
-import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_evolve.substrate.digest import digest_bytes
 from megatron_evolve.substrate.manifest import Construction
 from megatron_evolve.substrate.mix import Mix
 from megatron_evolve.substrate.puzzles import families
@@ -49,14 +49,16 @@ class Batch:
         """Rank `rank`'s slice of `of`. Raises ValueError where the rows do not divide."""
         rows = len(self.tokens_BT)
         if rows % of:
-            raise ValueError(f"recipe.batch_size must be a multiple of the {of} data-parallel ranks; got {rows}: change one")
+            raise ValueError(
+                f"recipe.batch_size must be a multiple of the {of} data-parallel ranks; got {rows}: change one"
+            )
         return self._rows(np.arange(rank * rows // of, (rank + 1) * rows // of), self.tokens_BT.shape[1])
 
     def narrowed(self, multiple: int) -> list["Batch"]:
         """The same rows as one micro-batch or two, the short ones apart where that saves enough padding to pay.
 
-        Each has a multiple of `multiple` rows. Every rank must cut the global batch, not its slice: then any number of ranks
-        sees the same padding, which the experts' load counts.
+        Each has a multiple of `multiple` rows. Every rank must cut the global batch, not its slice: then any number of
+        ranks sees the same padding, which the experts' load counts.
         """
         lengths = (~self.padding_BT).sum(1)
         order = np.argsort(lengths, kind="stable")
@@ -91,8 +93,8 @@ class Tally:
 class Packer:
     """Where a run's rows come from. `excluded` holds `instance_hash` of rows that must not be trained on.
 
-    `trace_share` is the share of rows that carry their family's trace whatever the mix says; only the build of a substrate
-    sets it. Raises ValueError in one sentence where the mix asks for what the pool does not hold.
+    `trace_share` is the share of rows that carry their family's trace whatever the mix says; only the build of a
+    substrate sets it. Raises ValueError in one sentence where the mix asks for what the pool does not hold.
     """
 
     mix: Mix
@@ -107,15 +109,19 @@ class Packer:
         pool = self.construction
         unknown = sorted(set(self.mix.weight) - set(pool.families))
         if unknown:
-            raise ValueError(f"mix.weight names {unknown[0]!r}, which the pool does not hold; it holds {', '.join(pool.families)}")
+            raise ValueError(
+                f"mix.weight names {unknown[0]!r}, which the pool does not hold; it holds {', '.join(pool.families)}"
+            )
         if self.mix.difficulty != pool.difficulty:
-            raise ValueError(f"mix.difficulty is {self.mix.difficulty!r}, but the pool's rows are {pool.difficulty!r}; use that")
+            raise ValueError(
+                f"mix.difficulty is {self.mix.difficulty!r}, but the pool's rows are {pool.difficulty!r}; use that"
+            )
         for family, style in self.mix.style.items():
             if style != ANSWER_STYLE and style not in pool.styles[family]:
                 raise ValueError(f"mix.style.{family} is {style!r}; the pool offers {', '.join(pool.styles[family])}")
 
     def batches(self, tally: Tally, start: int = 0) -> Iterator[Batch]:
-        """The run's global batches from step `start` on. Earlier rows are drawn again, so that prompts count as seen."""
+        """The run's global batches from step `start` on. Earlier rows are drawn too, so that prompts count as seen."""
         seen: Counter = Counter()
         for step in range(self.recipe.steps):
             rows = self._draw_step(step, seen, tally)
@@ -125,14 +131,14 @@ class Packer:
 
     def held_out(self, num_rows: int, *, uniform: bool) -> Batch:
         """Rows of the same pool that no step draws, shares as at the end of the run, or equal shares."""
-        shares = {family: 1.0 for family in self.mix.weight} if uniform else self.mix.shares_at(1.0)
+        shares = dict.fromkeys(self.mix.weight, 1.0) if uniform else self.mix.shares_at(1.0)
         chosen = _spread(shares, num_rows, 0.5)
         seen, tally = Counter(), Tally()
         rows = [self._draw_row(family, f"held-out/{self.seed}/{n}", seen, tally) for n, family in enumerate(chosen)]
         return self.pack(rows, tally)
 
     def pack(self, rows: list[tuple[Row, str]], tally: Tally) -> Batch:
-        """Rows with their style as one padded batch. Raises ValueError for a row longer than the recipe's sequence length."""
+        """Rows with their style as one padded batch. Raises ValueError for a row over the sequence length."""
         encoded = [self._encode(row, style) for row, style in rows]
         longest = max(len(tokens) for tokens, _ in encoded) - 1  # the last token is only a label
         width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
@@ -176,8 +182,9 @@ class Packer:
             seen[prompt] += 1
             return row, style
         raise ValueError(
-            f"family {family!r} gave no usable row in {MAX_DRAWS} draws ({tally.redrawn[family]} over the repetition cap of "
-            f"{self.mix.repetition_cap}, {tally.dropped[family]} excluded); raise mix.repetition_cap or lower its weight or recipe.steps"
+            f"family {family!r} gave no usable row in {MAX_DRAWS} draws (so far {tally.redrawn[family]} over the "
+            f"repetition cap of {self.mix.repetition_cap} and {tally.dropped[family]} excluded); raise mix.repetition_cap, "
+            "or lower the family's weight or recipe.steps"
         )
 
     def _encode(self, row: Row, style: str) -> tuple[list[int], list[float]]:
@@ -190,8 +197,8 @@ class Packer:
         tokens = prompt + trace + answer
         if len(tokens) > recipe.sequence_length:
             raise ValueError(
-                f"a row of family {row.family!r} in style {style!r} has {len(tokens)} tokens, recipe.sequence_length is "
-                f"{recipe.sequence_length}; raise it"
+                f"a row of family {row.family!r} in style {style!r} has {len(tokens)} tokens, "
+                f"recipe.sequence_length is {recipe.sequence_length}; raise it"
             )
         weights = [recipe.prompt_loss_weight] * len(prompt)
         weights += [recipe.answer_loss_weight if style == ANSWER_STYLE else recipe.trace_loss_weight] * len(trace)
@@ -201,7 +208,8 @@ class Packer:
 def _spread(shares: dict[str, float], num_rows: int, offset: float) -> list[str]:
     """`num_rows` families, each within one row of its share: systematic sampling with one random offset in [0, 1).
 
-    Independent draws would let a family's count vary by +-3 of 11 in a batch of 64, noise that says nothing about the mix.
+    Independent draws would let a family's count vary by +-3 of 11 in a batch of 64, noise that says nothing about the
+    mix.
     """
     edges = np.cumsum(list(shares.values()))
     points = (np.arange(num_rows) + offset) * (edges[-1] / num_rows)
@@ -210,15 +218,16 @@ def _spread(shares: dict[str, float], num_rows: int, offset: float) -> list[str]
 
 
 def instance_hash(row: Row) -> str:
-    """sha256 of the row's canonical rule instance: two rows that ask the same thing in other words have the same one."""
-    return hashlib.sha256(row.instance.encode()).hexdigest()
+    """sha256 of the row's canonical rule instance: the same puzzle in other words has the same one."""
+    return digest_bytes(row.instance.encode())
 
 
 def read_excluded(path: Path) -> frozenset[str]:
-    """The excluded set of a file with one `instance_hash` a line. Raises ValueError naming the first line that is none."""
-    hashes = path.read_text().split()
+    """The set in a file with one `instance_hash` a line. Raises ValueError naming the first line that is none."""
+    hashes = path.read_text(encoding="utf-8").split()
     for number, line in enumerate(hashes, 1):
         if len(line) != 64 or set(line) - set("0123456789abcdef"):
-            raise ValueError(f"{path}:{number}: expected 64 hexadecimal digits, got {line[:20]!r}; write instance_hash of each row")
+            raise ValueError(
+                f"{path}:{number}: expected 64 hexadecimal digits, got {line[:20]!r}; write instance_hash of each row"
+            )
     return frozenset(hashes)
-

@@ -17,7 +17,7 @@ LABELLED_ROUNDS = 12
 SPLITS = ("dev", "external")
 
 
-# --- trajectory ----------------------------------------------------------------------------------------------------------
+# --- trajectory -----------------------------------------------------------------------------------------------------
 
 
 def trajectory(chronicle: Chronicle) -> Markup | None:
@@ -127,11 +127,13 @@ def strongest_outcome(chapter: Chapter) -> str:
 
 
 def _told_round(chapter: Chapter, anchor: CandidateEvidence | None) -> str:
-    scores = [f"{split} {accuracy(getattr(anchor, split).mean)}" for split in SPLITS if anchor and getattr(anchor, split)]
+    scores = [
+        f"{split} {accuracy(getattr(anchor, split).mean)}" for split in SPLITS if anchor and getattr(anchor, split)
+    ]
     return f"round {chapter.number}: {', '.join(scores) or 'no score'}, {strongest_outcome(chapter).lower()}"
 
 
-# --- transfer ------------------------------------------------------------------------------------------------------------
+# --- transfer -------------------------------------------------------------------------------------------------------
 
 
 def transfer(chronicle: Chronicle) -> Markup | None:
@@ -239,7 +241,7 @@ def _below(dev: EffectValue, outside: EffectValue, beta0: float) -> bool:
     return dev.mean > 0 and outside.mean < beta0 * dev.mean
 
 
-# --- final ---------------------------------------------------------------------------------------------------------------
+# --- final ----------------------------------------------------------------------------------------------------------
 
 
 def final_strip(gain: dict[str, float]) -> Markup:
@@ -253,6 +255,8 @@ def final_strip(gain: dict[str, float]) -> Markup:
         board.level(y, gain["low"], gain["high"], "bar final"),
         tag("circle", cx=board.x(gain["mean"]), cy=y, r=6, class_="dot final"),
     ]
-    told = f"{points(gain['mean'])} points, 95 % interval {points(gain['low'])} to {points(gain['high'])}; zero is marked."
+    told = (
+        f"{points(gain['mean'])} points, 95 % interval {points(gain['low'])} to {points(gain['high'])}; zero is marked."
+    )
     title = "Standing settings minus origin on the sealed items, in points"
     return drawing("final", title, told, (board.width, board.height), *marks)

@@ -28,7 +28,7 @@ def join(parts: Iterable[Any], between: str = "") -> Markup:
     return Markup(text(between).join(text(part) for part in parts if part is not None))
 
 
-def tag(name: str, *children: Any, **attributes: Any) -> Markup:
+def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
     """One element. `class_` is class, `data_x` is data-x; an attribute that is None is left out."""
     told = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
@@ -71,7 +71,9 @@ def table(caption: str, columns: Sequence[Any], rows: Iterable[Sequence[Any]], n
 
     A row is cells or plain values; a value that is no `Markup` element is put into a cell.
     """
-    head = tag("tr", *(tag("th", name, scope="col", class_=_kind(place, numbers)) for place, name in enumerate(columns)))
+    head = tag(
+        "tr", *(tag("th", name, scope="col", class_=_kind(place, numbers)) for place, name in enumerate(columns))
+    )
     body = [_row(row, numbers) for row in rows]
     whole = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body))
     return scroll(caption, whole)

@@ -1,6 +1,6 @@
 """The drawing board of the charts: scales, axes and marks as inline SVG that takes its colours from the page's style.
 
-    value --Scale--> pixel;  Board = two scales in a frame;  drawing(...) = the <svg> with its title and description
+value --Scale--> pixel;  Board = two scales in a frame;  drawing(...) = the <svg> with its title and description
 """
 
 import math

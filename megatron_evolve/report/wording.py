@@ -102,9 +102,7 @@ def scope_words(verdict: dict[str, Any]) -> str:
 def told_verdicts(verdicts: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
     """The verdicts worth a line, with their places: every overall one, and every domain that is not unresolved."""
     return [
-        (place, one)
-        for place, one in enumerate(verdicts)
-        if one["domain"] == OVERALL or one["outcome"] != "UNRESOLVED"
+        (place, one) for place, one in enumerate(verdicts) if one["domain"] == OVERALL or one["outcome"] != "UNRESOLVED"
     ]
 
 

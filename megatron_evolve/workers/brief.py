@@ -90,9 +90,5 @@ def document(value: Brief | Proposal) -> dict[str, Any]:
 
 
 def delta_document(delta: Delta | None) -> dict[str, Any] | None:
-    """The JSON document of a delta; each change has the one key that it was made with."""
-    if delta is None:
-        return None
-    whole = delta.model_dump(mode="json", by_alias=True)
-    changes = {path: change.model_dump(mode="json", exclude_unset=True) for path, change in delta.change.items()}
-    return {**whole, "change": changes}
+    """The JSON document of a delta, or None for none."""
+    return None if delta is None else delta.model_dump(mode="json", by_alias=True)

@@ -1,1 +1,1 @@
-"""The trainer: one step, its optimizer, when it has diverged, what it saves, which weights it hands on, and its process."""
+"""The trainer: its step, optimizer, schedule and stopping rule, what it saves and hands on, and its process."""

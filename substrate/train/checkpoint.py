@@ -1,11 +1,12 @@
 """Checkpoints: a folder that is whole or absent, with a manifest that names each file by its sha256.
 
-Two kinds. `weights` or `adapter` is what a run hands on to its evaluation. `resume` also holds the optimizer's moments, the
-random generators and the trainer's own state, so that a run killed after it goes on bit for bit as if it had not been. Files
-are safetensors and JSON: no pickles, and 10 ms in place of the 3 s of a distributed save.
+Two kinds. `weights` or `adapter` is what a run hands on to its evaluation. `resume` also holds the optimizer's
+moments, the random generators and the trainer's own state, so that a run killed after it goes on bit for bit as if it
+had not been. Files are safetensors and JSON: no pickles, and 10 ms in place of the 3 s of a distributed save.
 
-A folder is written under a temporary name, its manifest last, and renamed. Data-parallel ranks hold equal state, so rank 0
-writes for all. Ranks that each hold a part of the model need Megatron's distributed checkpoint, which is not here yet.
+A folder is written under a temporary name, its manifest last, and renamed. Data-parallel ranks hold equal state, so
+rank 0 writes for all. Ranks that each hold a part of the model need Megatron's distributed checkpoint, which is not
+here yet.
 """
 
 import os
@@ -35,7 +36,9 @@ class Checkpoint(Frozen):
     kind: Kind
     step: int = Field(ge=0, description="optimizer steps taken")
     run: str = Field(description="digest of what is trained: two checkpoints of one run have the same")
-    state: dict[str, Any] = Field(default_factory=dict, description="what the trainer needs to go on, or wishes to tell")
+    state: dict[str, Any] = Field(
+        default_factory=dict, description="what the trainer needs to go on, or wishes to tell"
+    )
     files: dict[str, SourceFile]
 
 
@@ -71,7 +74,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """The manifest of a checkpoint after every byte it names was hashed. Raises ValueError in one sentence."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise ValueError(f"expected a checkpoint in {folder}, it has no {MANIFEST}: it is missing or was never finished; train again")
+        raise ValueError(
+            f"expected a checkpoint in {folder}, it has no {MANIFEST}: it is missing or was never finished; train again"
+        )
     try:
         checkpoint = Checkpoint.parse(read_json(path), where=str(path))
     except RunDirError as error:
@@ -86,7 +91,9 @@ def _check(path: Path, expected: SourceFile) -> None:
         raise ValueError(f"expected the checkpoint file {path} with {expected.bytes} bytes; it is missing: train again")
     size = path.stat().st_size
     if size != expected.bytes:
-        raise ValueError(f"expected {expected.bytes} bytes in {path}, got {size}: it is truncated or changed; train again")
+        raise ValueError(
+            f"expected {expected.bytes} bytes in {path}, got {size}: it is truncated or changed; train again"
+        )
     if digest_file(path) != expected.sha256:
         raise ValueError(f"expected sha256 {expected.sha256[:12]} of {path}, got {digest_file(path)[:12]}; train again")
 
@@ -153,7 +160,10 @@ def generator_tensors() -> dict[str, "Tensor"]:
     import torch
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    return {"torch": torch.get_rng_state(), **{f"tracked/{name}": s for name, s in get_cuda_rng_tracker().get_states().items()}}
+    return {
+        "torch": torch.get_rng_state(),
+        **{f"tracked/{name}": s for name, s in get_cuda_rng_tracker().get_states().items()},
+    }
 
 
 def put_generator_tensors(tensors: dict[str, "Tensor"]) -> None:
@@ -164,4 +174,3 @@ def put_generator_tensors(tensors: dict[str, "Tensor"]) -> None:
     torch.set_rng_state(tensors["torch"])
     tracked = {name.removeprefix("tracked/"): state for name, state in tensors.items() if name.startswith("tracked/")}
     get_cuda_rng_tracker().set_states(tracked)
-

@@ -1,8 +1,9 @@
 """When a run has diverged: a rule on losses and gradient norms alone, stated before any run.
 
 A run diverges at the first step whose loss or gradient norm is not finite, or at the step where the loss has been above
-three times its running median (of the last 50 steps before the rise) for 20 steps in a row. One such step is a hard batch;
-twenty are a model that is gone: at peak learning rates ten times too high the nano model's loss stands at 5 to 30 times it.
+three times its running median (of the last 50 steps before the rise) for 20 steps in a row. One such step is a hard
+batch; twenty are a model that is gone: at peak learning rates ten times too high the nano model's loss stands at 5 to
+30 times it.
 """
 
 import math

@@ -1,12 +1,12 @@
 """From a model and a packer to trained weights, resumable at any moment: the loop that runs and substrate builds share.
 
-State that a step needs is all in the model, the optimizer, the generators and `_State`; a `resume` checkpoint holds these, and
-rows are drawn again from the seed. So an interrupted run goes on bit for bit.
+State that a step needs is all in the model, the optimizer, the generators and `_State`; a `resume` checkpoint holds
+these, and rows are drawn again from the seed. So an interrupted run goes on bit for bit.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ class _State:
     steps_taken: int = 0
     first_loss: float = 0.0
     last_loss: float = 0.0
-    watch: Watch = Watch()
+    watch: Watch = field(default_factory=Watch)
     seconds: float = 0.0  # of earlier attempts
     cpu_seconds: float = 0.0
 
@@ -85,8 +85,8 @@ def fit(
 ) -> Fit:
     """Train `model` in place as `packer.recipe` says; afterwards it holds the weights that the selection rule chose.
 
-    `run` is the digest of everything that decides the bits: an unfinished run with the same digest under `folder` is gone on
-    with. A `resume` checkpoint is written every `save_every` steps (0: never). `tell` hears of every step.
+    `run` is the digest of everything that decides the bits: an unfinished run with the same digest under `folder` is
+    gone on with. A `resume` checkpoint is written every `save_every` steps (0: never). `tell` hears of every step.
     """
     recipe, tally = packer.recipe, Tally()
     trainer, selector = Trainer(model, recipe), Selector(packer)
@@ -100,7 +100,9 @@ def fit(
         state.first_loss = measured.loss if step == 0 else state.first_loss
         state.last_loss, state.watch = measured.loss, state.watch.after(measured.loss)
         if record:
-            record.add(step=step, loss=measured.loss, lr=measured.lr, grad_norm=measured.grad_norm, tokens=batch.num_tokens)
+            record.add(
+                step=step, loss=measured.loss, lr=measured.lr, grad_norm=measured.grad_norm, tokens=batch.num_tokens
+            )
             record.progress(state.steps_taken, recipe.steps, clock.read()[0])
         tell(step, measured.loss)
         if reason := state.watch.verdict(measured.loss, measured.grad_norm):

@@ -62,8 +62,8 @@ def make_scheduler(optimizer: "MegatronOptimizer", recipe: Recipe) -> "Optimizer
 def set_step(scheduler: "OptimizerParamScheduler", recipe: Recipe, step: int) -> float:
     """Set the learning rate of optimizer step `step` (0-based) and return it.
 
-    Megatron counts from 0 and would waste the first step of a warm-up on lr 0; a recipe starts above 0 and reaches its peak
-    with the last warm-up step. So warm-up steps stand one further on in Megatron's count.
+    Megatron counts from 0 and would waste the first step of a warm-up on lr 0; a recipe starts above 0 and reaches its
+    peak with the last warm-up step. So warm-up steps stand one further on in Megatron's count.
     """
     count = step + 1 if step < recipe.warmup_steps else step
     scheduler.step(increment=count - scheduler.num_steps)

@@ -1,6 +1,7 @@
 """The imports a run needs, in one call, so that a warm parent can pay for them once and fork.
 
-Starts no thread, opens no group and touches no file of a campaign: a child made by fork afterwards is as good as a cold one.
+Starts no thread, opens no group and touches no file of a campaign: a child made by fork afterwards is as good as a
+cold one.
 """
 
 from megatron_evolve.substrate.model import build
@@ -9,8 +10,8 @@ from megatron_evolve.substrate.model import build
 def preload() -> None:
     """Import torch, Megatron and everything that training and decoding use; supply what this machine lacks. Idempotent.
 
-    On a CPU torch is held to one thread: runs fill the cores, one each, and one thread adds in one order, so that the same
-    seed gives the same bits on any load.
+    On a CPU torch is held to one thread: runs fill the cores, one each, and one thread adds in one order, so that the
+    same seed gives the same bits on any load.
     """
     build.prepare()
     import torch
@@ -20,7 +21,7 @@ def preload() -> None:
     import megatron.core.distributed.finalize_model_grads
     import megatron.core.optimizer
     import megatron.core.optimizer_param_scheduler
-    import megatron.core.pipeline_parallel.schedules
+    import megatron.core.pipeline_parallel.schedules  # noqa: F401
     import safetensors.torch  # noqa: F401
 
     import megatron_evolve.substrate.model.decode

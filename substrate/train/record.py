@@ -1,9 +1,11 @@
 """What a run writes about itself while it trains: one line a step, and now and then how far it is.
 
-`metrics.jsonl` holds nothing that depends on time, so two runs of one seed write the same bytes; `progress.json` holds the time.
+`metrics.jsonl` holds nothing that depends on time, so two runs of one seed write the same bytes; `progress.json` holds
+the time.
 """
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ class Record:
 
     def add(self, **entry: Any) -> None:
         """One step's line."""
-        self._file.write(_line(entry))
+        self._file.write(_line({name: finite(value) for name, value in entry.items()}))
 
     def progress(self, step: int, of: int, seconds: float) -> None:
         """How far the run is: at most every two seconds, and at the end."""
@@ -38,6 +40,11 @@ class Record:
 
     def close(self) -> None:
         self._file.close()
+
+
+def finite(number: float) -> float | None:
+    """The number, or None for what JSON has no form for; a diverged run's reason tells what it was."""
+    return number if math.isfinite(number) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

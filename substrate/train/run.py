@@ -9,15 +9,15 @@ also under torchrun (data parallel), or as `main(argv)` in a child that a warm p
     checkpoint/                    the weights or the adapter that the run hands on
     result.json                    last: the run is done, trained or diverged
 
-A diverged run is a result and exits 0. Anything else that stops a run exits 1 with one sentence on stderr and no result.json;
-the same command again goes on from the last whole `resume` checkpoint, bit for bit.
+A diverged run is a result and exits 0. Anything else that stops a run exits 1 with one sentence on stderr and no
+result.json; the same command again goes on from the last whole `resume` checkpoint, bit for bit.
 """
 
 import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, write_json
 from megatron_evolve.substrate.digest import digest_of
@@ -26,9 +26,13 @@ from megatron_evolve.substrate.packing import Packer, read_excluded
 from megatron_evolve.substrate.settings import Settings
 from megatron_evolve.substrate.tokenizer import PieceTokenizer
 from megatron_evolve.substrate.train.checkpoint import save_checkpoint
-from megatron_evolve.substrate.train.fit import RESUME_FOLDER, fit, trained_tensors
+from megatron_evolve.substrate.train.fit import RESUME_FOLDER, Fit, fit, trained_tensors
 from megatron_evolve.substrate.train.open import CHECKPOINT_FOLDER, TOKENIZER_FILE, open_substrate
 from megatron_evolve.substrate.train.preload import preload
+from megatron_evolve.substrate.train.record import finite
+
+if TYPE_CHECKING:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
 
 RESULT_FILE = "result.json"
 SAVE_EVERY = 50  # steps; a resume checkpoint of the nano model costs 0.03 s
@@ -45,46 +49,72 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m megatron_evolve.substrate.train.run", description="one training run")
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_evolve.substrate.train.run", description="one training run"
+    )
     parser.add_argument("--substrate", type=Path, required=True, metavar="DIR", help="frozen substrate")
     parser.add_argument("--candidate", type=Path, required=True, metavar="FILE", help="candidate.json")
     parser.add_argument("--seed", type=int, required=True, help="seed of the rows and of an adapter's start")
     parser.add_argument("--out", type=Path, required=True, metavar="RUNDIR", help="folder of this run")
-    parser.add_argument("--save-every", type=int, default=SAVE_EVERY, metavar="STEPS", help="between resume checkpoints")
-    parser.add_argument("--exclude", type=Path, metavar="FILE", help="instance hashes of rows not to train on, one a line")
+    parser.add_argument(
+        "--save-every", type=int, default=SAVE_EVERY, metavar="STEPS", help="between resume checkpoints"
+    )
+    parser.add_argument(
+        "--exclude", type=Path, metavar="FILE", help="instance hashes of rows not to train on, one a line"
+    )
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    result_path = arguments.out / RESULT_FILE
-    if result_path.is_file():
-        return 0  # done by an earlier call of the same command
     substrate = verify(arguments.substrate)
     document = read_json(arguments.candidate)
     settings = _settings(document, substrate, arguments.candidate)
     excluded = read_excluded(arguments.exclude) if arguments.exclude else frozenset()
+    identity = {
+        "candidate": document["id"],
+        "substrate": substrate.digest,
+        "settings": digest_of(settings),
+        "seed": arguments.seed,
+        "excluded": digest_of(sorted(excluded)) if excluded else None,
+    }
+    if _is_done(arguments.out, identity):
+        return 0
     make_folder(arguments.out)
-
     preload()
     from megatron_evolve.substrate.model import build
 
     runtime = build.start(arguments.seed)
     try:
         model = open_substrate(arguments.substrate, substrate)
-        tokenizer = PieceTokenizer.from_json((arguments.substrate / TOKENIZER_FILE).read_text())
+        tokenizer = PieceTokenizer.from_json((arguments.substrate / TOKENIZER_FILE).read_text(encoding="utf-8"))
         packer = Packer(settings.mix, substrate.construction, tokenizer, settings.recipe, arguments.seed, excluded)
-        result = train(model, packer, arguments.out, substrate.digest, arguments.save_every, writer=runtime.rank == 0)
+        fitted = train(model, packer, arguments.out, identity, arguments.save_every, writer=runtime.rank == 0)
     finally:
         build.stop()
     if runtime.rank == 0:
-        write_json(result_path, {"candidate": document["id"], **result})
+        write_json(arguments.out / RESULT_FILE, result_of(fitted, identity))
         shutil.rmtree(arguments.out / RESUME_FOLDER, ignore_errors=True)
     return 0
 
 
+def _is_done(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether an earlier call of the same command finished. Raises ValueError if another run's result stands there."""
+    if not (out / RESULT_FILE).is_file():
+        return False
+    result = read_json(out / RESULT_FILE)
+    other = [name for name, value in identity.items() if result.get(name) != value]
+    if other:
+        raise ValueError(
+            f"{out} holds the result of another run ({', '.join(other)} differ); give each run its own folder"
+        )
+    return True
+
+
 def _settings(document: Any, substrate: Substrate, path: Path) -> Settings:
     if not isinstance(document, dict) or not {"id", "substrate", "settings"} <= document.keys():
-        raise ValueError(f"{path}: expected a candidate with id, substrate and settings; got something else: write it anew")
+        raise ValueError(
+            f"{path}: expected a candidate with id, substrate and settings; got something else: write it anew"
+        )
     if document["substrate"] != substrate.digest:
         raise ValueError(
             f"{path}: the candidate belongs to substrate {str(document['substrate'])[:12]}, the folder holds "
@@ -94,44 +124,49 @@ def _settings(document: Any, substrate: Substrate, path: Path) -> Settings:
 
 
 def train(
-    model: Any, packer: Packer, folder: Path, substrate_digest: str, save_every: int, *, writer: bool
-) -> dict[str, Any]:
-    """Tune `model` and write its checkpoint; returns the result without the candidate's name."""
-    settings = Settings(mix=packer.mix, recipe=packer.recipe)
+    model: "HybridModel", packer: Packer, folder: Path, identity: dict[str, Any], save_every: int, *, writer: bool
+) -> Fit:
+    """Tune `model` by the packer's recipe and write the checkpoint that its evaluation opens, unless it diverged."""
     adapter = packer.recipe.adapter
     if adapter is not None:
         from megatron_evolve.substrate.model.lora import add_lora
 
         add_lora(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=packer.seed)
-    identity = {"substrate": substrate_digest, "settings": digest_of(settings), "seed": packer.seed}
-    run = digest_of({**identity, "excluded": sorted(packer.excluded)})
+    run = digest_of(identity)
     fitted = fit(model, packer, folder, run=run, save_every=save_every)
-    trained = fitted.diverged is None
-    kind = "weights" if adapter is None else "adapter"
-    if trained and writer:
-        tensors = {kind: trained_tensors(model, adapter is not None)}
-        state = {**identity, "adapter": adapter.model_dump(mode="json") if adapter else None}
-        save_checkpoint(folder / CHECKPOINT_FOLDER, kind=kind, step=fitted.chosen_step, run=run, tensors=tensors, state=state)
-    step, reason = fitted.diverged or (None, None)
+    if fitted.diverged is None and writer:
+        kind = "weights" if adapter is None else "adapter"
+        save_checkpoint(
+            folder / CHECKPOINT_FOLDER,
+            kind=kind,
+            step=fitted.chosen_step,
+            run=run,
+            tensors={kind: trained_tensors(model, adapter is not None)},
+            state={**identity, "adapter": adapter.model_dump(mode="json") if adapter else None},
+        )
+    return fitted
+
+
+def result_of(fitted: Fit, identity: dict[str, Any]) -> dict[str, Any]:
+    """What `result.json` says."""
+    diverged = fitted.diverged
     return {
         "schema": "result/1",
-        "ending": "trained" if trained else "diverged",
-        "diverged": None if trained else {"step": step, "reason": reason},
+        "ending": "diverged" if diverged else "trained",
+        "diverged": {"step": diverged[0], "reason": diverged[1]} if diverged else None,
         **identity,
-        "run": run,
         "steps": fitted.steps,
-        "chosen_step": fitted.chosen_step,
-        "loss": {"first": _finite(fitted.first_loss), "last": _finite(fitted.last_loss), "held_out": fitted.held_out_loss},
+        "chosen_step": None if diverged else fitted.chosen_step,
+        "loss": {
+            "first": finite(fitted.first_loss),
+            "last": finite(fitted.last_loss),
+            "held_out": fitted.held_out_loss,
+        },
         **fitted.tally.as_json(),
         "seconds": round(fitted.seconds, 2),
         "cpu_seconds": round(fitted.cpu_seconds, 2),
-        "checkpoint": CHECKPOINT_FOLDER if trained else None,
+        "checkpoint": None if diverged else CHECKPOINT_FOLDER,
     }
-
-
-def _finite(loss: float) -> float | None:
-    """JSON has no NaN; a diverged run's reason tells what the loss was."""
-    return loss if abs(loss) < float("inf") else None
 
 
 if __name__ == "__main__":

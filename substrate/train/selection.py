@@ -1,7 +1,7 @@
 """Which weights of a run are handed on: the last, or of four points of its last half those of lowest held-out loss.
 
-Held-out rows come from the run's own pool, cue and all, and from no step. `lowest-loss` weighs families as the mix does,
-`lowest-loss-uniform` equally. The points are 5/8, 6/8, 7/8 and all of the steps.
+Held-out rows come from the run's own pool, cue and all, and from no step. `lowest-loss` weighs families as the mix
+does, `lowest-loss-uniform` equally. The points are 5/8, 6/8, 7/8 and all of the steps.
 """
 
 from typing import TYPE_CHECKING

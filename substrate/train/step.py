@@ -4,9 +4,10 @@ The loss is the mean cross-entropy of the labels under their loss weights, over 
 
     loss = sum_i w_i ce_i / sum_i w_i
 
-Each rank divides its own part by the weight sum of the whole batch, which it knows because it drew the whole batch. So any
-number of data-parallel ranks computes what one process does. The mean is not over tokens counted as integers (Megatron's
-`calculate_per_token_loss`), since weights are fractions. No auxiliary loss: the router's bias keeps experts balanced.
+Each rank divides its own part by the weight sum of the whole batch, which it knows because it drew the whole batch. So
+any number of data-parallel ranks computes what one process does. The mean is not over tokens counted as integers
+(Megatron's `calculate_per_token_loss`), since weights are fractions. No auxiliary loss: the router's bias keeps
+experts balanced.
 """
 
 from collections.abc import Iterator
@@ -38,8 +39,8 @@ def label_loss(model: Any, batch: Batch, device: Any) -> "Tensor":
     """Cross-entropy of each label (B, T), float32, padding included (its weight is 0)."""
     import torch
 
-    # No padding_mask: with a routing bias Megatron 0.19 combines it, (tokens,), with the routing map, (tokens, experts), and
-    # raises. So padding counts in the experts' load; it comes after the row and reaches nothing else.
+    # No padding_mask: with a routing bias Megatron 0.19 combines it, (tokens,), with the routing map, (tokens,
+    # experts), and raises. So padding counts in the experts' load; it comes after the row and reaches nothing else.
     tokens, labels = torch.from_numpy(batch.tokens_BT).to(device), torch.from_numpy(batch.labels_BT).to(device)
     return model(tokens, None, None, labels=labels)
 
@@ -53,7 +54,7 @@ def weighted_loss(losses_BT: "Tensor", batch: Batch) -> "Tensor":
 
 
 class Trainer:
-    """A model with its optimizer and schedule; `step` changes them in place. All ranks call it with the same batches."""
+    """A model with its optimizer and schedule; `step` changes them in place. All ranks give it the same batches."""
 
     def __init__(self, model: "HybridModel", recipe: Recipe) -> None:
         import torch
@@ -72,7 +73,7 @@ class Trainer:
         model.config.grad_scale_func = self.optimizer.scale_loss
 
     def step(self, batch: Batch, number: int) -> Measured:
-        """Optimizer step `number` (0-based) on a global batch. The weights are changed even if the loss is not finite."""
+        """Optimizer step `number` (0-based) on a global batch. Weights change even if the loss is not finite."""
         from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 
         self.parallel.train()
@@ -104,7 +105,8 @@ class Trainer:
 
         def loss_of(losses_BT: "Tensor") -> tuple["Tensor", "Tensor"]:
             loss = weighted_loss(losses_BT, batch)
-            # The wrapper averages gradients over ranks and the schedule over micro-batches; this loss is a sum over both.
+            # The wrapper averages gradients over ranks and the schedule over micro-batches; this loss is a sum over
+            # both.
             return loss * (self.world * num_parts), loss.detach()
 
         return label_loss(model, batch, self.device), loss_of

@@ -177,7 +177,7 @@ class Story:
             data |= {"settings": resolved.model_dump(mode="json")}
         self.ledger.append("proposed", f"{policy.round}/{worker}/{attempt}", data)
 
-    # --- scores --------------------------------------------------------------------------------------------------------
+    # --- scores -------------------------------------------------------------------------------------------------------
 
     def _candidate(
         self, policy: SearchPolicy, axis: str, operator: str, resolved: Settings, seeds: int, hypothesis: str
@@ -289,7 +289,7 @@ class Story:
             )
         )
 
-    # --- judging -------------------------------------------------------------------------------------------------------
+    # --- judging ------------------------------------------------------------------------------------------------------
 
     def judge(self, policy: SearchPolicy, found: list[tuple[CandidateEvidence, str]]) -> SearchPolicy:
         """Evidence, verdicts and the next policy."""
@@ -371,7 +371,7 @@ class Story:
             reason=told,
         )
 
-    # --- end -----------------------------------------------------------------------------------------------------------
+    # --- end ----------------------------------------------------------------------------------------------------------
 
     def close(self, policy: SearchPolicy) -> None:
         """The final comparison and the last event."""

@@ -105,12 +105,17 @@ def test_each_step_holds_every_share_to_within_one_row():
 def test_a_curriculum_moves_the_shares():
     weight = dict.fromkeys(families.FAMILIES, 0.0) | {"cipher": 1.0}
     recipe = RECIPE.replace(steps=11, batch_size=60)
-    counts = [batch.families.count("cipher") for batch in batches(packer(UNIFORM.replace(weight=weight, curriculum="uniform-first"), recipe))]
+    counts = [
+        batch.families.count("cipher")
+        for batch in batches(packer(UNIFORM.replace(weight=weight, curriculum="uniform-first"), recipe))
+    ]
     assert counts[0] == 10 and counts[-1] == 60 and counts == sorted(counts)
 
 
 def test_a_share_of_traces_for_pretraining():
-    some = texts_of_completions(packer(only("unit_conversion"), RECIPE.replace(batch_size=200, steps=2), trace_share=0.3))
+    some = texts_of_completions(
+        packer(only("unit_conversion"), RECIPE.replace(batch_size=200, steps=2), trace_share=0.3)
+    )
     assert 0.2 < sum(text.startswith("f") for text in some) / len(some) < 0.4
 
 
@@ -138,7 +143,7 @@ def test_a_prompt_is_trained_on_no_more_often_than_the_cap(monkeypatch):
     tally = Tally()
     list(packer(only("unit_conversion", repetition_cap=5), RECIPE.replace(batch_size=32, steps=2)).batches(tally))
     assert tally.rows["unit_conversion"] == 64 and tally.redrawn["unit_conversion"] > 0
-    with pytest.raises(ValueError, match="'unit_conversion' gave no usable row in 200 draws.*raise mix.repetition_cap"):
+    with pytest.raises(ValueError, match=r"'unit_conversion' gave no usable row in 200 draws.*raise mix\.repetition_cap"):
         batches(packer(only("unit_conversion", repetition_cap=1), RECIPE.replace(batch_size=32, steps=2)))
 
 
@@ -160,13 +165,15 @@ def test_a_damaged_exclusion_file_is_named_by_line(tmp_path):
 
 
 def test_what_the_pool_cannot_give_is_refused_in_one_sentence():
-    with pytest.raises(ValueError, match="a row of family 'cipher' in style 'answer' has 34 tokens, recipe.sequence_length is 20"):
+    with pytest.raises(
+        ValueError, match=r"a row of family 'cipher' in style 'answer' has 34 tokens, recipe.sequence_length is 20"
+    ):
         batches(packer(only("cipher"), RECIPE.replace(sequence_length=20)))
-    with pytest.raises(ValueError, match="mix.weight names 'chess', which the pool does not hold"):
+    with pytest.raises(ValueError, match=r"mix.weight names 'chess', which the pool does not hold"):
         packer(only("chess"))
-    with pytest.raises(ValueError, match="mix.style.cipher is 'epic'; the pool offers answer, short-trace"):
+    with pytest.raises(ValueError, match=r"mix.style.cipher is 'epic'; the pool offers answer, short-trace"):
         packer(only("cipher", "epic"))
-    with pytest.raises(ValueError, match="mix.difficulty is 'challenge', but the pool's rows are 'nano'"):
+    with pytest.raises(ValueError, match=r"mix.difficulty is 'challenge', but the pool's rows are 'nano'"):
         packer(UNIFORM.replace(difficulty="challenge"))
 
 
