@@ -183,8 +183,8 @@ class Packer:
             return row, style
         raise ValueError(
             f"family {family!r} gave no usable row in {MAX_DRAWS} draws (so far {tally.redrawn[family]} over the "
-            f"repetition cap of {self.mix.repetition_cap} and {tally.dropped[family]} excluded); raise mix.repetition_cap, "
-            "or lower the family's weight or recipe.steps"
+            f"repetition cap of {self.mix.repetition_cap} and {tally.dropped[family]} excluded); "
+            "raise mix.repetition_cap, or lower the family's weight or recipe.steps"
         )
 
     def _encode(self, row: Row, style: str) -> tuple[list[int], list[float]]:
