@@ -7,7 +7,13 @@ well-known PyPI package of that name, which transformers probes for. Everything 
 from setuptools import setup
 
 FOLDERS = ("kernels", "launch", "substrate", "eval")
-SUBFOLDERS = ("substrate/model", "substrate/puzzles", "substrate/train", "megatron_evolve/workers")
+SUBFOLDERS = (
+    "substrate/model",
+    "substrate/puzzles",
+    "substrate/train",
+    "megatron_evolve/report",
+    "megatron_evolve/workers",
+)
 
 package_dir = {"megatron_evolve": "megatron_evolve"}
 package_dir |= {f"megatron_evolve.{folder}": folder for folder in FOLDERS}

@@ -17,6 +17,11 @@ LABELLED_ROUNDS = 12
 SPLITS = ("dev", "external")
 
 
+def beside(chart: Markup, *told: Markup) -> Markup:
+    """A chart with its explanation at its side, or below it where there is no room."""
+    return tag("figure", chart, tag("figcaption", *told))
+
+
 # --- trajectory -----------------------------------------------------------------------------------------------------
 
 
@@ -27,22 +32,22 @@ def trajectory(chronicle: Chronicle) -> Markup | None:
         return None
     found = [_scores_of(chapter) for chapter in judged]
     ends = [
-        score.mean + sign * NORMAL_95 * score.se
-        for anchor, selected in found
-        for one in (anchor, selected)
+        score.mean + reach * score.se
+        for pair in found
+        for one, reaches in zip(pair, ((-NORMAL_95, NORMAL_95), (0.0,)), strict=True)
         for score in _scores(one)
-        for sign in (-1, 1)
+        for reach in reaches
     ]
     if not ends:
         return None
     low, high = spanning(ends, 0.08, 0.05)
     board = Board(Scale(-0.5, len(judged) - 0.2, 56, 690), Scale(max(0, low), min(1, high), 290, 44), 790, 372)
-    marks = [board.grid(accuracy, "accuracy"), _rounds_below(board, judged)]
+    marks = [board.grid(lambda value: f"{value:.2f}", "accuracy"), _rounds_below(board, judged)]
     for split in SPLITS:
         marks.append(_anchor_line(board, split, [anchor for anchor, _ in found], judged))
     for place, (_, selected) in enumerate(found):
         marks += _selected_marks(board, place, selected, judged[place].number)
-    title = "The anchor's accuracy by round, on dev and on the external target"
+    title = "The anchor's accuracy by round"
     told = "; ".join(_told_round(chapter, anchor) for chapter, (anchor, _) in zip(judged, found, strict=True))
     entries = [
         ("dot dev", "anchor, dev"),
@@ -50,15 +55,14 @@ def trajectory(chronicle: Chronicle) -> Markup | None:
         ("ring dev", "selected explorer, dev"),
         ("ring external", "selected explorer, external"),
     ]
-    return join(
-        [
-            legend(entries),
-            drawing("trajectory", title, told, (board.width, board.height), *marks),
-            note(
-                "Bars are 95 % intervals of one run's items; seeds come on top. Items differ from round to round, so a "
-                "step between rounds holds that luck too: paired effects within a round are in the tables."
-            ),
-        ]
+    return beside(
+        drawing("trajectory", title, told, (board.width, board.height), *marks),
+        tag("h3", title),
+        legend(entries),
+        note(
+            "Bars are 95 % intervals of one run's items; seeds come on top. Items differ from round to round, so a "
+            "step between rounds holds that luck too: paired effects within a round are in the tables."
+        ),
     )
 
 
@@ -157,16 +161,19 @@ def transfer(chronicle: Chronicle) -> Markup | None:
         f"{beta0:g} of it on the external target."
     )
     title = "What of each dev effect reached the external target"
-    return join(
-        [
-            drawing("transfer", title, told, (board.width, board.height), *marks),
-            note(
-                "One point per explorer against the anchor of its own round, the round's number in it; arms are 95 % "
-                "intervals. On the line of slope 1 all of a dev effect arrived. In the shaded wedge the point estimate "
-                f"says that less than β₀ = {beta0:g} of a dev gain did; whether that is more than chance is what the "
-                "verdicts say. External items that selected in a round are left out of its points."
-            ),
-        ]
+    return beside(
+        drawing("transfer", title, told, (board.width, board.height), *marks),
+        tag("h3", title),
+        note(
+            "One point per explorer against the anchor of its own round, the round's number in it, later rounds further "
+            "along the colour; arms are 95 % intervals."
+        ),
+        note(
+            "On the line of slope 1 all of a dev effect arrived. In the shaded wedge less than "
+            f"β₀ = {beta0:g} of a dev gain did, by the point estimate; whether that is more than chance is what the "
+            "verdicts say."
+        ),
+        note("External items that selected in a round are left out of its points."),
     )
 
 
@@ -196,7 +203,9 @@ def _slopes(board: Board, beta0: float) -> Markup:
     for slope, kind, name in ((1.0, "slope one", "all arrives"), (beta0, "slope beta", f"β₀ = {beta0:g} arrives")):
         first, last = max(x.low, y.low / slope), min(x.high, y.high / slope)
         lines.append(polyline([(x(first), y(slope * first)), (x(last), y(slope * last))], kind))
-        lines.append(words_at(x(last) - 10, y(slope * last) + (18 if slope == 1.0 else 22), name, "series end"))
+        # Equal scales on both axes, so the angle on the page is the slope's own.
+        turn = f"translate({x(last):.1f} {y(slope * last):.1f}) rotate({-math.degrees(math.atan(slope)):.1f})"
+        lines.append(tag("g", words_at(-12, -7, name, "series end"), transform=turn))
     return tag("g", *zero, *lines)
 
 
@@ -207,8 +216,8 @@ def _quadrants(board: Board) -> Markup:
         "g",
         words_at(left, top, "dev worse, external better", "quadrant"),
         words_at(right, bottom, "dev better, external worse", "quadrant end"),
-        words_at(left, bottom, "both worse", "quadrant"),
-        words_at(right - 92, top, "both better", "quadrant end"),
+        words_at(x(0) - 8, bottom, "both worse", "quadrant end"),
+        words_at(x(0) + 8, top, "both better", "quadrant"),
     )
 
 

@@ -95,7 +95,7 @@ class Quotes:
         mean, error, count = (
             self.number(*path, name, form=form) for name, form in (("mean", accuracy), ("se", accuracy), ("n", plain))
         )
-        return join([mean, " ± ", error, tag("span", " of ", count, class_="count")])
+        return join([tag("span", mean, " ± ", error, class_="score"), " ", tag("span", "of ", count, class_="count")])
 
     def interval(self, *path: Any) -> Markup:
         """An effect in points with the ends of its interval."""

@@ -7,7 +7,7 @@ from megatron_evolve.delta import canonical_change
 from megatron_evolve.policy import Edit, SearchPolicy, struck
 from megatron_evolve.report.chronicle import Chapter, Chronicle
 from megatron_evolve.report.markup import Markup, fold, note, section, table, tag
-from megatron_evolve.report.wording import change_words, cited_words, clipped, shown
+from megatron_evolve.report.wording import change_words, cited_words, clipped, path_words, shown
 
 # Edits that only carry the round's outcome over: what the anchor scored, which round is next.
 BOOKKEEPING = ("domains.", "round")
@@ -52,7 +52,7 @@ def _card(policy: SearchPolicy, before: SearchPolicy | None) -> Markup:
         line("waiting changes", len(policy.pending), before and len(before.pending)),
         line("premises struck", fallen, known),
         line("dead ends", len(policy.dead_ends), before and len(before.dead_ends)),
-        tag("li", tag("mark", f"{moved} settings moved")) if moved else None,
+        tag("li", tag("mark", f"{moved} setting{'s' * (moved > 1)} moved")) if moved else None,
     ]
     return tag("li", tag("h4", f"Policy {policy.round}"), tag("ul", *lines, class_="plain"))
 
@@ -98,7 +98,7 @@ def _edits(caption: str, edits: Sequence[Edit], document: dict[str, Any]) -> Mar
 def _change(edit: Edit) -> Markup:
     before, after = (clipped(shown(value)) for value in (edit.before, edit.after))
     kind = "turn" if edit.path in ("mode", "objective") else None
-    return tag("li", tag("span", edit.path, class_="path"), f" {before} → ", tag("b", after), class_=kind)
+    return tag("li", path_words(edit.path), f" {before} → ", tag("b", after), class_=kind)
 
 
 def _evidence(cited: Sequence[str], document: dict[str, Any]) -> Markup:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 # Elements that end themselves.
-VOID = ("meta", "br", "hr", "col", "path", "line", "circle", "rect", "polyline", "polygon")
+VOID = ("meta", "br", "hr", "wbr", "path", "line", "circle", "rect", "polyline", "polygon")
 
 
 class Markup(str):

@@ -186,6 +186,10 @@ def rounds_at_a_glance(chronicle: Chronicle, quotes: Quotes) -> Markup:
     )
 
 
+def _objective(chapter: Chapter) -> Markup:
+    return tag("span", f"for {chapter.policy.objective}", class_="muted")
+
+
 def _glance(chapter: Chapter, quotes: Quotes) -> list[Any]:
     here = ("rounds", chapter.place)
     candidates = quotes.at(*here, "candidates") or []
@@ -202,7 +206,7 @@ def _glance(chapter: Chapter, quotes: Quotes) -> list[Any]:
         moved = change_words(chapter.moved) if chapter.moved else tag("span", "nothing", class_="none")
     return [
         quotes.number(*here, "round", form=plain),
-        join([chapter.policy.mode, tag("br"), tag("span", f"for {chapter.policy.objective}", class_="muted")]),
+        join([tag("span", chapter.policy.mode, class_="score"), tag("br"), _objective(chapter)]),
         *scores,
         tag("ul", *verdicts, class_="plain") if verdicts else NOTHING,
         moved,

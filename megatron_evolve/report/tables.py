@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron_evolve.evidence import CandidateEvidence
 from megatron_evolve.report.chronicle import Chapter, Chronicle
-from megatron_evolve.report.figures import NOTHING, Quotes, digest, label, probability, seconds, size
+from megatron_evolve.report.figures import NOTHING, Quotes, digest, label, seconds, size
 from megatron_evolve.report.markup import Markup, cell, fold, join, note, section, table, tag
 from megatron_evolve.report.wording import (
     change_words,
@@ -22,7 +22,17 @@ BOUNDS = ("d_dev", "d_external", "gap")
 def rounds(chronicle: Chronicle, quotes: Quotes) -> Markup:
     """Every round in full."""
     told = [_round(chapter, quotes) for chapter in chronicle.chapters]
-    return section("rounds", "Rounds", *(told or [tag("p", "No round has been opened yet.")]))
+    if not told:
+        return section("rounds", "Rounds", tag("p", "No round has been opened yet."))
+    how = (
+        "Effects are paired differences to the same round's anchor on the same items, in points, with 95 % intervals, bold "
+        "where they leave zero out. The standard error beside a score is that of one run's items."
+    )
+    what = (
+        "Verdicts judge the explorer that the A half selected, the mean of all explorers with an external score, or the "
+        "standing settings against the origin (cumulative)."
+    )
+    return section("rounds", "Rounds", note(how, " ", what), *told)
 
 
 def _round(chapter: Chapter, quotes: Quotes) -> Markup:
@@ -74,22 +84,15 @@ def _candidates(chapter: Chapter, quotes: Quotes, here: tuple[Any, ...]) -> Mark
                 quotes.score(*there, "dev"),
                 quotes.score(*there, "external"),
                 effect_words(dev),
-                probability(dev.p_better) if dev else NOTHING,
                 effect_words(outside),
-                probability(outside.p_better) if outside else NOTHING,
             ]
         )
     if not rows:
         return note("No run has ended yet.")
-    columns = ("candidate", "change", "runs", "dev ± se", "external ± se", "dev effect, points", "P(better)")
-    columns += ("external effect, points", "P(better)")
-    told = (
-        "Effects are paired differences to this round's anchor on the same items, with 95 % intervals (bold where they "
-        "leave zero out). The standard error beside a score is that of one run's items."
-    )
-    if chapter.policy.objective == "external":
-        told += " External selected in this round, so external effects are on the half that did not select."
-    return join([table(f"Candidates of round {chapter.number}", columns, rows, (6, 8)), note(told)])
+    columns = ("candidate", "change", "runs", "dev ± se", "external ± se", "dev effect", "external effect")
+    told = "External selected in this round, so external effects are on the half that did not select."
+    halved = note(told) if chapter.policy.objective == "external" else None
+    return join([table(f"Candidates of round {chapter.number}", columns, rows), halved])
 
 
 def _name(chapter: Chapter, one: dict[str, Any], found: CandidateEvidence | None) -> Markup:
@@ -112,7 +115,8 @@ def _change(chapter: Chapter, name: str, found: CandidateEvidence | None) -> dic
 def _endings(runs: list[dict[str, Any]]) -> Markup:
     failed = [ending_badge(run["outcome"]) for run in runs if run["outcome"] != "finished"]
     finished = len(runs) - len(failed)
-    return join([f"{finished} finished" if finished else None, *failed], " ")
+    told = tag("span", f"{finished} finished", class_="score") if finished else None
+    return join([told, *failed], " ")
 
 
 def _hypotheses(chapter: Chapter) -> Markup | None:

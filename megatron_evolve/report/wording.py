@@ -17,7 +17,6 @@ LONGEST = 72
 
 # Outcome to the mark that stands beside the word: none is told by colour alone.
 MARKS = {"TRACKING": "✓", "DECOUPLED": "▲", "INVERSE": "▼", "UNRESOLVED": "?"}
-ENDINGS = {"finished": "✓"}
 
 
 def words(name: str) -> str:
@@ -36,8 +35,16 @@ def shown(value: Any) -> str:
     if isinstance(value, str | int):
         return str(value)
     if isinstance(value, dict):
+        if named := value.get("name") or value.get("axis"):  # an axis, a dead end, a waiting change
+            return str(named)
         return ", ".join(f"{key} {shown(one)}" for key, one in value.items())
     return " + ".join(shown(one) for one in value)
+
+
+def path_words(path: str) -> Markup:
+    """A dotted path that may break after its dots and underscores."""
+    parts = path.replace(".", ".\n").replace("_", "_\n").split("\n")
+    return tag("span", join(parts, Markup("<wbr>")), class_="path")
 
 
 def clipped(value: str, longest: int = LONGEST) -> str:
@@ -65,20 +72,22 @@ def _moved(both: dict[str, Any]) -> float:
 
 def _one_change(path: str, both: dict[str, Any]) -> Markup:
     name = path.removeprefix("mix.").removeprefix("recipe.")
-    return join([tag("span", name, class_="path"), " ", shown(both["from"]), " → ", tag("b", shown(both["to"]))])
+    return join([path_words(name), " ", shown(both["from"]), " → ", tag("b", shown(both["to"]))])
 
 
 def effect_words(effect: EffectValue | None) -> Markup:
-    """An effect in points with its 95 % interval; bold where the interval leaves zero out."""
+    """An effect in points with its 95 % interval and P(better); bold where the interval leaves zero out."""
     if effect is None:
         return NOTHING
     clear = effect.low > 0 or effect.high < 0
     mean = tag("b" if clear else "span", points(effect.mean))
-    return tag(
-        "span",
-        mean,
-        tag("span", f" [{points(effect.low)}, {points(effect.high)}]", class_="range"),
-        class_="effect",
+    reach = tag("span", f" [{points(effect.low)}, {points(effect.high)}]", class_="range")
+    return join(
+        [
+            tag("span", mean, reach, class_="effect"),
+            " ",
+            tag("span", f"P(better) {probability(effect.p_better)}", class_="count"),
+        ]
     )
 
 
@@ -96,7 +105,7 @@ def ending_badge(outcome: str) -> Markup:
 def scope_words(verdict: dict[str, Any]) -> str:
     """What a verdict is about."""
     where = "overall" if verdict["domain"] == OVERALL else f"in {words(verdict['domain'])}"
-    return f"{verdict['estimand']} {where}"
+    return f"{verdict['estimand']}, {where}"
 
 
 def told_verdicts(verdicts: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:

@@ -31,6 +31,9 @@ def install() -> None:
         raise RuntimeError(
             "cpu.install() must come before the first import of megatron.core; it was imported already: move it up"
         )
+    # One thread adds in one order, so the same seed gives the same bits on any load; and two threads on cores that are
+    # shared wait for each other spinning: a step of 0.1 s took 2. A caller with idle cores may raise it afterwards.
+    torch.set_num_threads(1)
     _replace_devices()
     _replace_streams()
     _replace_compiler()

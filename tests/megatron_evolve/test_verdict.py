@@ -116,8 +116,8 @@ def alarm_rate(campaigns, world, dev, external, **settings) -> float:
     return alarms / campaigns
 
 
-# A campaign may alarm falsely in 5 % of cases. The overall half has 2.5 % and is conservative, so more than 5 % of 200
-# campaigns (10) would come by chance with probability .01 at the full 2.5 %.
+# A campaign may alarm falsely in 5 % of cases. The overall half has 2.5 %, and 0 to 2 % was measured in 300 campaigns of
+# each world; at 2 %, more than 5 of 100 campaigns would come by chance with probability .02.
 @pytest.mark.parametrize(
     ("world", "dev", "external"),
     [
@@ -128,7 +128,7 @@ def alarm_rate(campaigns, world, dev, external, **settings) -> float:
     ],
 )
 def test_harmless_campaigns_alarm_in_at_most_5_per_cent(world, dev, external):
-    assert alarm_rate(200, World(**world), all_at(dev), all_at(external)) <= 0.05
+    assert alarm_rate(100, World(**world), all_at(dev), all_at(external)) <= 0.05
 
 
 def test_slope_at_beta_with_domains_alarms_in_at_most_5_per_cent():
@@ -136,7 +136,7 @@ def test_slope_at_beta_with_domains_alarms_in_at_most_5_per_cent():
     assert rate <= 0.05
 
 
-def pooled_power(anchors: int, rounds: int, origin_items: int = 2000, campaigns: int = 150) -> float:
+def pooled_power(anchors: int, rounds: int, origin_items: int = 2000, campaigns: int = 120) -> float:
     """One look at 5 % at the mean of seven explorers, +3 on dev and nothing outside, over `rounds` pooled."""
     rule = GapTest(rounds=(rounds,), window=rounds, alpha=0.1, estimands=("mean",))
     found = 0
@@ -154,28 +154,29 @@ def pooled_power(anchors: int, rounds: int, origin_items: int = 2000, campaigns:
 def test_power_grows_with_anchors_and_rounds():
     """Specified, with known noise: .36/.57/.83 after 1/2/4 rounds with one anchor run, .67/.86/.99 with three.
 
-    The noise is estimated here (7 degrees of freedom from the origin, two a round from three anchors), which costs power.
-    Bounds: measured with 400 campaigns less three Monte-Carlo errors of 150 (.12 at .5).
+    The noise is estimated here (7 degrees of freedom from the origin, two a round from three anchors): it costs power.
+    Bounds: measured with 200 campaigns (.26, .53, .94) less three Monte-Carlo errors of 120 (.14 at .5).
     """
     one, three = pooled_power(anchors=1, rounds=1), pooled_power(anchors=3, rounds=1)
-    assert one >= 0.18 and three >= 0.47 and three > one + 0.1
-    assert pooled_power(anchors=3, rounds=4) >= 0.92
+    assert one >= 0.12 and three >= 0.4 and three > one + 0.1
+    assert pooled_power(anchors=3, rounds=4) >= 0.88
 
 
 def test_decoupled_is_found_within_four_rounds_with_alpha_paid():
-    """Measured .84 of 400 campaigns; bound is that less three Monte-Carlo errors of 120."""
+    """Measured .84 in 200 campaigns; bound is that less three Monte-Carlo errors of 90."""
     world = World(origin_items=2000)
-    assert alarm_rate(120, world, all_at(0.03), all_at(0.0)) >= 0.74
+    assert alarm_rate(90, world, all_at(0.03), all_at(0.0)) >= 0.72
 
 
 def test_selected_finds_one_exploiter_where_the_mean_does_not():
-    found = {"selected": 0, "mean": 0}
-    for seed in range(100):
-        verdicts = campaign([13, seed], World(), all_at(0.0, c3=0.09), all_at(0.0, c3=-0.04), rounds=4, window=1)[0]
-        for verdict in verdicts[:2]:
+    found, rule = {"selected": 0, "mean": 0}, GapTest(rounds=(1, 2, 3, 4))
+    for seed in range(60):
+        latent = Latent(np.random.default_rng([13, seed]), World())
+        pool, one = latent.pool(), latent.round(1, all_at(0.0, c3=0.09), all_at(0.0, c3=-0.04))
+        for verdict in judge([one], rule, pool.plus(one.replicates()))[:2]:
             found[verdict.estimand] += verdict.alarm
     # One look, alpha paid for four rounds. Measured .98; an average over seven hides it.
-    assert found["selected"] >= 90 and found["mean"] <= 20
+    assert found["selected"] >= 55 and found["mean"] <= 10
 
 
 def test_larger_effects_reach_each_outcome():
