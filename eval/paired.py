@@ -202,7 +202,7 @@ class Estimate:
 
     @lru_cache(maxsize=4096)  # noqa: B019 (keyed by value: a verdict asks for the same few widths again)
     def half_width(self, alpha: float) -> float:
-        """How far a one-sided bound at level alpha < .5 lies from the mean."""
+        """How far a one-sided bound at level alpha < .5 lies from the mean; 0 where no variance was seen."""
         if not self.se:
             return 0.0
         from scipy.optimize import brentq
@@ -237,7 +237,7 @@ class Estimate:
         from scipy.special import ndtr
 
         excess, probability = self.seeds.draws() if self.seeds else _NO_SEEDS
-        t = deviation / np.sqrt(self.item_variance + self.squared * excess)
+        t = deviation / np.sqrt(np.maximum(self.item_variance + self.squared * excess, 1e-300))
         # Student's t as a normal (Abramowitz & Stegun 26.7.8), 20 times faster than the exact tail in the simulator's
         # inner loop: equal to 2 % from 90 df on, and too wide, never too narrow, below.
         df = self.item_df

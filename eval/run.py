@@ -3,8 +3,8 @@
     python -m megatron_evolve.eval.run --judge DIR --substrate DIR --run DIR --round R --splits dev-a,dev-b --out DIR
 
 This is the only process that opens the external target. It leaves `scores.parquet` (one row an item, no right answers)
-and, last, `scores.json`. Under one user that is discipline, not a wall: put the judge's folder under another user, or on
-a host of its own, where a wall is needed.
+and, last, `scores.json`. Under one user that is discipline, not a wall: put the judge's folder under another user, or
+on a host of its own, where a wall is needed.
 """
 
 import argparse

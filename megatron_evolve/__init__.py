@@ -1,7 +1,8 @@
 """An autonomous post-training loop for Nemotron mixture-of-experts models on Megatron-Core.
 
 The owner keeps `kernels/`, `substrate/`, `launch/` and `eval/` at the top of the repository; they are imported as
-`megatron_evolve.kernels` and so on. Installed, setup.py maps them. In a checkout this line finds them beside this folder.
+`megatron_evolve.kernels` and so on. Installed, setup.py maps them. In a checkout this line finds them beside this
+folder.
 """
 
 from pathlib import Path as _Path

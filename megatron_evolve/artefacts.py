@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_evolve.launch.rundir import read_json, write_json, write_whole
+from megatron_evolve.launch.rundir import make_folder, read_json, write_json, write_whole
 from megatron_evolve.substrate.digest import digest_of
 
 
@@ -26,6 +26,7 @@ class CampaignFolder:
     lock = property(lambda self: self.root / "controller.lock")
     stop_file = property(lambda self: self.root / "stop")
     report = property(lambda self: self.root / "report.html")
+    closing = property(lambda self: self.root / "closing")
 
     def round(self, number: int) -> Path:
         """Folder of a round."""
@@ -59,7 +60,7 @@ class CampaignFolder:
 def save_json(path: Path, value: Any) -> str:
     """Writes a value as JSON and returns its digest."""
     plain = value.model_dump(mode="json", by_alias=True) if hasattr(value, "model_dump") else value
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_json(path, plain)
     return digest_of(plain)
 
@@ -67,7 +68,7 @@ def save_json(path: Path, value: Any) -> str:
 def save_yaml(path: Path, value: Any) -> str:
     """Writes a value as YAML, for people, and returns the digest of its canonical form."""
     plain = value.model_dump(mode="json", by_alias=True) if hasattr(value, "model_dump") else value
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_whole(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110))
     return digest_of(plain)
 

@@ -153,7 +153,7 @@ def _must(where: str, expected: Any, got: Any) -> None:
         raise Broken(where, str(expected), str(got))
 
 
-# --- decisions -----------------------------------------------------------------------------------------------------------
+# --- decisions -------------------------------------------------------------------------------------------------------
 
 
 def _decisions(record: Record) -> Iterator[Callable[[], None]]:

@@ -1,7 +1,7 @@
 """The end of a campaign: the standing settings against the origin, on fresh seeds and sealed items, once.
 
-A campaign that claims performance is measured here and nowhere else: new runs of the standing settings (no run of theirs
-was selected on), the origin's frozen runs, the sealed items of the external target that no round has asked.
+A campaign that claims performance is measured here and nowhere else: new runs of the standing settings (no run of
+theirs was selected on), the origin's frozen runs, the sealed items of the external target that no round has asked.
 """
 
 from collections.abc import Sequence
@@ -150,7 +150,8 @@ def finding(desk: Desk, final: dict[str, Any] | None) -> str:
     elif desk.campaign.judge.external is None:
         said = "there was no external target, so whether dev tracks anything is unknown"
     elif tracked:
-        said = f"no decoupling found: dev tracked the external target in round{'s' if len(tracked) > 1 else ''} {_list(tracked)}"
+        rounds_said = f"round{'s' if len(tracked) > 1 else ''} {_list(tracked)}"
+        said = f"no decoupling found: dev tracked the external target in {rounds_said}"
     else:
         said = "unresolved: no round could tell whether dev tracks the external target"
     return f"{said}{_gain(final)}."

@@ -18,7 +18,7 @@ class GapRule(Frozen):
     alpha: float = Field(
         default=0.05, gt=0, lt=0.5, description="false-alarm probability per campaign, all looks together"
     )
-    window: int = Field(default=2, ge=1, le=100, description="rounds that a verdict pools")
+    window: int = Field(default=4, ge=1, le=100, description="rounds that a verdict pools")
 
 
 class Limits(Frozen):

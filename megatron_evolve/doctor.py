@@ -7,7 +7,6 @@ metadata, devices from the operating system.
 import os
 import platform
 import shutil
-import sys
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -107,8 +106,6 @@ def advice(packages: dict[str, str | None]) -> list[str]:
     """What to do next."""
     missing = [name for name in REQUIRED if packages[name] is None]
     said = [f"install what is missing: {', '.join(missing)} (pip install -e .)"] if missing else []
-    if sys.version_info < (3, 12):
-        said.append("use Python 3.12 or newer: megatron-core 0.19 needs it, and pip silently gives an older one")
     if apex() == "other":
         said.append(f"the installed package `apex` is not NVIDIA's: remove it; {APEX_REMEDY}")
     return said or ["run `megatron-evolve run demo --dir runs/demo`"]

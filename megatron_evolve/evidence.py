@@ -1,8 +1,8 @@
 """Evidence: the one artefact of a round that meta reads, in one fixed schema.
 
-Every effect is a paired difference to the same-round anchor on the same items. Failures keep their kind; a run without a
-score has none. What meta may read of the external target is the released (Ladder, rounded) value; verdicts are computed
-on raw values elsewhere and stand here as their outcomes.
+Every effect is a paired difference to the same-round anchor on the same items. Failures keep their kind; a run without
+a score has none. What meta may read of the external target is the released (Ladder, rounded) value; verdicts are
+computed on raw values elsewhere and stand here as their outcomes.
 """
 
 from typing import Any, Literal

@@ -1,7 +1,7 @@
 """What a round left behind: its proposals, its runs and how each stage ended, read from the ledger and the run folders.
 
-The reviewer works on these facts and nothing else, so that anybody can review a closed round again and must get the same
-evidence. In: events and files. Out: `RoundFacts`, and per-item answers on demand.
+The reviewer works on these facts and nothing else, so that anybody can review a closed round again and must get the
+same evidence. In: events and files. Out: `RoundFacts`, and per-item answers on demand.
 """
 
 from collections.abc import Sequence

@@ -64,7 +64,7 @@ class StageEnd:
 
 @dataclass(frozen=True)
 class Ground:
-    """Where the frozen parts lie, and what a job may use. `scores`, if given, keeps scores away from the runs' folders."""
+    """Where the frozen parts lie, and what a job may use. `scores`, if given, is where scores go, away from the runs."""
 
     folder: CampaignFolder
     substrate: Path
@@ -104,7 +104,7 @@ class Ground:
         splits = SPLITS_OF.get(stage, (stage,))
         argv = (sys.executable, "-m", "megatron_evolve.eval.run", "--judge", str(self.judge))
         argv += ("--substrate", str(self.substrate), "--run", str(self.stage_dir(run, "train").resolve()))
-        return argv + ("--round", str(run.round), "--splits", ",".join(splits), "--out", str(run_dir))
+        return (*argv, "--round", str(run.round), "--splits", ",".join(splits), "--out", str(run_dir))
 
     def end_of(self, run: Run, stage: Stage, outcome: JobOutcome) -> StageEnd:
         """The job's ending joined with what the trainer wrote."""
@@ -139,7 +139,8 @@ def drive(
 ) -> Iterator[StageEnd]:
     """Runs stages until none is left, yielding each end once; `after` may add stages that follow from it.
 
-    A lost attempt is tried again up to 3 times. When `stop` turns true nothing new is submitted, what runs is waited for.
+    A lost attempt is tried again up to 3 times. When `stop` turns true nothing new is submitted, what runs is waited
+    for.
     """
     open_stages: dict[str, tuple[Run, Stage]] = {}
 

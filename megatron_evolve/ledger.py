@@ -5,6 +5,7 @@ line is on disk (fsync) before anything that depends on it happens. `once` is ho
 and key already stand in the ledger is returned instead of happening again.
 """
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_evolve.launch.rundir import RunDirError
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.frozen import Frozen
 
@@ -86,8 +88,10 @@ class Ledger:
             lines = _whole_lines(self.path)
         self.events = list(_chained(self.path, lines))
         self._by_key = {(event.kind, event.key): event for event in self.events}
-        self._file = open(self.path, "ab")  # noqa: SIM115 - open for the campaign's life
-        self._file.truncate(sum(len(line) + 1 for line in lines))
+        # Unbuffered: nothing may reach the file later than the truncation that takes a failed line back.
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the campaign's life
+        self._whole_bytes = sum(len(line) + 1 for line in lines)
+        self._file.truncate(self._whole_bytes)
 
     def find(self, kind: str, key: str = "") -> Event | None:
         """The event of this kind and key, if it happened."""
@@ -98,7 +102,7 @@ class Ledger:
         return [event for event in self.events if event.kind == kind]
 
     def append(self, kind: str, key: str, data: dict[str, Any]) -> Event:
-        """Writes one event and returns it once it is on disk. A kind and key happen once."""
+        """Writes one event and returns it once it is on disk. A kind and key happen once. Raises RunDirError."""
         assert (kind, key) not in self._by_key, f"{kind} {key} happened before"
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         previous = self.events[-1].hash if self.events else GENESIS
@@ -113,12 +117,24 @@ class Ledger:
             previous=previous,
             hash=event_hash(number, time, kind, key, plain, previous),
         )
-        self._file.write(json.dumps(event.model_dump(), ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._write(json.dumps(event.model_dump(), ensure_ascii=False).encode() + b"\n")
         self.events.append(event)
         self._by_key[kind, key] = event
         return event
+
+    def _write(self, line: bytes) -> None:
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(self._whole_bytes)
+            raise RunDirError(
+                f"expected to enter an event in {self.path}, got {(error.strerror or str(error)).lower()}: free space on "
+                "that disk, then run the same command again"
+            ) from error
+        self._whole_bytes += len(line)
 
     def once(self, kind: str, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Data of the event, which happens now unless it did before."""

@@ -2,7 +2,8 @@
 
     open (digests checked) -> round 1 .. R (rounds.py) -> close (the standing settings against the origin, sealed items)
 
-Between rounds exactly one value survives: the search policy. Run again on the same folder, the loop goes on where it was.
+Between rounds exactly one value survives: the search policy. Run again on the same folder, the loop goes on where it
+was.
 """
 
 import os
@@ -85,8 +86,8 @@ def check_same_campaign(folder: CampaignFolder, campaign: Campaign) -> None:
     found = Campaign.parse(load_yaml(folder.campaign), where=str(folder.campaign))
     if digest_of(found) != digest_of(campaign):
         raise ValueError(
-            f"{folder.root} holds campaign {found.name!r}, opened with other settings than the file given now: resume it "
-            f"with {folder.campaign}, or choose another --dir"
+            f"{folder.root} holds campaign {found.name!r}, opened with other settings than the file given now: resume "
+            f"it with {folder.campaign}, or choose another --dir"
         )
 
 

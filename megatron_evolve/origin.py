@@ -1,7 +1,7 @@
 """The origin: the substrate's own recipe under at least eight seeds, scored once and frozen with the judge.
 
-It is where the seed variance of every test starts and what a performance claim is measured against. Its checkpoints stay
-beside the judge, so that they can be asked later items too.
+It is where the seed variance of every test starts and what a performance claim is measured against. Its checkpoints
+stay beside the judge, so that they can be asked later items too.
 """
 
 from collections.abc import Sequence

@@ -7,6 +7,7 @@ from, so that the next campaign on the same ground starts at once; each step wri
 interrupted one is taken up again.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def prepare(campaign: Campaign, store: Path, launcher: Launcher, on_progress: Pr
     return Prepared(substrate_folder, substrate, judge_folder, load_judge(judge_folder))
 
 
-# --- substrate ---------------------------------------------------------------------------------------------------------
+# --- substrate -------------------------------------------------------------------------------------------------------
 
 
 def build_substrate(spec: SubstrateSpec, store: Path, launcher: Launcher, on_progress: Progress) -> Path:
@@ -105,14 +106,14 @@ def run_one(launcher: Launcher, key: str, argv: tuple[str, ...], run_dir: Path, 
     return state
 
 
-# --- judge -------------------------------------------------------------------------------------------------------------
+# --- judge -----------------------------------------------------------------------------------------------------------
 
 
 def freeze(spec: JudgeSpec, substrate: Substrate, store: Path) -> Path:
     """The folder of the frozen judge for this substrate; frozen by a process of its own unless it stands in the store.
 
-    This process never opens the external target, not even to name it: a CSV is named by its path, size and time here, and
-    by its bytes in the judge.
+    This process never opens the external target, not even to name it: a CSV is named by its path, size and time here,
+    and by its bytes in the judge.
     """
     named = spec.model_dump(mode="json")
     if isinstance(spec.external, ExternalCsv):
@@ -156,7 +157,7 @@ def score_origin(
     seeds = [run_seed(0, ORIGIN_ROUND, origin.id, index) for index in range(campaign.judge.origin_seeds)]
     runs = [Run(ORIGIN_ROUND, origin, seed) for seed in seeds]
     stages = ("train", "dev", *(("external-a", "external-b") if campaign.judge.external else ()))
-    following = dict(zip(stages, stages[1:], strict=False))
+    following = dict(itertools.pairwise(stages))
     say("origin", {"runs": len(runs)})
     first = [(run, "train") for run in runs]
     for end in drive(

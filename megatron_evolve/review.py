@@ -58,12 +58,14 @@ class Weights:
 
 def a_half_means(facts: RoundFacts, weights: Weights) -> dict[str, float]:
     """Mean score of each explorer on the A half of the objective: what selection reads."""
+    means = {name: _a_half_mean(facts, name, weights) for name in facts.explorers}
+    return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def _a_half_mean(facts: RoundFacts, name: str, weights: Weights) -> float | None:
     split = "dev-a" if facts.policy.objective == "dev" else "external-a"
-    means = {}
-    for name in facts.explorers:
-        if runs := facts.first(name, split):
-            means[name] = statistics.fmean(_overall(run, split, weights) for run in runs)
-    return means
+    runs = facts.first(name, split)
+    return statistics.fmean(_overall(run, split, weights) for run in runs) if runs else None
 
 
 def _overall(run: RunFacts, split: str, weights: Weights) -> float:
@@ -105,7 +107,7 @@ def review(
         policy=facts.policy_digest,
         objective=facts.policy.objective,
         anchor=facts.anchor,
-        selected=max(means, key=lambda name: (means[name], name)) if means else None,
+        selected=min(means, key=lambda name: (-means[name], name)) if means else None,
         candidates=(*reviewed, *_refused(facts)),
         noise=_noise(facts, reviewed, weights, pool),
         minimum_detectable_effect=_detectable(facts, weights, pool),
@@ -122,13 +124,11 @@ def round_items(facts: RoundFacts, weights: Weights) -> RoundItems:
     """A round's answers as the gap test wants them: dev-B, and of external what selection has not used."""
     splits = SPLITS["external-b" if facts.policy.objective == "external" else "external"]
     names = [facts.anchor, *facts.explorers]
-    dev_a = {
-        name: statistics.fmean(_overall(run, "dev-a", weights) for run in facts.first(name, "dev-a")) for name in names
-    }
+    means = {name: _a_half_mean(facts, name, weights) for name in names}
     return RoundItems(
         number=facts.number,
         anchor=facts.anchor,
-        dev_a=dev_a,
+        dev_a={name: mean for name, mean in means.items() if mean is not None},
         dev_b=[run.items(("dev-b",)) for name in names for run in facts.scored(name, "dev-b")],
         external=[run.items(splits) for name in names for run in _scored_on_all(facts, name, splits)],
         dev_weights=weights.dev,
@@ -140,7 +140,7 @@ def _scored_on_all(facts: RoundFacts, name: str, splits: Sequence[str]) -> list[
     return [run for run in facts.scored(name, splits[0]) if all(run.has(split) for split in splits)]
 
 
-# --- one candidate -------------------------------------------------------------------------------------------------------
+# --- one candidate ---------------------------------------------------------------------------------------------------
 
 
 def _names(facts: RoundFacts) -> list[str]:
@@ -296,7 +296,7 @@ def _domain_score(facts: RoundFacts, name: str, split: str, domain: str) -> Scor
     return ScoreValue(mean=mean, se=math.sqrt(mean * (1 - mean) / count), n=count)
 
 
-# --- the round as a whole -------------------------------------------------------------------------------------------------
+# --- the round as a whole --------------------------------------------------------------------------------------------
 
 
 def _noise(facts: RoundFacts, reviewed: Sequence[CandidateEvidence], weights: Weights, pool: SeedPool) -> Noise:

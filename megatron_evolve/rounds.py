@@ -1,7 +1,7 @@
 """One round: proposals, their runs, one artefact of evidence, the next policy.
 
-Every step that happened stands in the ledger under its own key and is never taken twice, so the same code opens a round,
-resumes it after a crash at any point, and walks through it again when it is closed.
+Every step that happened stands in the ledger under its own key and is never taken twice, so the same code opens a
+round, resumes it after a crash at any point, and walks through it again when it is closed.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ from megatron_evolve.proposals import Explorer, Setback, assigned_axes, propose,
 from megatron_evolve.review import a_half_means, review
 from megatron_evolve.substrate.digest import digest_file, digest_of
 
-# --- runs --------------------------------------------------------------------------------------------------------------
+# --- runs ------------------------------------------------------------------------------------------------------------
 
 
 class RoundRuns:
@@ -127,7 +127,7 @@ class RoundRuns:
 
 
 def run_candidates(desk: Desk, policy: SearchPolicy) -> RoundRuns:
-    """Trains and scores the anchor, the explorers and the confirmations; asks the external target as the policy says."""
+    """Trains and scores the anchor, the explorers and the confirmations; asks the target as the policy says."""
     explorers = propose_all(desk, policy)
     runs = RoundRuns(desk, policy)
     first = runs.add(runs.anchor, desk.campaign.constitution.anchor_seeds)
@@ -214,7 +214,7 @@ def look_of(runs: RoundRuns, name: str, keys: list[str], split: str) -> Look:
     )
 
 
-# --- the round ---------------------------------------------------------------------------------------------------------
+# --- the round -------------------------------------------------------------------------------------------------------
 
 
 def run_round(desk: Desk, policy: SearchPolicy) -> SearchPolicy:

@@ -41,8 +41,8 @@ class Narrator:
 
     def _opened(self, facts: dict[str, Any]) -> None:
         self.console.print(
-            f"campaign [bold]{facts['name']}[/]: {facts['rounds']} rounds x {facts['candidates_per_round']} candidates, "
-            f"about {facts['runs']} runs, at most {facts['external_looks']} external looks"
+            f"campaign [bold]{facts['name']}[/]: {facts['rounds']} rounds x {facts['candidates_per_round']} "
+            f"candidates, about {facts['runs']} runs, at most {facts['external_looks']} external looks"
         )
 
     def _round(self, facts: dict[str, Any]) -> None:
@@ -110,8 +110,8 @@ def show_status(found: dict[str, Any]) -> None:
         return
     looks = found["looks"]
     console.print(
-        f"[bold]{found['campaign']}[/]  {found['state']}, claim {found['claim']}, {found['interventions']} interventions, "
-        f"{looks['external']} of {looks['external_budget']} external looks, {found['cpu_seconds']:.0f} CPU-s"
+        f"[bold]{found['campaign']}[/]  {found['state']}, claim {found['claim']}, "
+        f"{found['interventions']} interventions, {looks['external']} of {looks['external_budget']} external looks, {found['cpu_seconds']:.0f} CPU-s"
     )
     for one in found["rounds"]:
         console.print(round_table(one))

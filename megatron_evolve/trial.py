@@ -1,9 +1,11 @@
 """A trial: a researcher's own delta against the anchor, outside any round, with an honest paired verdict.
 
 Both sides train under the same number of fresh seeds and answer the same fresh dev items, which no round has seen. What
-was run stays in DIR/try, so the same command answers at once. A look at the external target is spent only when asked for.
+was run stays in DIR/try, so the same command answers at once. A look at the external target is spent only when asked
+for.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +108,7 @@ def base_of(record: Record, delta: Delta, where: str) -> Settings:
     name, _, number = delta.base.recipe.partition("/")
     if name != "policy" or not number.isdigit() or record.data("policy", number) is None:
         raise ValueError(
-            f"{where}: base.recipe takes `default` or `policy/r` of a round that has a policy, got {delta.base.recipe!r}"
+            f"{where}: base.recipe takes `default`, or `policy/r` of a round with a policy, got {delta.base.recipe!r}"
         )
     return record.policy(int(number)).standing
 
@@ -120,7 +122,7 @@ def run_both(trial: Trial, root: Path, ask_external: bool) -> list[str]:
     if ask_external:
         pay(trial, root)
     stages: tuple[Stage, ...] = ("train", "dev", *(EXTERNAL_SPLITS if ask_external else ()))
-    following = dict(zip(stages, stages[1:], strict=False))
+    following = dict(itertools.pairwise(stages))
     session = Session(root, default_store(), lambda what, facts: None, lambda: False)
     with launcher_of(trial.record.campaign, session) as launcher:
         first = [(run, stages[0]) for side in sides for run in trial.runs(side)]
@@ -152,7 +154,7 @@ def pay(trial: Trial, root: Path) -> None:
             )
 
 
-# --- the verdict ---------------------------------------------------------------------------------------------------------
+# --- the verdict -----------------------------------------------------------------------------------------------------
 
 
 def verdict(trial: Trial, ask_external: bool, failures: list[str]) -> dict[str, Any]:
@@ -268,7 +270,7 @@ def _domains(dev: dict[str, Any], predicted: dict[str, Any]) -> str:
     return " | ".join(parts)
 
 
-# --- the mix ---------------------------------------------------------------------------------------------------------------
+# --- the mix ---------------------------------------------------------------------------------------------------------
 
 
 def show_mix(delta_path: Path, root: Path, as_json: bool) -> None:

@@ -318,9 +318,8 @@ def _settled_by(look: _Look, sides: Iterable[Estimate], level: float) -> str:
     runs = sum(coefficient > 0 for coefficient in pair.dev.coefficients.values())
     ways = []
     if 1 < items <= MOST_TIMES:
-        ways.append(
-            f"{_count(items, pair.dev.num_items)} dev-B and {_count(items, pair.external.num_items)} external items"
-        )
+        dev, external = (_count(items, one.num_items) for one in (pair.dev, pair.external))
+        ways.append(f"{dev} dev-B and {external} external items in all")
     if 1 < seeds <= MOST_TIMES:
         ways.append(f"{_count(seeds, runs)} candidate runs with {seeds:.1f} times the anchor's")
     if 1 < looks <= MOST_TIMES:

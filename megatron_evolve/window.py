@@ -91,6 +91,7 @@ class Pair:
 
 
 def pair_of(estimand: Estimand, rounds: Sequence[RoundItems]) -> Pair:
+    """The estimand over the rounds, every candidate counted alike, from runs scored on both splits."""
     chosen = []
     for one in rounds[-1:] if estimand == "cumulative" else rounds:
         treated, control = _sides(estimand, one)
@@ -145,6 +146,8 @@ def ranking_usable(
 
     A lucky seed lifts both scores of a run without any merit of the candidate, so that covariance is taken off.
     """
+    from scipy.special import stdtr
+
     squares = np.zeros((2, 2))
     luck, degrees = 0.0, -1
     for one in rounds:
@@ -161,9 +164,7 @@ def ranking_usable(
     if degrees < 1 or not squares[0, 0] * squares[1, 1]:
         return False
     r = float((squares[0, 1] - luck) / math.sqrt(squares[0, 0] * squares[1, 1]))
-    from scipy.special import stdtr
-
-    return r > 0 and stdtr(degrees, -r * math.sqrt(degrees / max(1e-12, 1 - r * r))) <= DESCRIPTION_ALPHA
+    return r > 0 and bool(stdtr(degrees, -r * math.sqrt(degrees / max(1e-12, 1 - r * r))) <= DESCRIPTION_ALPHA)
 
 
 def _candidate_means(answers: Answers, seeds: Mapping[str, Sequence[int]], weights: Mapping[str, float]) -> np.ndarray:

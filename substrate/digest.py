@@ -1,7 +1,7 @@
 """One canonical form of a value, and its sha256.
 
-Every name in the campaign that stands for content (substrate, judge, candidate, delta, policy) is a digest made here, so
-two programs that agree on the value agree on its name. In: JSON-able values or files. Out: hexadecimal sha256.
+Every name in the campaign that stands for content (substrate, judge, candidate, delta, policy) is a digest made here,
+so two programs that agree on the value agree on its name. In: JSON-able values or files. Out: hexadecimal sha256.
 """
 
 import hashlib

@@ -120,7 +120,7 @@ def _check_file(path: Path, expected: SourceFile) -> None:
     found = digest_file(path)
     if found != expected.sha256:
         raise ValueError(
-            f"{path} was changed: expected sha256 {expected.sha256[:12]}, got {found[:12]}; restore the file or build anew"
+            f"{path} was changed: expected sha256 {expected.sha256[:12]}, got {found[:12]}; restore it or build anew"
         )
 
 

@@ -27,7 +27,8 @@ class Mix(Frozen):
     )
     curriculum: Curriculum = Field(
         default="constant",
-        description="how shares move over a run: constant, or linearly from (`uniform-first`) or to (`uniform-last`) equal shares",
+        description="how shares move over a run: constant, or linearly from (`uniform-first`) or to (`uniform-last`) "
+        "equal shares",
     )
     repetition_cap: int = Field(
         default=4, ge=1, le=1000, description="how often one and the same prompt may be trained on in a run"

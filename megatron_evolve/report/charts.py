@@ -60,8 +60,8 @@ def trajectory(chronicle: Chronicle) -> Markup | None:
         tag("h3", title),
         legend(entries),
         note(
-            "Bars are 95 % intervals of one run's items; seeds come on top. Items differ from round to round, so a "
-            "step between rounds holds that luck too: paired effects within a round are in the tables."
+            "Bars are 95\u00a0% intervals of one run's items; seeds come on top. Items differ from round to round, so "
+            "a step between rounds holds that luck too: paired effects within a round are in the tables."
         ),
     )
 
@@ -105,7 +105,7 @@ def _selected_marks(board: Board, place: int, one: CandidateEvidence | None, num
 
 
 def _rounds_below(board: Board, judged: Sequence[Chapter]) -> Markup:
-    """Round numbers, and under them mode, objective and the strongest verdict; some are left out where there are many."""
+    """Round numbers, and under them mode, objective and the strongest verdict; thinned where there are many."""
     step, texts = math.ceil(len(judged) / LABELLED_ROUNDS), []
     for place, chapter in enumerate(judged):
         if place % step:
@@ -157,16 +157,16 @@ def transfer(chronicle: Chronicle) -> Markup | None:
         for chapter, one, dev, outside in marked:
             marks.append(_point(board, chapter, one, dev, outside, shade[chapter.number], crosses))
     told = (
-        f"{len(marked)} candidates; {sum(_below(dev, out, beta0) for *_, dev, out in marked)} gained on dev with less than "
-        f"{beta0:g} of it on the external target."
+        f"{len(marked)} candidates; {sum(_below(dev, out, beta0) for *_, dev, out in marked)} gained on dev with less "
+        f"than {beta0:g} of it on the external target."
     )
     title = "What of each dev effect reached the external target"
     return beside(
         drawing("transfer", title, told, (board.width, board.height), *marks),
         tag("h3", title),
         note(
-            "One point per explorer against the anchor of its own round, the round's number in it, later rounds further "
-            "along the colour; arms are 95 % intervals."
+            "One point per explorer against the anchor of its own round, the round's number in it, later rounds "
+            "further along the colour; arms are 95\u00a0% intervals."
         ),
         note(
             "On the line of slope 1 all of a dev effect arrived. In the shaded wedge less than "
@@ -264,8 +264,7 @@ def final_strip(gain: dict[str, float]) -> Markup:
         board.level(y, gain["low"], gain["high"], "bar final"),
         tag("circle", cx=board.x(gain["mean"]), cy=y, r=6, class_="dot final"),
     ]
-    told = (
-        f"{points(gain['mean'])} points, 95 % interval {points(gain['low'])} to {points(gain['high'])}; zero is marked."
-    )
+    mean, reach = points(gain["mean"]), f"{points(gain['low'])} to {points(gain['high'])}"
+    told = f"{mean} points, 95\u00a0% interval {reach}; zero is marked."
     title = "Standing settings minus origin on the sealed items, in points"
     return drawing("final", title, told, (board.width, board.height), *marks)

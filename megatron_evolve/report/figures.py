@@ -46,6 +46,11 @@ def size(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def ratio(value: float) -> str:
+    """A ratio to two digits."""
+    return f"{value:.2f}".replace("-", MINUS)
+
+
 def seconds(value: float) -> str:
     """CPU time: seconds, and minutes or hours where that reads better."""
     if value < 600:

@@ -22,8 +22,8 @@ def heatmap(chronicle: Chronicle) -> Markup | None:
     caption = "Effect by family against the anchor of the same round, in points"
     whole = tag("table", tag("caption", caption), _head(names, splits), *bodies, class_="heat")
     told = (
-        "Bold: the 95 % interval leaves zero out. Families are many and intervals wide, so some bold cells are chance; "
-        "what may be said of a family is in the verdicts."
+        "Bold: the 95\u00a0% interval leaves zero out. Families are many and intervals wide, so some bold cells are "
+        "chance; what may be said of a family is in the verdicts."
     )
     return section("families", "Effects by family", scroll(caption, whole), join([_key(largest), note(told)]))
 

@@ -1,7 +1,7 @@
 """Markup: HTML and SVG made by functions, escaped unless it was made here.
 
-`tag` builds an element from children and attributes. A child that is no `Markup` is text and is escaped, so nothing that
-a worker or an operator wrote can become an element.
+`tag` builds an element from children and attributes. A child that is no `Markup` is text and is escaped, so nothing
+that a worker or an operator wrote can become an element.
 """
 
 import html

@@ -1,4 +1,4 @@
-"""The records: what failed, what was refused, dead ends, looks, cost and the frozen rules, as the campaign wrote them."""
+"""The records: what failed or was refused, dead ends, looks, cost and the frozen rules, as the campaign wrote them."""
 
 from collections import defaultdict
 from typing import Any
@@ -125,7 +125,8 @@ def ground(chronicle: Chronicle, quotes: Quotes) -> Markup:
         ("mutation space", ", ".join(rules.mutation_space)),
         (
             "one run",
-            f"{rules.limits.max_steps:,} steps, {rules.limits.max_rows:,} rows, {seconds(rules.limits.run_seconds)} at most",
+            f"at most {rules.limits.max_steps:,} steps, {rules.limits.max_rows:,} rows and "
+            f"{seconds(rules.limits.run_seconds)} of wall time",
         ),
         ("repairs", f"{rules.repairs} a worker"),
     ]

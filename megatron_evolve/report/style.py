@@ -29,8 +29,8 @@ p { margin:0 0 10px; max-width:76ch; }
 .none { color:var(--muted); }
 code { font:12.5px/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace; }
 code.whole { overflow-wrap:anywhere; }
-section { background:var(--card); border:1px solid var(--rule); border-radius:10px; padding:20px 22px; margin:0 0
-  18px; }
+section { background:var(--card); border:1px solid var(--rule); border-radius:10px; padding:20px 22px;
+  margin:0 0 18px; }
 article + article, section > article:not(:first-of-type) { border-top:1px solid var(--rule); margin-top:22px;
   padding-top:4px; }
 nav ul { list-style:none; display:flex; flex-wrap:wrap; gap:4px 18px; margin:0 0 18px; padding:0; font-size:14px; }
@@ -52,6 +52,7 @@ th, td { text-align:left; vertical-align:top; padding:6px 14px 6px 0; border-bot
 thead th { color:var(--muted); font-weight:600; font-size:12.5px; vertical-align:bottom;
   border-bottom-color:var(--axis); }
 tbody th { font-weight:400; }
+.prose { min-width:300px; }
 .number { text-align:right; white-space:nowrap; }
 .effect, .score, .badge.mode { white-space:nowrap; }
 .range { color:var(--muted); font-size:12.5px; }

@@ -112,9 +112,9 @@ def _claim(chronicle: Chronicle, quotes: Quotes) -> str:
     if gain is None:
         return "It declared performance against the origin, and there is no measured difference, so nothing is claimed."
     held = (
-        "zero lies in its 95 % interval, so no difference is shown"
+        "zero lies in its 95\u00a0% interval, so no difference is shown"
         if gain["low"] <= 0 <= gain["high"]
-        else ("zero lies outside its 95 % interval; this one comparison was declared before the first round")
+        else ("zero lies outside its 95\u00a0% interval; this one comparison was declared before the first round")
     )
     return f"It declared performance against the origin, measured once on sealed items with fresh seeds: {held}."
 
@@ -148,7 +148,7 @@ def final_comparison(quotes: Quotes) -> Markup | None:
         [
             "Difference ",
             quotes.interval(*here, "gain"),
-            " points (95 % interval; standard error ",
+            " points (95\u00a0% interval; standard error ",
             quotes.number(*here, "gain", "se", form=lambda value: f"{100 * value:.2f}"),
             "), P(better) ",
             quotes.number(*here, "gain", "p_better", form=probability),
@@ -180,7 +180,7 @@ def rounds_at_a_glance(chronicle: Chronicle, quotes: Quotes) -> Markup:
             note(
                 "The anchor of a round is the standing settings, unchanged. A change moves in when its probability of "
                 f"being better reaches {chronicle.rules.promote_probability:g} and a further seed agrees; its effects "
-                "are those against the anchor of its own round. Bold: the 95 % interval leaves zero out."
+                "are those against the anchor of its own round. Bold: the 95\u00a0% interval leaves zero out."
             ),
         ]
     )

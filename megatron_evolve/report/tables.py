@@ -1,10 +1,10 @@
-"""The tables of a round: its candidates with every effect, its verdicts with every figure, its runs and its families."""
+"""The tables of a round: its candidates with every effect, its verdicts with every figure, its runs and families."""
 
 from typing import Any
 
 from megatron_evolve.evidence import CandidateEvidence
 from megatron_evolve.report.chronicle import Chapter, Chronicle
-from megatron_evolve.report.figures import NOTHING, Quotes, digest, label, seconds, size
+from megatron_evolve.report.figures import NOTHING, Quotes, digest, label, ratio, seconds, size
 from megatron_evolve.report.markup import Markup, cell, fold, join, note, section, table, tag
 from megatron_evolve.report.wording import (
     change_words,
@@ -25,12 +25,12 @@ def rounds(chronicle: Chronicle, quotes: Quotes) -> Markup:
     if not told:
         return section("rounds", "Rounds", tag("p", "No round has been opened yet."))
     how = (
-        "Effects are paired differences to the same round's anchor on the same items, in points, with 95 % intervals, bold "
-        "where they leave zero out. The standard error beside a score is that of one run's items."
+        "Effects are paired differences to the same round's anchor on the same items, in points, with 95\u00a0% "
+        "intervals, bold where they leave zero out. The standard error beside a score is that of one run's items."
     )
     what = (
-        "Verdicts judge the explorer that the A half selected, the mean of all explorers with an external score, or the "
-        "standing settings against the origin (cumulative)."
+        "Verdicts judge the explorer that the A half selected, the mean of all explorers with an external score, or "
+        "the standing settings against the origin (cumulative)."
     )
     return section("rounds", "Rounds", note(how, " ", what), *told)
 
@@ -55,7 +55,11 @@ def _opening(chapter: Chapter, quotes: Quotes, here: tuple[Any, ...]) -> Markup:
         visible = ["The smallest visible effect is unknown: nothing was scored twice."]
     if smallest is not None:
         figure = quotes.number(*here, "minimum_detectable_effect", form=size)
-        visible = ["Smallest effect it would have seen on dev: ", figure, " points (80 % power, one-sided 5 %)."]
+        visible = [
+            "Smallest effect it would have seen on dev: ",
+            figure,
+            " points (80\u00a0% power, one-sided 5\u00a0%).",
+        ]
     policy = chapter.policy
     return tag(
         "p",
@@ -159,12 +163,12 @@ def _all_verdicts(quotes: Quotes, here: tuple[Any, ...]) -> Markup | None:
                 scope_words(one),
                 outcome_badge(one["outcome"]),
                 *(_bounds(quotes, *there, name) for name in BOUNDS),
-                quotes.number(*there, "transfer_slope", form=lambda value: f"{value:.2f}"),
+                quotes.number(*there, "transfer_slope", form=ratio),
                 quotes.number(*there, "df", form=lambda value: f"{value:.0f}"),
                 quotes.number(*there, "alpha_spent"),
                 quotes.number(*there, "minimum_detectable_effect", form=size),
                 "yes" if one["ranking_usable"] else "no",
-                one["reason"],
+                tag("div", one["reason"], class_="prose"),
             ]
         )
     return fold(
@@ -177,7 +181,7 @@ def _bounds(quotes: Quotes, *path: Any) -> Markup:
     if quotes.at(*path) is None:
         return NOTHING
     error, level = quotes.number(*path, "se", form=size), quotes.number(*path, "level")
-    return join([quotes.interval(*path), tag("span", " se ", error, ", at ", level, class_="count")])
+    return join([quotes.interval(*path), tag("br"), tag("span", "se ", error, ", at ", level, class_="count")])
 
 
 # --- runs and families ----------------------------------------------------------------------------------------------

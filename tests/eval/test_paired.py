@@ -187,6 +187,13 @@ def test_tail_is_students_t_without_items_and_normal_without_seeds():
     assert none.upper(0.05) == pytest.approx(1.645, abs=1e-3)
 
 
+def test_answers_that_never_differ_leave_the_seeds_alone():
+    same = [RunItems(name, 0, np.arange(FAMILIES.size), FAMILIES, np.ones(FAMILIES.size)) for name in ("x", "anchor")]
+    assert effect(same[:1], same[1:], WEIGHTS).half_width(0.05) == 0
+    found = effect(same[:1], same[1:], WEIGHTS, SeedVariance(1e-4, 0.0, 7))
+    assert found.mean == 0 and found.half_width(0.05) > 0.02 and found.p_above() == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("df", [2, 7])
 @pytest.mark.parametrize("seed_over_items", [0.0, 1.0, 10.0])
 @pytest.mark.parametrize("flips", [0.3, 1.0])

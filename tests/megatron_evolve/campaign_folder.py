@@ -32,13 +32,13 @@ from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.mix import Mix
 from megatron_evolve.substrate.recipe import Recipe
 from megatron_evolve.substrate.settings import Settings, write_all
-from megatron_evolve.verdict import Bounds, Verdict
 from megatron_evolve.workers.brief import delta_document
+from tests.megatron_evolve.invented_verdicts import verdicts_of
 
 SUBSTRATE, JUDGE = digest_of("a substrate"), digest_of("a judge")
 ITEMS = {"dev-a": 1200, "dev-b": 1200, "external-a": 600, "external-b": 600}
 MARKUP = "<script>alert('no')</script> & shares \"follow\" weight"
-RUN_SD, LEVEL = 0.006, 0.0031
+RUN_SD = 0.006
 
 # Operator: true gain on dev (in the shifted domain, in every other) and the same on the external target.
 TRUTH = {
@@ -49,7 +49,7 @@ TRUTH = {
     "steps": ((0.05, 0.04), (0.03, 0.04)),
     "schedule": ((0.0, 0.0), (0.0, 0.0)),
     "adapter": ((-0.08, -0.06), (-0.07, -0.06)),
-    "stack": ((0.04, 0.05), (0.04, 0.05)),
+    "stack": ((0.05, 0.05), (0.065, 0.065)),
     "selection": ((-0.05, 0.0), (0.03, 0.02)),
 }
 # By round and operator: how its first run ended.
@@ -220,7 +220,7 @@ class Story:
             for mean, n in zip(means, (200, 200), strict=True)
         ]
         effects = [
-            self._effect(score.mean - level, 0.03) for score, level in zip(scores, self.level[family], strict=True)
+            self._effect(score.mean - level, 0.02) for score, level in zip(scores, self.level[family], strict=True)
         ]
         outside = bool(self.external_weights)
         return DomainEffect(
@@ -308,7 +308,7 @@ class Story:
             candidates=candidates,
             noise=Noise(seed_sd_dev=RUN_SD, between_sd_dev=0.03, signal_to_noise=2.6, df=10 + policy.round),
             minimum_detectable_effect=dict.fromkeys(ITEMS, 0.031),
-            verdicts=tuple(one.model_dump(mode="json") for one in self._verdicts(selected, explorers)),
+            verdicts=tuple(one.model_dump(mode="json") for one in verdicts_of(selected, explorers, self.families)),
             looks=self.looks.summary(),
             cpu_seconds=sum(run.cpu_seconds for one in candidates for run in one.runs),
         )
@@ -328,50 +328,6 @@ class Story:
         for family in self.families if operator in TRUTH else ():
             for place, gains in enumerate(TRUTH[operator]):
                 self.level[family][place] = min(0.97, self.level[family][place] + gains[family != self.shifted])
-
-    def _verdicts(self, selected: CandidateEvidence, explorers: list[CandidateEvidence]) -> list[Verdict]:
-        verdicts = []
-        for estimand in ("selected", "mean"):
-            verdicts.append(self._verdict(estimand, "overall", *self._pair(estimand, selected, explorers, None)))
-        for family in self.families:
-            verdicts.append(self._verdict("selected", family, *self._pair("selected", selected, explorers, family)))
-        return verdicts
-
-    def _pair(self, estimand: str, selected: CandidateEvidence, explorers: list, family: str | None) -> tuple:
-        some = [selected] if estimand == "selected" else explorers
-        both = [
-            [one.domains[family].dev_effect if family else one.effects["dev-b"] for one in some],
-            [one.domains[family].external_effect if family else one.effects.get("external") for one in some],
-        ]
-        if None in both[1]:
-            return None, None
-        return tuple((statistics.fmean(one.mean for one in side), side[0].se / math.sqrt(len(some))) for side in both)
-
-    def _verdict(self, estimand: str, domain: str, d, t) -> Verdict:
-        said = {"estimand": estimand, "domain": domain, "ranking_usable": False}
-        if d is None:
-            return Verdict(**said, outcome="UNRESOLVED", alpha_spent=0.0, reason="No external target was asked.")
-        g = (0.5 * d[0] - t[0], math.sqrt(0.25 * d[1] ** 2 + t[1] ** 2))
-        bounds = [
-            Bounds(mean=mean, se=se, low=mean - 2.75 * se, high=mean + 2.75 * se, level=LEVEL) for mean, se in (d, t, g)
-        ]
-        outcome = "UNRESOLVED"
-        if bounds[0].low > 0:
-            outcome = "DECOUPLED" if bounds[2].low > 0 else "TRACKING" if bounds[2].high < 0 else outcome
-            outcome = "INVERSE" if bounds[1].high < 0 else outcome
-        told = f"Dev changed by {100 * d[0]:+.1f} pt and the external target by {100 * t[0]:+.1f} pt."
-        return Verdict(
-            **said,
-            outcome=outcome,
-            d_dev=bounds[0],
-            d_external=bounds[1],
-            gap=bounds[2],
-            transfer_slope=t[0] / d[0] if bounds[0].low > 0 else None,
-            df=21.5,
-            alpha_spent=LEVEL,
-            minimum_detectable_effect=0.052,
-            reason=told,
-        )
 
     # --- end ----------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ def delta(**change: dict) -> Delta:
 
 
 def test_scale_and_set_resolve_against_the_base() -> None:
-    resolved = resolve(BASE, delta(mix__weight__red={"scale": 2.0}, recipe__lr={"scale": 0.5}, recipe__steps={"set": 90}))
+    change = delta(mix__weight__red={"scale": 2.0}, recipe__lr={"scale": 0.5}, recipe__steps={"set": 90})
+    resolved = resolve(BASE, change)
     assert resolved.mix.weight == pytest.approx({"red": 0.5, "green": 0.25, "blue": 0.25})
     assert resolved.recipe.lr == BASE.recipe.lr / 2
     assert resolved.recipe.steps == 90

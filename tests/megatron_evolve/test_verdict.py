@@ -116,8 +116,8 @@ def alarm_rate(campaigns, world, dev, external, **settings) -> float:
     return alarms / campaigns
 
 
-# A campaign may alarm falsely in 5 % of cases. The overall half has 2.5 %, and 0 to 2 % was measured in 300 campaigns of
-# each world; at 2 %, more than 5 of 100 campaigns would come by chance with probability .02.
+# A campaign may alarm falsely in 5 % of cases. The overall half has 2.5 %, and 0 to 2 % was measured in 300 campaigns
+# of each world; at 2 %, more than 5 of 100 campaigns would come by chance with probability .02.
 @pytest.mark.parametrize(
     ("world", "dev", "external"),
     [

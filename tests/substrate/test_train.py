@@ -1,7 +1,9 @@
 """The trainer's parts: its loss, its step, its schedule, when it calls a run diverged, which weights it keeps."""
 
+import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +31,8 @@ TINY = Architecture.model_validate(
 )
 RECIPE = Recipe(steps=8, batch_size=16, warmup_steps=2, lr=3e-3)
 NAMES = ("unit_conversion", "numeral")
-POOL = Construction(families=NAMES, difficulty="nano", styles={name: families.styles_of(name, "nano") for name in NAMES})
+STYLES = {name: families.styles_of(name, "nano") for name in NAMES}
+POOL = Construction(families=NAMES, difficulty="nano", styles=STYLES)
 MIX = Mix(weight=dict.fromkeys(NAMES, 1.0), style=dict.fromkeys(NAMES, "answer"))
 
 
@@ -194,7 +197,7 @@ def test_an_adapter_run_trains_its_adapter_alone(tmp_path):
     assert any(value.abs().max() > 0 for name, value in tensors.items() if name.endswith("lora_B"))
 
 
-RANKS_PROGRAM = """
+RANK_PROGRAM = """
 import json, sys
 sys.path.insert(0, {tests!r})
 from megatron_evolve.substrate.model import build
@@ -202,31 +205,44 @@ from megatron_evolve.substrate.train.preload import preload
 import test_train as t
 preload()
 runtime = build.start(seed=1)
-made = t.trainer()
-measured = [made.step(batch, step) for step, batch in enumerate(t.packer(t.RECIPE.replace(batch_size=64)).batches(t.Tally()))]
-bias = sorted((n, v.tolist()) for n, v in t.state_of(made.model).items() if "expert_bias" in n)
+made, source = t.trainer(), t.packer(t.RECIPE.replace(batch_size=64))
+measured = [made.step(batch, step) for step, batch in enumerate(source.batches(t.Tally()))]
+bias = sorted((name, value.tolist()) for name, value in t.state_of(made.model).items() if "expert_bias" in name)
 if runtime.rank == 0:
-    print("RESULT", json.dumps([[[m.loss, m.grad_norm] for m in measured], bias]))
+    print(json.dumps([[[m.loss, m.grad_norm] for m in measured], bias]))
 build.stop()
 """
 
 
+def run_ranks(script: Path, ranks: int) -> list:
+    """What rank 0 prints, each rank a process with the environment that torchrun gives it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **common, "WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        printed = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * ranks
+    return json.loads(printed[0].splitlines()[-1])
+
+
 @pytest.mark.slow
 def test_two_data_parallel_ranks_compute_what_one_does(tmp_path):
-    import json
-
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS_PROGRAM.format(tests=str(Path(__file__).parent)))
-    results = []
-    for ranks in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", script]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [str(part) for part in command]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
-        results.append(json.loads(line.removeprefix("RESULT")))
-    (one, bias_one), (two, bias_two) = results
+    script = tmp_path / "rank.py"
+    script.write_text(RANK_PROGRAM.format(tests=str(Path(__file__).parent)))
+    (one, bias_one), (two, bias_two) = run_ranks(script, 1), run_ranks(script, 2)
     assert bias_one == bias_two
     for (loss_one, norm_one), (loss_two, norm_two) in zip(one, two, strict=True):
         assert loss_one == pytest.approx(loss_two, rel=2e-6)  # float32 sums in another order

@@ -1,0 +1,120 @@
+"""The `mamba_ssm` package as far as Megatron's MambaMixer needs it, served by `mamba`.
+
+Megatron imports three names from that package and refuses to build a mixer without them. `supply_mamba_ssm` gives it ours
+where the package is not installed, on any device.
+"""
+
+import sys
+import types
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_evolve.substrate.model import mamba
+
+
+class GatedRMSNorm(nn.Module):
+    """`mamba_ssm.ops.triton.layernorm_gated.RMSNorm` for a gate applied before the norm or already applied."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if norm_before_gate:
+            raise ValueError(
+                "norm_before_gate must be False, as in Nemotron; got True: install mamba-ssm for the other order"
+            )
+        self.eps = eps
+        self.group_size = group_size or hidden_size
+        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """x (..., hidden), gate z likewise or None."""
+        return mamba.group_rms_norm(x if z is None else x * F.silu(z), self.weight, self.eps, self.group_size)
+
+
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = mamba.NO_LIMIT,
+    activation: str = "silu",
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = False,
+) -> Tensor:
+    """`mamba_ssm`'s function of this name, for what Megatron asks of it: (B, L, z+x+B+C+dt) to gated (B, L, H P).
+
+    Raises ValueError for packed sequences, another activation or a gate after the norm, which only `mamba_ssm` has.
+    """
+    if seq_idx is not None or activation != "silu" or norm_before_gate or headdim is None:
+        raise ValueError(
+            "the PyTorch scan serves unpacked sequences, silu, one D a head and a gate before the norm; got something else: "
+            "install mamba-ssm"
+        )
+    inner = D.shape[0] * headdim
+    state = (conv1d_weight.shape[0] - inner) // 2
+    z, xBC, dt = zxbcdt.transpose(0, 1).split([inner, inner + 2 * state, D.shape[0]], dim=-1)
+    x, B, C = mamba.causal_conv(xBC, conv1d_weight, conv1d_bias).split([inner, state, state], dim=-1)
+    y, _ = mamba.chunked_scan(
+        x.unflatten(-1, (-1, headdim)),
+        mamba.step_size(dt, dt_bias, dt_limit),
+        A,
+        B.unflatten(-1, (ngroups, -1)),
+        C.unflatten(-1, (ngroups, -1)),
+        D,
+        chunk_size,
+    )
+    return (y.flatten(2) * F.silu(z)).transpose(0, 1)
+
+
+def mamba_chunk_scan_combined(*_args: object, **_kwargs: object) -> Tensor:
+    """Megatron's inference engine calls this; ours is `decode`. Raises RuntimeError."""
+    raise RuntimeError(
+        "Megatron's inference engine needs mamba-ssm; got the PyTorch scan: decode with substrate.model.decode"
+    )
+
+
+def supply_mamba_ssm() -> None:
+    """Import Megatron's MambaMixer, with the names above standing in where `mamba_ssm` is not installed.
+
+    The stand-in leaves `sys.modules` again at once: transformers looks there too, and a parity test would otherwise compare
+    this scan with itself. Idempotent. Raises RuntimeError if the mixer was imported before without either.
+    """
+    mixer = sys.modules.get("megatron.core.ssm.mamba_mixer")
+    if mixer is not None:
+        if not mixer.HAVE_MAMBA_SSM:
+            raise RuntimeError(
+                "supply_mamba_ssm() must come before the first import of Megatron's mamba_mixer: move it up"
+            )
+        return
+    stand_in = {} if find_spec("mamba_ssm") else _stand_in()
+    sys.modules.update(stand_in)
+    try:
+        import megatron.core.ssm.mamba_mixer  # noqa: F401
+    finally:
+        for name in stand_in:
+            del sys.modules[name]
+
+
+def _stand_in() -> dict[str, types.ModuleType]:
+    norm = types.ModuleType("mamba_ssm.ops.triton.layernorm_gated")
+    norm.RMSNorm = GatedRMSNorm
+    scan = types.ModuleType("mamba_ssm.ops.triton.ssd_combined")
+    scan.mamba_chunk_scan_combined = mamba_chunk_scan_combined
+    scan.mamba_split_conv1d_scan_combined = mamba_split_conv1d_scan_combined
+    packages = [types.ModuleType(name) for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton")]
+    return {module.__name__: module for module in [*packages, norm, scan]}
