@@ -1,7 +1,7 @@
 """The audit: everything a closed (or open) campaign says about itself, checked by anybody who holds its folder.
 
-Digests of the frozen ground and of every file, the ledger's chain, and every deterministic decision made again: what the
-default worker proposes, which candidate a delta is, what the evidence says, which policy follows, how it ended. A
+Digests of the frozen ground and of every file, the ledger's chain, and every deterministic decision made again: what
+the default worker proposes, which candidate a delta is, what the evidence says, which policy follows, how it ended. A
 decision that the code of another version made is reported as such, not as broken.
 """
 

@@ -222,10 +222,12 @@ def substrate_freeze(
     as_json: Json = False,
 ) -> None:
     """Freeze a sibling substrate: the same weights over another pool of training rows."""
-    from megatron_evolve.substrate.pool import refreeze
+    from megatron_evolve.substrate.build import refreeze
+    from megatron_evolve.substrate.manifest import read_manifest
 
     def answer() -> None:
-        digest = refreeze(folder, out, cue_rate=_rates(cue or [])).digest
+        pool = read_manifest(folder).construction.replace(cue_rate=_rates(cue or []))
+        digest = refreeze(folder, out, construction=pool).digest
         emit({"digest": digest, "folder": str(out)}) if as_json else typer.echo(f"froze substrate {digest} in {out}")
 
     guarded(answer, as_json)
@@ -241,10 +243,11 @@ def _rates(pairs: list[str]) -> dict[str, float]:
 def guarded(action: Any, as_json: bool) -> None:
     """Runs a command; what a user can mend becomes one sentence, everything else keeps its traceback."""
     from megatron_evolve.launch.rundir import RunDirError
+    from megatron_evolve.launch.warm import WarmError
 
     try:
         action()
-    except (ValueError, RunDirError) as error:
+    except (ValueError, RunDirError, WarmError) as error:
         fail(error, as_json)
     except OSError as error:
         fail(

@@ -5,19 +5,23 @@ theirs was selected on), the origin's frozen runs, the sealed items of the exter
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from megatron_evolve.candidate import candidate, run_seed
-from megatron_evolve.desk import Desk, Stopped
+from megatron_evolve.artefacts import CampaignFolder
+from megatron_evolve.campaign import Campaign
+from megatron_evolve.candidate import Candidate, candidate, run_seed
+from megatron_evolve.desk import STOPPED, Desk, Stopped
 from megatron_evolve.eval.looks import Look
 from megatron_evolve.eval.paired import RunItems, effect, probability_better
 from megatron_evolve.eval.score import read_rows
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool
-from megatron_evolve.jobs import FINAL_STAGE, Ground, Run, drive, write_candidate
-from megatron_evolve.origin import ORIGIN_ROUND
+from megatron_evolve.evidence import Evidence
+from megatron_evolve.jobs import FINAL_STAGE, ROWS_FILE, Ground, Run, Stage, drive, write_candidate
+from megatron_evolve.origin import ORIGIN_ROUND, Origin
 from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.prepare import origin_ground
-from megatron_evolve.review import INTERVAL_ALPHA, seeds_of
+from megatron_evolve.review import INTERVAL_ALPHA, Weights, seeds_of
 from megatron_evolve.substrate.digest import digest_of
 
 
@@ -29,54 +33,49 @@ def close_campaign(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     final = None
     if desk.campaign.judge.external is not None:
         final = desk.ledger.once("final", "", lambda: final_comparison(desk, policy))
-    statement = {"claim": desk.campaign.claim, "final": final, "finding": finding(desk, final)}
+    said = finding(desk.campaign, desk.all_evidence(), final)
+    statement = {"claim": desk.campaign.claim, "final": final, "finding": said}
     return desk.ledger.append("campaign-closed", "", statement).data
 
 
 def final_comparison(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     """The standing settings against the origin on the sealed items."""
     standing = candidate(desk.substrate_digest, policy.standing)
-    write_candidate(desk.ground.folder, policy.round, standing)
-    outside = origin_ground(
-        desk.ground.substrate, desk.ground.judge, desk.ground.time_limit_s, desk.ground.folder.root / "closing"
-    )
     origin = candidate(desk.substrate_digest, desk.origin_settings)
-    origin_runs = [Run(ORIGIN_ROUND, origin, seed) for seed in desk.origin.seeds]
     if standing.id == origin.id:
         return {"standing": standing.id, "origin": origin.id, "same": True}
-    seeds = [
-        run_seed(desk.campaign.seed, policy.round, standing.id, index)
-        for index in range(desk.campaign.constitution.anchor_seeds)
-    ]
-    runs = [Run(policy.round, standing, seed) for seed in seeds]
-    _drive(desk, desk.ground, runs, "train")
-    finished = [
-        run for run in runs if desk.ledger.find("ended", f"{run.key}/train").data["end"]["outcome"] == "finished"
-    ]
-    if not finished:
-        return {
-            "standing": standing.id,
-            "origin": origin.id,
-            "same": False,
-            "failed": "no run of the standing settings finished",
-        }
-    _pay(desk, policy, [standing.id, origin.id], [*finished, *origin_runs])
-    _drive(desk, desk.ground, finished, FINAL_STAGE)
-    _drive(desk, outside, origin_runs, FINAL_STAGE)
-    mine = [_items(desk.ground, run) for run in finished]
-    theirs = [_items(outside, run) for run in origin_runs]
-    return _compare(desk, standing.id, origin.id, mine, theirs)
+    write_candidate(desk.ground.folder, policy.round, standing)
+    folder = desk.ground.folder
+    outside = origin_ground(desk.ground.substrate, desk.ground.judge, desk.ground.time_limit_s, folder.closing)
+    mine, theirs = closing_runs(desk.campaign, policy.round, standing, origin, desk.origin)
+    mine = _finished(desk, desk.ground, mine, "train")
+    if mine:
+        _pay(desk, policy, [standing.id, origin.id], [*mine, *theirs])
+        mine = _finished(desk, desk.ground, mine, FINAL_STAGE)
+        theirs = _finished(desk, outside, theirs, FINAL_STAGE)
+    answers = [[sealed_answers(folder, run) for run in runs] for runs in (mine, theirs)]
+    names = {"standing": standing.id, "origin": origin.id, "same": False}
+    return {**names, **compare(*answers, desk.origin, desk.weights, desk.all_evidence())}
 
 
-def _drive(desk: Desk, ground: Ground, runs: Sequence[Run], stage: str) -> None:
-    """Runs one stage of some runs, each end an event; raises Stopped when asked to stop before all ended."""
+def closing_runs(
+    campaign: Campaign, number: int, standing: Candidate, origin: Candidate, scored: Origin
+) -> tuple[list[Run], list[Run]]:
+    """Fresh runs of the standing settings, in the round after the last, and the origin's frozen ones."""
+    indices = range(campaign.constitution.anchor_seeds)
+    seeds = [run_seed(campaign.seed, number, standing.id, index) for index in indices]
+    return [Run(number, standing, seed) for seed in seeds], [Run(ORIGIN_ROUND, origin, seed) for seed in scored.seeds]
+
+
+def _finished(desk: Desk, ground: Ground, runs: Sequence[Run], stage: Stage) -> list[Run]:
+    """Runs one stage of some runs, each end an event; returns those that finished, raises Stopped when asked to stop."""
     todo = [(run, stage) for run in runs if desk.ledger.find("ended", f"{run.key}/{stage}") is None]
     for end in drive(ground, desk.launcher, todo, lambda end: (), desk.stop):
-        facts = {name: getattr(end, name) for name in ("outcome", "reason", "cpu_seconds", "seconds", "attempts")}
-        desk.ledger.once("ended", f"{end.run.key}/{end.stage}", lambda facts=facts: {"end": facts, "files": {}})
-        desk.on_progress("ended", {"round": end.run.round, "stage": end.stage, "end": end})
+        desk.record(end, ground)
     if desk.stop():
-        raise Stopped("stopped as asked: everything finished is kept; run the same command to go on")
+        raise Stopped(STOPPED)
+    ended = {run: desk.ledger.find("ended", f"{run.key}/{stage}") for run in runs}
+    return [run for run, event in ended.items() if event and event.data["end"]["outcome"] == "finished"]
 
 
 def _pay(desk: Desk, policy: SearchPolicy, names: Sequence[str], runs: Sequence[Run]) -> None:
@@ -93,25 +92,32 @@ def _pay(desk: Desk, policy: SearchPolicy, names: Sequence[str], runs: Sequence[
     )
 
 
-def _items(ground: Ground, run: Run) -> RunItems:
-    rows = read_rows(ground.stage_dir(run, FINAL_STAGE) / "scores.parquet")
-    return rows.of_run(run.candidate.id, run.seed, "final")
+def sealed_folder(folder: CampaignFolder, run: Run) -> Path:
+    """Where a run's answers to the sealed items lie; the origin's own folder belongs to all campaigns on its ground."""
+    if run.round == ORIGIN_ROUND:
+        return folder.closing / run.candidate.id / str(run.seed) / FINAL_STAGE
+    return folder.run(run.round, run.candidate.id, run.seed) / FINAL_STAGE
 
 
-def _compare(desk: Desk, standing: str, origin: str, mine: list[RunItems], theirs: list[RunItems]) -> dict[str, Any]:
-    earlier = [
-        one for number in range(1, desk.campaign.constitution.rounds + 1) for one in desk.evidence(number).replicates
-    ]
-    pool = SeedPool((*desk.origin.pooled(), *(RunReplicates.from_dict(one) for one in earlier)))
-    weights = desk.weights.external
-    found = effect(mine, theirs, weights, seeds_of(pool, desk.weights, "external"))
+def sealed_answers(folder: CampaignFolder, run: Run) -> RunItems:
+    """A run's answers to the sealed items."""
+    return read_rows(sealed_folder(folder, run) / ROWS_FILE).of_run(run.candidate.id, run.seed, "final")
+
+
+def compare(
+    mine: Sequence[RunItems], theirs: Sequence[RunItems], origin: Origin, weights: Weights, evidence: Sequence[Evidence]
+) -> dict[str, Any]:
+    """Accuracy of both sides and the paired gain; a side that no run finished has none, and says so."""
+    if not mine or not theirs:
+        side = "the origin" if mine else "the standing settings"
+        return {"failed": f"no run of {side} finished and was scored"}
+    earlier = [RunReplicates.from_dict(one) for found in evidence for one in found.replicates]
+    pool = SeedPool((*origin.pooled(), *earlier))
+    found = effect(mine, theirs, weights.external, seeds_of(pool, weights, "external"))
     means = {}
     for name, runs in (("standing", mine), ("origin", theirs)):
-        means[name] = sum(_mean(run, weights) for run in runs) / len(runs)
+        means[name] = sum(_mean(run, weights.external) for run in runs) / len(runs)
     return {
-        "standing": standing,
-        "origin": origin,
-        "same": False,
         "accuracy": means,
         "items": len(mine[0].item_ids),
         "runs": {"standing": len(mine), "origin": len(theirs)},
@@ -131,23 +137,21 @@ def _mean(run: RunItems, weights: Any) -> float:
     return sum(weights[name] * float(run.correct[run.families == name].mean()) for name in names) / total
 
 
-def finding(desk: Desk, final: dict[str, Any] | None) -> str:
+def finding(campaign: Campaign, evidence: Sequence[Evidence], final: dict[str, Any] | None) -> str:
     """One sentence that says what the campaign found, made from its evidence."""
-    rounds = range(1, desk.campaign.constitution.rounds + 1)
-    evidence = {number: desk.evidence(number) for number in rounds}
     alarms = [
-        (number, verdict)
-        for number in rounds
-        for verdict in evidence[number].verdicts
+        (found.round, verdict)
+        for found in evidence
+        for verdict in found.verdicts
         if verdict["outcome"] in ("DECOUPLED", "INVERSE")
     ]
-    tracked = [number for number in rounds if any(v["outcome"] == "TRACKING" for v in evidence[number].verdicts)]
+    tracked = [found.round for found in evidence if any(one["outcome"] == "TRACKING" for one in found.verdicts)]
     if alarms:
         number, first = alarms[0]
         domains = sorted({verdict["domain"] for _, verdict in alarms if verdict["domain"] != "overall"})
         where = f" in {', '.join(domains)}" if domains else " overall, with no single domain named"
         said = f"dev stopped tracking the external target{where}: first said in round {number} ({first['outcome']})"
-    elif desk.campaign.judge.external is None:
+    elif campaign.judge.external is None:
         said = "there was no external target, so whether dev tracks anything is unknown"
     elif tracked:
         rounds_said = f"round{'s' if len(tracked) > 1 else ''} {_list(tracked)}"

@@ -9,13 +9,15 @@ from megatron_evolve.campaign import Campaign
 from megatron_evolve.eval.looks import Looks
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.facts import RoundFacts, round_facts
-from megatron_evolve.jobs import Ground
+from megatron_evolve.jobs import Ground, StageEnd
 from megatron_evolve.launch.job import Launcher
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.origin import Origin
 from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.review import Weights
 from megatron_evolve.substrate.settings import Settings
+
+STOPPED = "stopped as asked: everything finished is kept; run the same command to go on"
 
 
 class Unavailable(Exception):
@@ -49,6 +51,12 @@ class Desk:
         """Weight of each family in the dev and in the external score."""
         return Weights(**self.suites["weights"])
 
+    def record(self, end: StageEnd, ground: Ground) -> None:
+        """Enters how a stage ended, with digests of what it left, so that verify finds a byte changed afterwards."""
+        facts = {name: getattr(end, name) for name in ("outcome", "reason", "cpu_seconds", "seconds", "attempts")}
+        self.ledger.once("ended", f"{end.run.key}/{end.stage}", lambda: {"end": facts, "files": ground.files(end)})
+        self.on_progress("ended", {"round": end.run.round, "stage": end.stage, "end": end})
+
     def facts(self, number: int) -> RoundFacts:
         """What a round whose runs have ended left behind."""
         return round_facts(self.ground.folder, self.ledger.events, self.campaign.seed, number)
@@ -66,3 +74,7 @@ class Desk:
         assert event is not None, f"round {number} has no evidence yet"
         path = self.ground.folder.evidence(number)
         return Evidence.parse(load_json(path, event.data["digest"]), where=str(path))
+
+    def all_evidence(self) -> list[Evidence]:
+        """The evidence of every declared round, once all are closed."""
+        return [self.evidence(number) for number in range(1, self.campaign.constitution.rounds + 1)]

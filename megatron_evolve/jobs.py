@@ -6,6 +6,8 @@ Each stage is one job in a folder of its own. `drive` keeps the launcher busy an
 the order they end; what it does not know is what any of it means.
 """
 
+import errno
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,17 +18,22 @@ from typing import Any, Literal
 from megatron_evolve.artefacts import CampaignFolder, save_json
 from megatron_evolve.candidate import Candidate
 from megatron_evolve.launch.job import Job, JobOutcome, Launcher, OutcomeKind, Resources
-from megatron_evolve.launch.rundir import latest_attempt, read_json
+from megatron_evolve.launch.rundir import RunDirError, attempt_dir, latest_attempt, read_json, read_outcome
+from megatron_evolve.substrate.digest import digest_file
 
 Stage = Literal["train", "dev", "external-a", "external-b", "final", "open"]
 FINAL_STAGE: Stage = "final"
 RESULT_FILE = "result.json"
 SCORES_FILE = "scores.json"
+ROWS_FILE = "scores.parquet"
 SPLITS_OF: dict[str, tuple[str, ...]] = {"dev": ("dev-a", "dev-b")}
 
 # An ending that says nothing about the candidate; tried again this often, each attempt kept.
 INFRASTRUCTURE_KINDS = (OutcomeKind.LOST,)
 INFRASTRUCTURE_ATTEMPTS = 3
+
+# What the system says of a disk that takes no more. No fault of a candidate: the campaign pauses until it does.
+DISK_WORDS = tuple(os.strerror(code).lower() for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 
 # The controller's own share of the processor is budgeted at 2 %: a poll costs about 0.3 ms, so 20 a second is 0.6 %.
 POLL_SECONDS = 0.05
@@ -64,7 +71,7 @@ class StageEnd:
 
 @dataclass(frozen=True)
 class Ground:
-    """Where the frozen parts lie, and what a job may use. `scores`, if given, is where scores go, away from the runs."""
+    """Where the frozen parts lie, and what a job may use. `scores`, if given, is where scores go."""
 
     folder: CampaignFolder
     substrate: Path
@@ -124,6 +131,12 @@ class Ground:
             attempts=outcome.attempt,
         )
 
+    def files(self, end: StageEnd) -> dict[str, str]:
+        """Digest of each file that a finished stage left to be read, by name."""
+        names = (RESULT_FILE,) if end.stage == "train" else (SCORES_FILE, ROWS_FILE)
+        folder = self.stage_dir(end.run, end.stage)
+        return {name: digest_file(folder / name) for name in names} if end.finished else {}
+
 
 def write_candidate(folder: CampaignFolder, round_number: int, candidate: Candidate) -> str:
     """Puts a candidate where its runs read it; returns its digest."""
@@ -139,23 +152,29 @@ def drive(
 ) -> Iterator[StageEnd]:
     """Runs stages until none is left, yielding each end once; `after` may add stages that follow from it.
 
-    A lost attempt is tried again up to 3 times. When `stop` turns true nothing new is submitted, what runs is waited
-    for.
+    A lost attempt is tried again up to 3 times. When `stop` turns true nothing new is started and what runs is waited
+    for. Raises RunDirError when a job found its disk full: it is tried again when the campaign goes on.
     """
     open_stages: dict[str, tuple[Run, Stage]] = {}
 
     def submit(run: Run, stage: Stage, attempt: int | None = None) -> None:
         job = ground.job(run, stage)
-        launcher.submit(job, attempt or max(1, latest_attempt(job.run_dir)))
+        launcher.submit(job, attempt or next_attempt(job))
         open_stages[job.key] = (run, stage)
 
     for run, stage in runs:
         submit(run, stage)
     while open_stages:
         for key, state in launcher.poll(list(open_stages)).items():
+            if state == "pending" and stop():
+                launcher.cancel(key)
             if not isinstance(state, JobOutcome):
                 continue
             run, stage = open_stages.pop(key)
+            if state.kind is OutcomeKind.CANCELLED and stop():
+                continue
+            if is_disk_trouble(state):
+                raise RunDirError(f"{key} {state.reason}; free space on that disk, then run the same command again")
             if state.kind in INFRASTRUCTURE_KINDS and state.attempt < INFRASTRUCTURE_ATTEMPTS and not stop():
                 submit(run, stage, state.attempt + 1)
                 continue
@@ -165,6 +184,19 @@ def drive(
                 for next_run, next_stage in after(end):
                     submit(next_run, next_stage)
         time.sleep(POLL_SECONDS)
+
+
+def next_attempt(job: Job) -> int:
+    """The attempt to submit: the latest, or one more if that was called off or its disk was full."""
+    latest = latest_attempt(job.run_dir)
+    outcome = read_outcome(attempt_dir(job.run_dir, latest)) if latest else None
+    again = outcome is not None and (outcome.kind is OutcomeKind.CANCELLED or is_disk_trouble(outcome))
+    return max(1, latest + again)
+
+
+def is_disk_trouble(outcome: JobOutcome) -> bool:
+    """Whether a job crashed because its disk took no more, by the system's words in its last line."""
+    return outcome.kind is OutcomeKind.CRASHED and any(words in outcome.reason.lower() for words in DISK_WORDS)
 
 
 def read_result(ground: Ground, run: Run) -> dict[str, Any]:

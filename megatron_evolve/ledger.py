@@ -131,8 +131,8 @@ class Ledger:
         except OSError as error:
             self._file.truncate(self._whole_bytes)
             raise RunDirError(
-                f"expected to enter an event in {self.path}, got {(error.strerror or str(error)).lower()}: free space on "
-                "that disk, then run the same command again"
+                f"expected to enter an event in {self.path}, got {(error.strerror or str(error)).lower()}: free space "
+                "on that disk, then run the same command again"
             ) from error
         self._whole_bytes += len(line)
 

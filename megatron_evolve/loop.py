@@ -8,13 +8,13 @@ was.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_evolve import __version__
-from megatron_evolve.artefacts import CampaignFolder, save_json, save_yaml
+from megatron_evolve.artefacts import CampaignFolder, load_yaml_checked, save_json, save_yaml
 from megatron_evolve.campaign import Campaign, plan_of
 from megatron_evolve.closing import close_campaign
 from megatron_evolve.desk import Desk
@@ -28,11 +28,11 @@ from megatron_evolve.ledger import Ledger
 from megatron_evolve.meta import initial_policy
 from megatron_evolve.origin import read_origin
 from megatron_evolve.policy import DomainState, SearchPolicy
-from megatron_evolve.prepare import Prepared, exclusions, judge_process, prepare
+from megatron_evolve.prepare import Prepared, exclusions, prepare, reopen
 from megatron_evolve.rounds import run_round
 from megatron_evolve.sources import decision_sources
 from megatron_evolve.substrate.digest import digest_of
-from megatron_evolve.substrate.manifest import public_view, verify
+from megatron_evolve.substrate.manifest import public_view
 
 Progress = Callable[[str, dict[str, Any]], None]
 
@@ -58,14 +58,20 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
     """
     make_folder(session.root)
     folder = CampaignFolder(session.root.resolve())
-    with Lock(folder.lock), launcher_of(campaign, session) as launcher:
-        check_same_campaign(folder, campaign)
-        prepared = prepare(campaign, session.store, launcher, session.on_progress)
-        ledger = Ledger(folder.root)
-        try:
-            return _run(session, campaign, folder, ledger, launcher, prepared)
-        finally:
-            ledger.close()
+    stop = lambda: session.stop() or folder.stop_file.exists()  # noqa: E731
+    with (
+        Lock(folder.lock),
+        closing(Ledger(folder.root)) as ledger,
+        launcher_of(campaign, session) as launcher,
+    ):
+        folder.stop_file.unlink(missing_ok=True)  # it was for the controller before this one
+        opened = ledger.find("campaign-opened")
+        if opened is None:
+            prepared = prepare(campaign, session.store, launcher, session.on_progress, stop)
+        else:
+            check_same_campaign(folder, campaign, opened.data)
+            prepared = reopen(Path(opened.data["substrate_folder"]), Path(opened.data["judge_folder"]))
+        return _run(replace(session, stop=stop), campaign, folder, ledger, launcher, prepared)
 
 
 @contextmanager
@@ -77,25 +83,22 @@ def launcher_of(campaign: Campaign, session: Session) -> Iterator[Launcher]:
         yield launcher
 
 
-def check_same_campaign(folder: CampaignFolder, campaign: Campaign) -> None:
-    """Refuses to go on in a folder that another campaign opened."""
-    if not folder.campaign.exists():
-        return
-    from megatron_evolve.document import load_yaml
-
-    found = Campaign.parse(load_yaml(folder.campaign), where=str(folder.campaign))
-    if digest_of(found) != digest_of(campaign):
+def check_same_campaign(folder: CampaignFolder, campaign: Campaign, opened: dict[str, Any]) -> None:
+    """Refuses to go on in a folder that another campaign opened, or whose frozen files were changed."""
+    if digest_of(campaign.model_dump(mode="json", by_alias=True)) != opened["campaign"]:
         raise ValueError(
-            f"{folder.root} holds campaign {found.name!r}, opened with other settings than the file given now: resume "
-            f"it with {folder.campaign}, or choose another --dir"
+            f"{folder.root} holds campaign {opened['name']!r}, opened with other settings than the file given now: "
+            f"give {folder.campaign}, or choose another --dir"
         )
+    load_yaml_checked(folder.campaign, opened["campaign"])
+    load_yaml_checked(folder.constitution, opened["constitution"])
 
 
 def _run(
     session: Session, campaign: Campaign, folder: CampaignFolder, ledger: Ledger, launcher: Launcher, prepared: Prepared
 ) -> dict[str, Any]:
     opened = ledger.once("campaign-opened", "", lambda: _opening(folder, campaign, prepared))
-    _check_digests(opened, campaign, prepared)
+    _check_digests(opened, prepared)
     desk = Desk(
         campaign=campaign,
         ground=Ground(
@@ -115,16 +118,15 @@ def _run(
         origin_settings=prepared.substrate.default,
         suites=read_json(prepared.judge_folder / SUITES_FILE),
         on_progress=session.on_progress,
-        stop=lambda: session.stop() or folder.stop_file.exists(),
+        stop=session.stop,
     )
     ledger.once("policy", "1", lambda: _first_policy(desk, prepared))
     policy = desk.policy(1)
     for _ in range(campaign.constitution.rounds):
         policy = run_round(desk, policy)
-    closing = close_campaign(desk, policy)
-    verify(prepared.substrate_folder)
-    judge_process("--verify", str(prepared.judge_folder))
-    return closing
+    if ledger.find("campaign-closed") is None:
+        reopen(prepared.substrate_folder, prepared.judge_folder)  # nothing may have changed on the way
+    return close_campaign(desk, policy)
 
 
 def _opening(folder: CampaignFolder, campaign: Campaign, prepared: Prepared) -> dict[str, Any]:
@@ -143,13 +145,9 @@ def _opening(folder: CampaignFolder, campaign: Campaign, prepared: Prepared) -> 
     }
 
 
-def _check_digests(opened: dict[str, Any], campaign: Campaign, prepared: Prepared) -> None:
-    """A campaign goes on only on the ground, under the judge and by the constitution that it was opened with."""
-    now = {
-        "substrate": prepared.substrate.digest,
-        "judge": prepared.judge.digest,
-        "constitution": digest_of(campaign.constitution.model_dump(mode="json", by_alias=True)),
-    }
+def _check_digests(opened: dict[str, Any], prepared: Prepared) -> None:
+    """A campaign goes on only on the ground and under the judge that it was opened with."""
+    now = {"substrate": prepared.substrate.digest, "judge": prepared.judge.digest}
     for name, digest in now.items():
         if opened[name] != digest:
             raise ValueError(

@@ -21,14 +21,16 @@ from megatron_evolve import __version__
 from megatron_evolve.artefacts import CampaignFolder, save_json
 from megatron_evolve.campaign import Campaign, ExternalCsv, JudgeSpec, SubstrateSpec
 from megatron_evolve.candidate import candidate, run_seed
+from megatron_evolve.desk import STOPPED, Stopped
 from megatron_evolve.eval.freeze import WITHHELD_FILE
 from megatron_evolve.eval.judge import Judge, attach_origin, judge_sources, load_judge
-from megatron_evolve.jobs import Ground, Run, StageEnd, drive
+from megatron_evolve.jobs import POLL_SECONDS, Ground, Run, StageEnd, drive
 from megatron_evolve.launch.job import Job, JobOutcome, Launcher, OutcomeKind
 from megatron_evolve.launch.rundir import latest_attempt, make_folder, write_json
 from megatron_evolve.origin import ORIGIN_FILE, ORIGIN_ROUND, origin_document
+from megatron_evolve.substrate.build import refreeze
 from megatron_evolve.substrate.digest import digest_file, digest_of
-from megatron_evolve.substrate.manifest import MANIFEST, Substrate, trainer_sources, verify
+from megatron_evolve.substrate.manifest import MANIFEST, Substrate, read_manifest, trainer_sources, verify
 
 BUILD_SECONDS = 3600.0
 
@@ -52,13 +54,22 @@ class Prepared:
     judge: Judge
 
 
-def prepare(campaign: Campaign, store: Path, launcher: Launcher, on_progress: Progress) -> Prepared:
-    """Builds, freezes and scores what is missing; verifies every byte of what is there."""
-    substrate_folder = build_substrate(campaign.substrate, store, launcher, on_progress)
+def prepare(
+    campaign: Campaign, store: Path, launcher: Launcher, on_progress: Progress, stop: Callable[[], bool]
+) -> Prepared:
+    """Builds, freezes and scores what is missing; verifies every byte of what is there. May raise Stopped."""
+    substrate_folder = build_substrate(campaign.substrate, store, launcher, on_progress, stop)
     substrate = verify(substrate_folder)
     judge_folder = freeze(campaign.judge, substrate, store)
     if load_judge(judge_folder).origin is None:
-        score_origin(campaign, substrate_folder, substrate, judge_folder, launcher, on_progress)
+        score_origin(campaign, substrate_folder, substrate, judge_folder, launcher, on_progress, stop)
+    judge_process("--verify", str(judge_folder))
+    return Prepared(substrate_folder, substrate, judge_folder, load_judge(judge_folder))
+
+
+def reopen(substrate_folder: Path, judge_folder: Path) -> Prepared:
+    """The ground that a campaign was opened on, every byte verified. What was lost or changed is not built anew."""
+    substrate = verify(substrate_folder)
     judge_process("--verify", str(judge_folder))
     return Prepared(substrate_folder, substrate, judge_folder, load_judge(judge_folder))
 
@@ -67,23 +78,39 @@ def prepare(campaign: Campaign, store: Path, launcher: Launcher, on_progress: Pr
 
 
 def build_substrate(spec: SubstrateSpec, store: Path, launcher: Launcher, on_progress: Progress) -> Path:
-    """The folder of the frozen substrate; built by a job unless it stands in the store."""
+    """The folder of the frozen substrate; its weights are trained by a job unless they stand in the store.
+
+    Substrates that differ only in their pool of training rows share their weights, which are trained without cues.
+    """
     if spec.path is not None:
         return Path(spec.path).resolve()
-    name = digest_of({"spec": spec, "trainer": trainer_sources()})[:12]
-    folder = (store / "substrates" / f"{spec.preset}-{name}").resolve()
-    if not (folder / "substrate" / MANIFEST).exists():
+    folder = _substrate_folder(spec.replace(cue_rate={}), store)
+    if not (folder / MANIFEST).exists():
         on_progress("building", {"preset": spec.preset, "folder": folder})
-        argv = [sys.executable, "-m", "megatron_evolve.substrate.build", "--preset", spec.preset]
-        argv += ["--out", str(folder / "substrate"), "--seed", str(spec.seed)]
-        for family, rate in sorted(spec.cue_rate.items()):
-            argv += ["--cue-rate", f"{family}={rate}"]
-        run_one(launcher, f"build/{name}", tuple(argv), folder / "substrate", MANIFEST)
-    return folder / "substrate"
+        argv = (sys.executable, "-m", "megatron_evolve.substrate.build", "--preset", spec.preset)
+        argv += ("--out", str(folder), "--seed", str(spec.seed))
+        run_one(launcher, f"build/{folder.parent.name}", argv, folder, MANIFEST)
+    if not spec.cue_rate:
+        return folder
+    sibling = _substrate_folder(spec, store)
+    if not (sibling / MANIFEST).exists():
+        pool = read_manifest(folder).construction.replace(cue_rate=dict(sorted(spec.cue_rate.items())))
+        refreeze(folder, sibling, construction=pool)
+    return sibling
 
 
-def run_one(launcher: Launcher, key: str, argv: tuple[str, ...], run_dir: Path, done_file: str) -> JobOutcome:
-    """Runs one job to its end. Raises ValueError with the last line of its error output unless it finished."""
+def _substrate_folder(spec: SubstrateSpec, store: Path) -> Path:
+    name = digest_of({"spec": spec, "trainer": trainer_sources()})[:12]
+    return (store / "substrates" / f"{spec.preset}-{name}" / "substrate").resolve()
+
+
+def run_one(
+    launcher: Launcher, key: str, argv: tuple[str, ...], run_dir: Path, done_file: str, stop: Callable[[], bool]
+) -> JobOutcome:
+    """Runs one job to its end; when `stop` turns true it is cancelled, to go on another time.
+
+    Raises ValueError with the last line of its error output unless it finished, Stopped if it was cancelled.
+    """
     make_folder(run_dir)
     job = Job(
         key=key,
@@ -100,7 +127,11 @@ def run_one(launcher: Launcher, key: str, argv: tuple[str, ...], run_dir: Path, 
         attempt += 1
         launcher.submit(job, attempt)
     while not isinstance(state := launcher.poll([key])[key], JobOutcome):
-        time.sleep(0.05)
+        if stop():
+            launcher.cancel(key)
+        time.sleep(POLL_SECONDS)
+    if state.kind is OutcomeKind.CANCELLED:
+        raise Stopped(STOPPED)
     if state.kind is not OutcomeKind.FINISHED:
         raise ValueError(f"{key} {state.kind.value}: {state.reason}; its output is in {run_dir / 'attempts'}")
     return state
@@ -146,6 +177,7 @@ def score_origin(
     judge_folder: Path,
     launcher: Launcher,
     say: Progress,
+    stop: Callable[[], bool],
 ) -> None:
     """Trains the substrate's own recipe under each origin seed, scores it, and attaches the scores to the judge.
 
@@ -160,12 +192,13 @@ def score_origin(
     following = dict(itertools.pairwise(stages))
     say("origin", {"runs": len(runs)})
     first = [(run, "train") for run in runs]
-    for end in drive(
-        ground, launcher, first, lambda end: [(end.run, following[end.stage])] if _goes_on(end, following) else []
-    ):
+    after = lambda end: [(end.run, following[end.stage])] if _goes_on(end, following) else []  # noqa: E731
+    for end in drive(ground, launcher, first, after, stop):
         if not end.finished:
             raise ValueError(f"the origin's run {end.run.seed} {end.outcome} in {end.stage}: {end.reason}; start again")
         say("ended", {"round": ORIGIN_ROUND, "stage": end.stage, "end": end})
+    if stop():
+        raise Stopped(STOPPED)
     save_json(judge_folder / ORIGIN_FILE, origin_document(ground, runs, bool(campaign.judge.external)))
     attach_origin(judge_folder, ORIGIN_FILE, seeds)
 

@@ -5,6 +5,7 @@ times; so does one whose run failed by its own fault. Every call is one event of
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from megatron_evolve.campaign import Campaign
 from megatron_evolve.candidate import Candidate, candidate, run_seed
 from megatron_evolve.delta import Delta
 from megatron_evolve.desk import Desk, Unavailable
-from megatron_evolve.jobs import write_candidate
+from megatron_evolve.jobs import INFRASTRUCTURE_ATTEMPTS, write_candidate
+from megatron_evolve.ledger import Event
 from megatron_evolve.policy import Axis, SearchPolicy
 from megatron_evolve.workers.brief import Brief, delta_document
 from megatron_evolve.workers.seam import Call, call_worker
@@ -21,6 +23,9 @@ from megatron_evolve.workers.validate import validate
 
 DEFAULT_WORKER = (sys.executable, "-m", "megatron_evolve.workers.propose")
 WORKER_SECONDS = 120.0
+
+# Endings of a run that its candidate did not cause, so that its worker is not asked to mend anything.
+NOBODYS_FAULT = ("cancelled", "lost")
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,16 @@ def propose(
     return None
 
 
+def first_failure(events: Sequence[Event], round_number: int, candidate_name: str) -> dict[str, Any] | None:
+    """How the first run of a candidate that failed by its own fault ended: what its worker is told."""
+    for event in events:
+        if event.kind == "ended" and event.key.startswith(f"{round_number}/{candidate_name}/"):
+            end = event.data["end"]
+            if event.key.endswith("/train") and end["outcome"] not in ("finished", *NOBODYS_FAULT):
+                return end
+    return None
+
+
 def brief_of(
     campaign: Campaign,
     substrate_view: dict[str, Any],
@@ -100,10 +115,13 @@ def brief_of(
 def _ask(desk: Desk, policy: SearchPolicy, worker: int, attempt: int, brief: Brief) -> dict[str, Any]:
     folder = desk.ground.folder.worker(policy.round, worker) / str(attempt)
     argv = desk.campaign.worker or DEFAULT_WORKER
-    call, proposal = call_worker(argv, brief, folder, time_limit_s=WORKER_SECONDS)
-    if call.ending == "unavailable":
+    for _ in range(INFRASTRUCTURE_ATTEMPTS):
+        call, proposal = call_worker(argv, brief, folder, time_limit_s=WORKER_SECONDS)
+        if call.ending != "unavailable":
+            break
+    else:
         raise Unavailable(
-            f"worker {worker}'s program {argv[0]} is unavailable: start it again and run the same command"
+            f"worker {worker}'s program is unavailable ({call.reason}): mend that and run the same command again"
         )
     delta = proposal.delta if proposal else None
     record: dict[str, Any] = {

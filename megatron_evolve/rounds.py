@@ -9,16 +9,24 @@ from typing import Any
 
 from megatron_evolve.artefacts import save_json, save_yaml
 from megatron_evolve.candidate import Candidate, candidate, run_seed
-from megatron_evolve.desk import Desk, Stopped
+from megatron_evolve.desk import STOPPED, Desk, Stopped
 from megatron_evolve.edits import check_edits
 from megatron_evolve.eval.looks import Look
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.jobs import Run, Stage, StageEnd, drive, write_candidate
 from megatron_evolve.meta import next_policy
 from megatron_evolve.policy import SearchPolicy
-from megatron_evolve.proposals import Explorer, Setback, assigned_axes, propose, propose_all
+from megatron_evolve.proposals import (
+    NOBODYS_FAULT,
+    Explorer,
+    Setback,
+    assigned_axes,
+    first_failure,
+    propose,
+    propose_all,
+)
 from megatron_evolve.review import a_half_means, review
-from megatron_evolve.substrate.digest import digest_file, digest_of
+from megatron_evolve.substrate.digest import digest_of
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
@@ -69,7 +77,7 @@ class RoundRuns:
         for end in drive(self.desk.ground, self.desk.launcher, todo, after, self.desk.stop):
             self._record(end)
         if self.desk.stop():
-            raise Stopped("stopped as asked: everything finished is kept; run the same command to go on")
+            raise Stopped(STOPPED)
 
     def _known(self, run: Run, stage: Stage) -> StageEnd | None:
         event = self.desk.ledger.find("ended", f"{run.key}/{stage}")
@@ -80,18 +88,8 @@ class RoundRuns:
         return end
 
     def _record(self, end: StageEnd) -> None:
-        facts = {name: getattr(end, name) for name in ("outcome", "reason", "cpu_seconds", "seconds", "attempts")}
-        self.desk.ledger.once("ended", f"{end.run.key}/{end.stage}", lambda: {"end": facts, **self._files(end)})
+        self.desk.record(end, self.desk.ground)
         self.ends[end.run.key, end.stage] = end
-        self.desk.on_progress("ended", {"round": self.policy.round, "stage": end.stage, "end": end})
-
-    def _files(self, end: StageEnd) -> dict[str, Any]:
-        """Digests of what the stage left, so that verify finds a byte changed afterwards."""
-        if not end.finished:
-            return {"files": {}}
-        folder = self.desk.ground.stage_dir(end.run, end.stage)
-        names = ("result.json",) if end.stage == "train" else ("scores.json", "scores.parquet")
-        return {"files": {name: digest_file(folder / name) for name in names}}
 
     def _after(self, end: StageEnd) -> Iterator[tuple[Run, Stage]]:
         """What follows from an end: a score after training, a repair after a failure that is the candidate's own."""
@@ -102,18 +100,19 @@ class RoundRuns:
                 yield end.run, "dev"
             return
         explorer = self.explorers.get(end.run.candidate.id)
-        if explorer is None or end.outcome in ("cancelled", "lost"):
+        if explorer is None or end.outcome in NOBODYS_FAULT:
             return
-        yield from self._repair(explorer, end)
+        yield from self._repair(explorer)
 
-    def _repair(self, explorer: Explorer, end: StageEnd) -> Iterator[tuple[Run, Stage]]:
+    def _repair(self, explorer: Explorer) -> Iterator[tuple[Run, Stage]]:
         axis = dict(assigned_axes(self.desk.campaign, self.policy))[explorer.worker]
+        told = first_failure(self.desk.ledger.events, self.policy.round, explorer.candidate.id)
         better = propose(
             self.desk,
             self.policy,
             explorer.worker,
             axis,
-            Setback(explorer.delta, end.outcome, end.reason),
+            Setback(explorer.delta, told["outcome"], told["reason"]),
             start=explorer.attempt + 1,
         )
         if better is None or better.candidate.id in self.runs:

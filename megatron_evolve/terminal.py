@@ -111,7 +111,8 @@ def show_status(found: dict[str, Any]) -> None:
     looks = found["looks"]
     console.print(
         f"[bold]{found['campaign']}[/]  {found['state']}, claim {found['claim']}, "
-        f"{found['interventions']} interventions, {looks['external']} of {looks['external_budget']} external looks, {found['cpu_seconds']:.0f} CPU-s"
+        f"{found['interventions']} interventions, {looks['external']} of {looks['external_budget']} external looks, "
+        f"{found['cpu_seconds']:.0f} CPU-s"
     )
     for one in found["rounds"]:
         console.print(round_table(one))
@@ -161,7 +162,7 @@ def build_in_terminal(preset: str, seed: int, store: Path | None, as_json: bool)
     make_folder(place)
     narrator = Narrator(Console(stderr=True, highlight=False), 0)
     with LocalLauncher(1, place.resolve()) as launcher:
-        folder = build_substrate(SubstrateSpec(preset=preset, seed=seed), place, launcher, narrator)
+        folder = build_substrate(SubstrateSpec(preset=preset, seed=seed), place, launcher, narrator, lambda: False)
     digest = verify(folder).digest
     if as_json:
         emit({"digest": digest, "folder": str(folder)})

@@ -49,12 +49,9 @@ def trajectory(chronicle: Chronicle) -> Markup | None:
         marks += _selected_marks(board, place, selected, judged[place].number)
     title = "The anchor's accuracy by round"
     told = "; ".join(_told_round(chapter, anchor) for chapter, (anchor, _) in zip(judged, found, strict=True))
-    entries = [
-        ("dot dev", "anchor, dev"),
-        ("dot external", "anchor, external"),
-        ("ring dev", "selected explorer, dev"),
-        ("ring external", "selected explorer, external"),
-    ]
+    drawn = [split for split in SPLITS if any(getattr(one, split) for pair in found for one in pair if one)]
+    entries = [(f"dot {split}", f"anchor, {split}") for split in drawn]
+    entries += [(f"ring {split}", f"selected explorer, {split}") for split in drawn]
     return beside(
         drawing("trajectory", title, told, (board.width, board.height), *marks),
         tag("h3", title),

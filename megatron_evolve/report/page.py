@@ -69,12 +69,13 @@ def _parts(chronicle: Chronicle, quotes: Quotes) -> list[Markup | None]:
     if not chronicle.opened:
         return [section("rounds", "Rounds", tag("p", "No round has been opened yet: run the campaign."))]
     chart, scatter = trajectory(chronicle), transfer(chronicle)
-    told = tag("p", "No explorer has both a dev and an external effect yet.", class_="none")
+    external = chronicle.campaign.judge.external
+    why = "There is no external target." if external is None else "No explorer has both effects yet."
     return [
         limits(chronicle, quotes),
         final_comparison(quotes),
         section("course", "Course of the campaign", chart, rounds_at_a_glance(chronicle, quotes)),
-        section("transfer", "Dev against external", scatter or told),
+        section("transfer", "Dev against external", scatter or tag("p", why, class_="none")),
         heatmap(chronicle),
         lineage(chronicle),
         rounds(chronicle, quotes),
@@ -96,6 +97,13 @@ def _contents(main: str) -> Markup:
 
 
 def _footer(chronicle: Chronicle) -> Markup:
-    lines = "Numbers that `status --json` holds carry their path in data-status and their exact value in data-value."
     last = f" Ledger of {len(chronicle.events):,} events." if chronicle.events else ""
-    return tag("footer", tag("p", f"Written by megatron-evolve from the campaign's folder alone.{last} {lines}"))
+    return tag(
+        "footer",
+        tag(
+            "p",
+            f"Written by megatron-evolve from the campaign's folder alone.{last} Numbers that ",
+            tag("code", "status --json"),
+            " holds carry their path in data-status and their exact value in data-value.",
+        ),
+    )

@@ -137,7 +137,10 @@ def ground(chronicle: Chronicle, quotes: Quotes) -> Markup:
         "Frozen ground",
         table("Constitution, in short", ("rule", "value"), told),
         table("Digests (sha256)", ("of", "digest"), digests),
-        note("`megatron-evolve verify` checks them, the ledger's chain, and makes every deterministic decision again."),
+        note(
+            tag("code", "megatron-evolve verify"),
+            " checks them, the ledger's chain, and makes every deterministic decision again.",
+        ),
     )
 
 
@@ -148,4 +151,6 @@ def further_figures(quotes: Quotes, page: str) -> Markup | None:
         return None
     rows = [[".".join(map(str, path)), quotes.number(*path)] for path in paths]
     told = table("Further figures of status", ("figure", "value"), rows, (1,))
-    return section("figures", "Further figures", fold(f"{len(paths)} figures of `status --json` not shown above", told))
+    return section(
+        "figures", "Further figures", fold(f"{len(paths)} figures of the status document not shown above", told)
+    )

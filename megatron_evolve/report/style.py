@@ -80,7 +80,7 @@ mark { background:var(--warm-wash); color:var(--warm); font-weight:600; border-r
 details { margin:0 0 8px; }
 summary { cursor:pointer; color:var(--link); font-size:14px; padding:2px 0; }
 .chain { list-style:none; margin:0 0 14px; padding:0; display:grid;
-  grid-template-columns:repeat(auto-fill,minmax(190px,1fr)); gap:12px; }
+  grid-template-columns:repeat(auto-fill,minmax(215px,1fr)); gap:12px; }
 .chain > li { border:1px solid var(--rule); border-radius:8px; padding:10px 12px; font-size:13.5px; color:var(--soft);
   }
 .chain b { color:var(--ink); }

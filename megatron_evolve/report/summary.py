@@ -1,5 +1,6 @@
 """The summary: what the campaign is, what it found, what it may claim, and each round on one line."""
 
+from datetime import datetime
 from typing import Any
 
 from megatron_evolve.campaign import ExternalCsv
@@ -40,6 +41,7 @@ def header(chronicle: Chronicle, quotes: Quotes) -> Markup:
 
 def _facts(chronicle: Chronicle, quotes: Quotes) -> Markup:
     rules, first, last = chronicle.rules, chronicle.events[0].time, chronicle.events[-1].time
+    moment = datetime.fromisoformat
     looks = join(
         [
             quotes.number("looks", "external"),
@@ -56,17 +58,14 @@ def _facts(chronicle: Chronicle, quotes: Quotes) -> Markup:
         ("human interventions", quotes.number("interventions")),
         ("looks", looks),
         ("cost", join([quotes.number("cpu_seconds", form=seconds), " of CPU"])),
-        ("time", f"{_moment(first)} to {_moment(last)} UTC"),
+        ("opened", f"{first[:16].replace('T', ' ')} UTC"),
+        ("from first to last event", seconds((moment(last) - moment(first)).total_seconds())),
         ("version", chronicle.opened["version"]),
         ("substrate", digest(quotes.at("substrate"))),
         ("judge", digest(quotes.at("judge"))),
         ("constitution", digest(chronicle.opened["constitution"])),
     ]
     return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in entries), class_="facts")
-
-
-def _moment(time: str) -> str:
-    return time[:16].replace("T", " ")
 
 
 # --- limits ---------------------------------------------------------------------------------------------------------
@@ -78,16 +77,17 @@ def limits(chronicle: Chronicle, quotes: Quotes) -> Markup:
     may = [_claim(chronicle, quotes)]
     if quotes.at("state") != "closed":
         may = ["Nothing yet: the campaign is not closed."]
-    may.append(
-        f"That a verdict DECOUPLED or INVERSE is a false alarm has probability {rules.gap.alpha:g} at most, for all "
-        f"{rules.rounds} declared rounds together."
-    )
+    external = chronicle.campaign.judge.external
+    if external is not None:
+        may.append(
+            f"That any verdict DECOUPLED or INVERSE is a false alarm has probability {rules.gap.alpha:g} at most, for "
+            f"all {rules.rounds} declared rounds together."
+        )
     may_not = [
         "A candidate's effect in a round is for acting, not for claiming: the best of several looks better than it is.",
         "UNRESOLVED does not say that dev tracks the target; it says that this campaign could not tell.",
         "One campaign, one substrate, one seed: nothing here speaks of other models, tasks or sizes.",
     ]
-    external = chronicle.campaign.judge.external
     if external is None:
         may_not.append("There is no external target: whether any dev effect means something outside is unknown.")
     elif isinstance(external, ExternalCsv):

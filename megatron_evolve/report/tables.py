@@ -84,7 +84,7 @@ def _candidates(chapter: Chapter, quotes: Quotes, here: tuple[Any, ...]) -> Mark
             [
                 _name(chapter, one, found),
                 change_words(_change(chapter, one["id"], found)),
-                _endings(one["runs"]),
+                _endings(one["runs"], found.refused if found else ""),
                 quotes.score(*there, "dev"),
                 quotes.score(*there, "external"),
                 effect_words(dev),
@@ -116,7 +116,9 @@ def _change(chapter: Chapter, name: str, found: CandidateEvidence | None) -> dic
     return next((one.change for one in chapter.proposed if one.candidate == name), {})
 
 
-def _endings(runs: list[dict[str, Any]]) -> Markup:
+def _endings(runs: list[dict[str, Any]], refused: str) -> Markup:
+    if refused:
+        return join([ending_badge("refused"), " ", refused])
     failed = [ending_badge(run["outcome"]) for run in runs if run["outcome"] != "finished"]
     finished = len(runs) - len(failed)
     told = tag("span", f"{finished} finished", class_="score") if finished else None

@@ -4,8 +4,8 @@ Any program can stand behind it. It is started with the paths of both files, in 
 short list of environment variables, no input, and a time limit after which its whole process group is killed. Under one
 user that is discipline and not a wall: it keeps a program from being told a path, not from searching the disk.
 
-A program that cannot be reached now (not found, or exit status 75, EX_TEMPFAIL of sysexits.h) is `unavailable`: the
-caller waits, and nobody answers in its place.
+A program that cannot be reached now (not found, exit status 75, EX_TEMPFAIL of sysexits.h, or SIGKILL, which comes from
+outside) is `unavailable`: the caller waits, and nobody answers in its place.
 """
 
 import json
@@ -120,6 +120,8 @@ def _run(
         return "timed_out", f"{program[0]} took longer than {time_limit_s:g} s and was stopped", None
     if status == TEMPORARY_FAILURE:
         return "unavailable", f"{program[0]} says it is unavailable now: {_last_line(scratch / ERRORS)}", None
+    if status == -signal.SIGKILL:
+        return "unavailable", f"{program[0]} was killed from outside", None
     reply = _reply(scratch / PROPOSAL)
     if status != 0:
         return "malformed", f"{program[0]} ended with status {status}: {_last_line(scratch / ERRORS)}", reply

@@ -29,13 +29,13 @@ class Runtime:
 
 def prepare() -> None:
     """Import torch and Megatron and put what this machine lacks in its place. Idempotent, slow once (3 s), no threads left."""
-    from megatron_evolve.substrate.model import cpu, mamba
+    from megatron_evolve.substrate.model import cpu, mamba_ssm
 
     with warnings.catch_warnings():
         # Each of a dozen modules says that Transformer Engine and Apex are absent; `doctor` says it once and in full.
         warnings.simplefilter("ignore", UserWarning)
         cpu.install()
-        mamba.supply_mamba_ssm()
+        mamba_ssm.supply()
         from megatron.core.models.hybrid import hybrid_model  # noqa: F401
 
         from megatron_evolve.substrate.model import layer_spec  # noqa: F401

@@ -1,6 +1,6 @@
 """The `mamba_ssm` package as far as Megatron's MambaMixer needs it, served by `mamba`.
 
-Megatron imports three names from that package and refuses to build a mixer without them. `supply_mamba_ssm` gives it ours
+Megatron imports three names from that package and refuses to build a mixer without them. `supply` gives it ours
 where the package is not installed, on any device.
 """
 
@@ -88,7 +88,7 @@ def mamba_chunk_scan_combined(*_args: object, **_kwargs: object) -> Tensor:
     )
 
 
-def supply_mamba_ssm() -> None:
+def supply() -> None:
     """Import Megatron's MambaMixer, with the names above standing in where `mamba_ssm` is not installed.
 
     The stand-in leaves `sys.modules` again at once: transformers looks there too, and a parity test would otherwise compare
@@ -98,7 +98,7 @@ def supply_mamba_ssm() -> None:
     if mixer is not None:
         if not mixer.HAVE_MAMBA_SSM:
             raise RuntimeError(
-                "supply_mamba_ssm() must come before the first import of Megatron's mamba_mixer: move it up"
+                "supply() must come before the first import of Megatron's mamba_mixer: move it up"
             )
         return
     stand_in = {} if find_spec("mamba_ssm") else _stand_in()

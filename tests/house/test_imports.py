@@ -24,8 +24,14 @@ TORCH_FREE_FILES = [
     *sorted((ROOT / "launch").rglob("*.py")),
     *sorted((ROOT / "megatron_evolve").rglob("*.py")),
     *sorted((ROOT / "substrate" / "puzzles").rglob("*.py")),
-    *(ROOT / "substrate" / f"{name}.py" for name in "digest frozen manifest mix recipe settings tokenizer".split()),
-    *(ROOT / "eval" / f"{name}.py" for name in "metric score suite paired seeds looks leakage judge freeze".split()),
+    *(
+        ROOT / "substrate" / f"{name}.py"
+        for name in ["digest", "frozen", "manifest", "mix", "recipe", "settings", "tokenizer"]
+    ),
+    *(
+        ROOT / "eval" / f"{name}.py"
+        for name in ["metric", "score", "suite", "paired", "seeds", "looks", "leakage", "judge", "freeze"]
+    ),
 ]
 
 

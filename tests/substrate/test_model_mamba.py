@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_evolve.substrate.model import mamba
+from megatron_evolve.substrate.model import mamba, mamba_ssm
 
 # float64 on both sides: only the order of sums differs; measured 1e-14 relative
 EXACT = 1e-11
@@ -116,11 +116,11 @@ def test_convolution_of_fewer_tokens_than_taps() -> None:
 
 def test_group_norm_is_rms_by_group() -> None:
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    norm = mamba.GatedRMSNorm(8, eps=1e-5, group_size=4)
+    norm = mamba_ssm.GatedRMSNorm(8, eps=1e-5, group_size=4)
     want = torch.cat([torch.nn.functional.rms_norm(part, (4,), eps=1e-5) for part in x.split(4, -1)], -1)
     assert torch.allclose(norm(x), want, rtol=1e-6)
     with pytest.raises(ValueError, match="norm_before_gate"):
-        mamba.GatedRMSNorm(8, norm_before_gate=True)
+        mamba_ssm.GatedRMSNorm(8, norm_before_gate=True)
 
 
 def test_clamp_applies_after_softplus() -> None:
@@ -131,4 +131,4 @@ def test_clamp_applies_after_softplus() -> None:
 def test_refuses_what_only_the_package_does() -> None:
     x, w = torch.zeros(1, 4, 24), torch.zeros(16, 4)
     with pytest.raises(ValueError, match="install mamba-ssm"):
-        mamba.mamba_split_conv1d_scan_combined(x, w, w[:, 0], w[0], w[0], w[0], 16, activation="relu", headdim=2)
+        mamba_ssm.mamba_split_conv1d_scan_combined(x, w, w[:, 0], w[0], w[0], w[0], 16, activation="relu", headdim=2)

@@ -1,0 +1,139 @@
+"""A grid of worlds: where a surface cue sits, how families weigh on dev and outside, and the campaigns run there.
+
+A world is the base campaign with nothing changed but that. Its cue lies in the pool of training rows and in dev, never
+in the external target. Nobody picks a campaign's seed or its judge's secret: both are hashes of the code that opened
+the grid, the world's name and the campaign's number.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_evolve.campaign import Campaign, JudgeSpec, SubstrateSpec, find_campaign, load_campaign
+from megatron_evolve.document import load_yaml
+from megatron_evolve.eval.suite import GeneratedSuite
+from megatron_evolve.substrate.digest import digest_of
+from megatron_evolve.substrate.frozen import Frozen, nearest
+
+SHIPPED = Path(__file__).resolve().parent
+
+Rate = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(gt=0)]
+
+
+class World(Frozen):
+    """Where dev and the external target part, if they do."""
+
+    name: str = Field(min_length=1, max_length=48, pattern=r"^[A-Za-z0-9._-]+$")
+    cue: dict[str, Rate] = Field(
+        default_factory=dict, description="families where a cue gives the rule away, with how often it does"
+    )
+    dev_weight: dict[str, Weight] = Field(default_factory=dict, description="weight of a family on dev; 1 if not named")
+    external_weight: dict[str, Weight] = Field(
+        default_factory=dict, description="weight of a family in the external score; 1 if not named"
+    )
+    preset: str | None = Field(default=None, description="another substrate preset than the base campaign's")
+
+
+class TruthSize(Frozen):
+    """Fresh items that every judged run answers once its campaign is closed; shared out evenly over families."""
+
+    dev: int = Field(default=10_000, ge=1)
+    external: int = Field(default=10_000, ge=1)
+
+
+class Grid(Frozen):
+    """The whole of a grid file."""
+
+    schema_: Literal["worlds/1"] = Field(default="worlds/1", alias="schema")
+    campaign: str = Field(description="base campaign: a file, or a shipped name")
+    rounds: int = Field(ge=1, description="rounds of every campaign")
+    seeds: int = Field(ge=1, le=1000, description="campaigns in every world")
+    truth: TruthSize = Field(default=TruthSize())
+    worlds: tuple[World, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_name_per_world(self) -> "Grid":
+        names = [world.name for world in self.worlds]
+        if len(set(names)) != len(names):
+            raise ValueError(f"worlds need different names, got {', '.join(names)}; rename one")
+        return self
+
+
+def load_grid(spec: Path) -> tuple[Grid, Campaign]:
+    """The grid of a file (or shipped name) and its base campaign. Raises ValueError in one sentence."""
+    path = _find(spec)
+    grid = Grid.parse(load_yaml(path), where=str(path))
+    beside = path.parent / grid.campaign
+    base = load_campaign(beside if beside.is_file() else find_campaign(grid.campaign))
+    if not isinstance(base.judge.external, GeneratedSuite):
+        raise ValueError(
+            f"{path}: the base campaign {base.name!r} has no generated external target, so no truth can be drawn; "
+            "name a campaign that has one"
+        )
+    for world in grid.worlds:
+        judge_of(base, world, secret=base.judge.secret)
+    return grid, base
+
+
+def _find(spec: Path) -> Path:
+    if spec.is_file():
+        return spec
+    shipped = SHIPPED / f"{spec.name}.yaml"
+    if shipped.is_file():
+        return shipped
+    known = [path.stem for path in sorted(SHIPPED.glob("*.yaml"))]
+    raise ValueError(
+        f"no grid of worlds {str(spec)!r}: expected the path of a YAML file or a shipped name"
+        f"{nearest(spec.name, known)}"
+    )
+
+
+def drawn(code: str, world: World, index: int | None, purpose: str) -> str:
+    """What nobody picks: 64 hexadecimal digits from the code, the world's name and the campaign's number."""
+    return digest_of({"code": code, "world": world.name, "campaign": index, "purpose": purpose})
+
+
+def judge_of(base: Campaign, world: World, secret: str) -> JudgeSpec:
+    """The base campaign's judge, moved into the world. Raises ValueError for a family that is not asked there."""
+    dev = _suite(base.judge.dev, world.dev_weight, world.cue, f"world {world.name}: dev")
+    external = _suite(base.judge.external, world.external_weight, {}, f"world {world.name}: external")
+    return base.judge.replace(dev=dev, external=external, secret=secret)
+
+
+def _suite(suite: GeneratedSuite, weight: dict[str, float], cue: dict[str, float], where: str) -> GeneratedSuite:
+    for name in (*weight, *cue):
+        if name not in suite.families:
+            raise ValueError(f"{where} asks nothing of family {name!r}{nearest(name, list(suite.families))}")
+    shares = {name: {"weight": weight.get(name, 1.0), "cue_rate": cue.get(name, 0.0)} for name in suite.families}
+    return GeneratedSuite.parse({**suite.model_dump(mode="json"), "families": shares}, where=where)
+
+
+def pool_of(base: Campaign, world: World) -> tuple[SubstrateSpec, dict[str, float]]:
+    """The substrate whose weights the world takes, and the cue rates of its pool."""
+    named = {} if world.preset is None else {"preset": world.preset, "path": None}
+    return base.substrate.replace(cue_rate={}, **named), dict(world.cue)
+
+
+def campaign_of(grid: Grid, base: Campaign, world: World, index: int, code: str, substrate: Path) -> Campaign:
+    """One campaign of a world, on its frozen substrate."""
+    return base.replace(
+        name=f"{world.name}-{index + 1}",
+        seed=int(drawn(code, world, index, "seed")[:8], 16),
+        substrate=SubstrateSpec(path=str(substrate)),
+        judge=judge_of(base, world, secret=drawn(code, world, index, "judge")),
+        constitution=base.constitution.replace(rounds=grid.rounds),
+    )
+
+
+def truth_judge_of(grid: Grid, base: Campaign, world: World, code: str) -> JudgeSpec:
+    """The judge that knows the truth of a world: the same suites with many more items, under a secret of its own."""
+    judge = judge_of(base, world, secret=drawn(code, world, None, "truth"))
+    sizes: dict[str, Any] = {"dev-b": grid.truth.dev, "external-b": grid.truth.external}
+    dev, external = (
+        suite.replace(items_per_family={split: max(2, math.ceil(sizes[split] / len(suite.families)))})
+        for suite, split in ((judge.dev, "dev-b"), (judge.external, "external-b"))
+    )
+    return judge.replace(dev=dev, external=external)
