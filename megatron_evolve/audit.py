@@ -12,26 +12,30 @@ from typing import Any
 
 from megatron_evolve.artefacts import CampaignFolder, check_digest, load_json, load_yaml_checked
 from megatron_evolve.campaign import Campaign
-from megatron_evolve.candidate import candidate_id
+from megatron_evolve.candidate import candidate, candidate_id
+from megatron_evolve.closing import closing_runs, compare, finding, sealed_answers
 from megatron_evolve.delta import Delta
 from megatron_evolve.document import load_yaml
 from megatron_evolve.eval.freeze import SUITES_FILE
 from megatron_evolve.eval.judge import load_judge
+from megatron_evolve.eval.looks import Looks
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.facts import round_facts
+from megatron_evolve.jobs import FINAL_STAGE, SPLITS_OF
 from megatron_evolve.launch.rundir import RunDirError, read_json
 from megatron_evolve.ledger import Event, read_ledger
 from megatron_evolve.meta import explain, next_policy
-from megatron_evolve.origin import Origin, read_origin
+from megatron_evolve.origin import ORIGIN_ROUND, Origin, read_origin
 from megatron_evolve.policy import Edit, SearchPolicy
 from megatron_evolve.prepare import judge_process
-from megatron_evolve.proposals import Setback, assigned_axes, brief_of
+from megatron_evolve.proposals import Setback, assigned_axes, brief_of, first_failure
 from megatron_evolve.review import Weights, review
 from megatron_evolve.sources import decision_sources
 from megatron_evolve.substrate.digest import digest_file, digest_of
 from megatron_evolve.substrate.manifest import Substrate, public_view, verify
 from megatron_evolve.workers.brief import delta_document
 from megatron_evolve.workers.propose import propose as default_worker
+from megatron_evolve.workers.seam import PROPOSAL
 from megatron_evolve.workers.validate import validate
 
 
@@ -55,10 +59,16 @@ class Record:
     substrate: Substrate
     origin: Origin
     suites: dict[str, Any]
+    looks: Looks
 
-    def data(self, kind: str, key: str) -> dict[str, Any] | None:
+    def data(self, kind: str, key: str = "") -> dict[str, Any] | None:
         """Data of an event, if it happened."""
         return next((event.data for event in self.events if event.kind == kind and event.key == key), None)
+
+    @property
+    def weights(self) -> Weights:
+        """Weight of each family in the dev and in the external score."""
+        return Weights(**self.suites["weights"])
 
     def policy(self, number: int) -> SearchPolicy:
         """A round's policy, digest checked."""
@@ -69,6 +79,15 @@ class Record:
         """A round's evidence, digest checked."""
         path = self.folder.evidence(number)
         return Evidence.parse(load_json(path, self.data("evidence", str(number))["digest"]), where=str(path))
+
+    def finished(self, key: str) -> bool:
+        """Whether a stage ended as finished."""
+        ended = self.data("ended", key)
+        return ended is not None and ended["end"]["outcome"] == "finished"
+
+    def is_reviewed(self, number: int) -> bool:
+        """Whether every look of a round must have been paid by now; those at the end are paid before they score."""
+        return number not in range(1, self.campaign.constitution.rounds + 1) or number in self.rounds
 
     @property
     def rounds(self) -> list[int]:
@@ -92,6 +111,7 @@ def open_record(root: Path) -> Record:
         substrate=verify(Path(opened["substrate_folder"]), trainer=False),
         origin=read_origin(judge_folder, load_judge(judge_folder)),
         suites=read_json(judge_folder / SUITES_FILE),
+        looks=Looks(folder.looks, external_budget=opened["plan"]["external_looks"]),
     )
 
 
@@ -142,10 +162,32 @@ def _check_ground(record: Record, notes: list[str]) -> None:
         notes.append(f"frozen by another version of the code: {error}")
     for event in record.events:
         if event.kind == "ended":
-            number, name, seed, stage = event.key.split("/")
-            base = folder.run(int(number), name, int(seed)) / stage
-            for file, digest in event.data["files"].items():
-                _must(str(base / file), digest, digest_file(base / file) if (base / file).exists() else "no file")
+            _check_stage(record, event)
+        elif event.kind == "policy":
+            record.policy(int(event.key))
+            load_json(folder.edits(int(event.key)), event.data["edits"])
+        elif event.kind == "proposed" and event.data["call"]["reply"]:
+            number, worker, attempt = event.key.split("/")
+            path = folder.worker(int(number), int(worker)) / attempt / PROPOSAL
+            _must_hold(path, event.data["call"]["reply"])
+
+
+def _check_stage(record: Record, event: Event) -> None:
+    """What a stage left, and that a look was paid for every score."""
+    number, name, seed, stage = event.key.split("/")
+    base = record.folder.run(int(number), name, int(seed)) / stage
+    if int(number) == ORIGIN_ROUND:
+        base = record.folder.closing / name / seed / stage
+    for file, digest in event.data["files"].items():
+        _must_hold(base / file, digest)
+    for split in SPLITS_OF.get(stage, (stage,)) if stage != "train" and record.is_reviewed(int(number)) else ():
+        look = record.looks.paid(candidate=name, round_number=int(number), split=split)
+        if event.data["end"]["outcome"] == "finished" and look is None:
+            raise Broken(str(record.folder.looks), f"a look at {split} for {name} in round {number}", "none")
+
+
+def _must_hold(path: Path, digest: str) -> None:
+    _must(str(path), digest, digest_file(path) if path.exists() else "no file")
 
 
 def _must(where: str, expected: Any, got: Any) -> None:
@@ -165,6 +207,10 @@ def _decisions(record: Record) -> Iterator[Callable[[], None]]:
         yield lambda number=number: _check_evidence(record, number)
         if record.data("policy", str(number + 1)):
             yield lambda number=number: _check_policy(record, number)
+    if record.data("final"):
+        yield lambda: _check_final(record)
+    if record.data("campaign-closed"):
+        yield lambda: _check_finding(record)
 
 
 def _check_proposal(record: Record, event: Event) -> None:
@@ -193,12 +239,10 @@ def _setback(record: Record, number: int, worker: int, attempt: int) -> Setback 
     delta = Delta.parse(before["delta"], where="delta") if before["delta"] else None
     if before["refused"]:
         return Setback(delta, "", before["refused"])
-    prefix = f"{number}/{before['candidate']}/"
-    for event in record.events:
-        failed = event.kind == "ended" and event.key.startswith(prefix) and event.key.endswith("/train")
-        if failed and event.data["end"]["outcome"] != "finished":
-            return Setback(delta, event.data["end"]["outcome"], event.data["end"]["reason"])
-    raise Broken(f"proposal {number}/{worker}/{attempt}", "a refusal or a failed run before it", "none")
+    failed = first_failure(record.events, number, before["candidate"])
+    if failed is None:
+        raise Broken(f"proposal {number}/{worker}/{attempt}", "a refusal or a failed run before it", "none")
+    return Setback(delta, failed["outcome"], failed["reason"])
 
 
 def _check_evidence(record: Record, number: int) -> None:
@@ -207,7 +251,7 @@ def _check_evidence(record: Record, number: int) -> None:
     window = [round_facts(record.folder, record.events, record.campaign.seed, one) for one in range(first, number + 1)]
     earlier = [one for past in range(1, number) for one in record.evidence(past).replicates]
     found = record.evidence(number)
-    again = review(window, rules, record.origin, Weights(**record.suites["weights"]), earlier, found.looks)
+    again = review(window, rules, record.origin, record.weights, earlier, found.looks)
     expected, got = (digest_of(one.model_dump(mode="json", by_alias=True)) for one in (found, again))
     _must(f"evidence of round {number}", expected, got)
 
@@ -218,6 +262,28 @@ def _check_policy(record: Record, number: int) -> None:
     _must(f"policy of round {number + 1}", said["digest"], digest_of(following.model_dump(mode="json", by_alias=True)))
     written = [edit.model_dump(mode="json", by_alias=True) for edit in edits]
     _must(f"edits to the policy of round {number + 1}", said["edits"], digest_of(written))
+
+
+def _check_final(record: Record) -> None:
+    said, rounds = record.data("final"), record.campaign.constitution.rounds
+    sides = [
+        candidate(record.substrate.digest, settings)
+        for settings in (record.policy(rounds + 1).standing, record.substrate.default)
+    ]
+    again = {"standing": sides[0].id, "origin": sides[1].id, "same": sides[0].id == sides[1].id}
+    if not again["same"]:
+        answers = [
+            [sealed_answers(record.folder, run) for run in runs if record.finished(f"{run.key}/{FINAL_STAGE}")]
+            for runs in closing_runs(record.campaign, rounds + 1, *sides, record.origin)
+        ]
+        again |= compare(*answers, record.origin, record.weights, [record.evidence(one) for one in record.rounds])
+    _must("the final comparison", said, again)
+
+
+def _check_finding(record: Record) -> None:
+    evidence = [record.evidence(number) for number in record.rounds]
+    found = finding(record.campaign, evidence, record.data("final"))
+    _must("the finding", record.data("campaign-closed")["finding"], found)
 
 
 def explain_round(root: Path, number: int) -> str:

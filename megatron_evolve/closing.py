@@ -48,13 +48,14 @@ def final_comparison(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     folder = desk.ground.folder
     outside = origin_ground(desk.ground.substrate, desk.ground.judge, desk.ground.time_limit_s, folder.closing)
     mine, theirs = closing_runs(desk.campaign, policy.round, standing, origin, desk.origin)
-    mine = _finished(desk, desk.ground, mine, "train")
-    if mine:
-        _pay(desk, policy, [standing.id, origin.id], [*mine, *theirs])
-        mine = _finished(desk, desk.ground, mine, FINAL_STAGE)
-        theirs = _finished(desk, outside, theirs, FINAL_STAGE)
-    answers = [[sealed_answers(folder, run) for run in runs] for runs in (mine, theirs)]
     names = {"standing": standing.id, "origin": origin.id, "same": False}
+    mine = _finished(desk, desk.ground, mine, "train")
+    if not mine:
+        return {**names, **compare([], [], desk.origin, desk.weights, [])}
+    _pay(desk, policy, [standing.id, origin.id], [*mine, *theirs])
+    mine = _finished(desk, desk.ground, mine, FINAL_STAGE)
+    theirs = _finished(desk, outside, theirs, FINAL_STAGE)
+    answers = [[sealed_answers(folder, run) for run in runs] for runs in (mine, theirs)]
     return {**names, **compare(*answers, desk.origin, desk.weights, desk.all_evidence())}
 
 
@@ -68,14 +69,14 @@ def closing_runs(
 
 
 def _finished(desk: Desk, ground: Ground, runs: Sequence[Run], stage: Stage) -> list[Run]:
-    """Runs one stage of some runs, each end an event; returns those that finished, raises Stopped when asked to stop."""
+    """Runs one stage of some runs, each end an event, and returns those that finished. Raises Stopped."""
     todo = [(run, stage) for run in runs if desk.ledger.find("ended", f"{run.key}/{stage}") is None]
     for end in drive(ground, desk.launcher, todo, lambda end: (), desk.stop):
         desk.record(end, ground)
     if desk.stop():
         raise Stopped(STOPPED)
-    ended = {run: desk.ledger.find("ended", f"{run.key}/{stage}") for run in runs}
-    return [run for run, event in ended.items() if event and event.data["end"]["outcome"] == "finished"]
+    ended = [desk.ledger.find("ended", f"{run.key}/{stage}").data["end"]["outcome"] for run in runs]
+    return [run for run, outcome in zip(runs, ended, strict=True) if outcome == "finished"]
 
 
 def _pay(desk: Desk, policy: SearchPolicy, names: Sequence[str], runs: Sequence[Run]) -> None:

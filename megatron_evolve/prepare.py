@@ -77,7 +77,13 @@ def reopen(substrate_folder: Path, judge_folder: Path) -> Prepared:
 # --- substrate -------------------------------------------------------------------------------------------------------
 
 
-def build_substrate(spec: SubstrateSpec, store: Path, launcher: Launcher, on_progress: Progress) -> Path:
+def build_substrate(
+    spec: SubstrateSpec,
+    store: Path,
+    launcher: Launcher,
+    say: Progress,
+    stop: Callable[[], bool] = lambda: False,
+) -> Path:
     """The folder of the frozen substrate; its weights are trained by a job unless they stand in the store.
 
     Substrates that differ only in their pool of training rows share their weights, which are trained without cues.
@@ -86,10 +92,10 @@ def build_substrate(spec: SubstrateSpec, store: Path, launcher: Launcher, on_pro
         return Path(spec.path).resolve()
     folder = _substrate_folder(spec.replace(cue_rate={}), store)
     if not (folder / MANIFEST).exists():
-        on_progress("building", {"preset": spec.preset, "folder": folder})
+        say("building", {"preset": spec.preset, "folder": folder})
         argv = (sys.executable, "-m", "megatron_evolve.substrate.build", "--preset", spec.preset)
         argv += ("--out", str(folder), "--seed", str(spec.seed))
-        run_one(launcher, f"build/{folder.parent.name}", argv, folder, MANIFEST)
+        run_one(launcher, f"build/{folder.parent.name}", argv, folder, MANIFEST, stop)
     if not spec.cue_rate:
         return folder
     sibling = _substrate_folder(spec, store)
@@ -177,7 +183,7 @@ def score_origin(
     judge_folder: Path,
     launcher: Launcher,
     say: Progress,
-    stop: Callable[[], bool],
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains the substrate's own recipe under each origin seed, scores it, and attaches the scores to the judge.
 

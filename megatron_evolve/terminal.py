@@ -162,7 +162,7 @@ def build_in_terminal(preset: str, seed: int, store: Path | None, as_json: bool)
     make_folder(place)
     narrator = Narrator(Console(stderr=True, highlight=False), 0)
     with LocalLauncher(1, place.resolve()) as launcher:
-        folder = build_substrate(SubstrateSpec(preset=preset, seed=seed), place, launcher, narrator, lambda: False)
+        folder = build_substrate(SubstrateSpec(preset=preset, seed=seed), place, launcher, narrator)
     digest = verify(folder).digest
     if as_json:
         emit({"digest": digest, "folder": str(folder)})

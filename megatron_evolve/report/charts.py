@@ -14,6 +14,7 @@ from megatron_evolve.stance import ALARMS
 
 NORMAL_95 = 1.96
 LABELLED_ROUNDS = 12
+LINE_HEIGHT = 15
 SPLITS = ("dev", "external")
 
 
@@ -45,6 +46,7 @@ def trajectory(chronicle: Chronicle) -> Markup | None:
     marks = [board.grid(lambda value: f"{value:.2f}", "accuracy"), _rounds_below(board, judged)]
     for split in SPLITS:
         marks.append(_anchor_line(board, split, [anchor for anchor, _ in found], judged))
+    marks.append(_names(board, found[-1][0], len(found) - 1))
     for place, (_, selected) in enumerate(found):
         marks += _selected_marks(board, place, selected, judged[place].number)
     title = "The anchor's accuracy by round"
@@ -85,9 +87,17 @@ def _anchor_line(
         told = f"round {judged[place].number}, anchor, {split}: {accuracy(score.mean)} ± {accuracy(score.se)}"
         bar = board.upright(x, score.mean - reach, score.mean + reach, f"bar {split}")
         marks.append(mark(join([bar, tag("circle", cx=x, cy=board.y(score.mean), r=5, class_=f"dot {split}")]), told))
-    place, score = scores[-1]
-    name = words_at(board.x(place) + 26, board.y(score.mean) + 4, split, "series")
-    return tag("g", line, *marks, name)
+    return tag("g", line, *marks)
+
+
+def _names(board: Board, last: CandidateEvidence | None, place: int) -> Markup:
+    """The splits' names beside the last anchor, moved apart where the lines meet."""
+    named = sorted((board.y(getattr(last, split).mean), split) for split in SPLITS if last and getattr(last, split))
+    heights = [height for height, _ in named]
+    if len(heights) > 1 and (short := LINE_HEIGHT - (heights[1] - heights[0])) > 0:
+        heights = [heights[0] - short / 2, heights[1] + short / 2]
+    x = board.x(place) + 26
+    return tag("g", *(words_at(x, y + 4, name, "series") for y, (_, name) in zip(heights, named, strict=True)))
 
 
 def _selected_marks(board: Board, place: int, one: CandidateEvidence | None, number: int) -> list[Markup]:
@@ -102,17 +112,16 @@ def _selected_marks(board: Board, place: int, one: CandidateEvidence | None, num
 
 
 def _rounds_below(board: Board, judged: Sequence[Chapter]) -> Markup:
-    """Round numbers, and under them mode, objective and the strongest verdict; thinned where there are many."""
+    """Round numbers, and under them mode, objective and strongest verdict; thinned where many, but for alarms."""
     step, texts = math.ceil(len(judged) / LABELLED_ROUNDS), []
     for place, chapter in enumerate(judged):
-        if place % step:
+        x, outcome = board.x(place), strongest_outcome(chapter)
+        if place % step and outcome not in ALARMS:
             continue
-        x = board.x(place)
         texts.append(words_at(x, 310, f"round {chapter.number}", "tick middle strong"))
         if len(judged) <= LABELLED_ROUNDS / 2:
             texts.append(words_at(x, 328, chapter.policy.mode, "tick middle"))
             texts.append(words_at(x, 344, f"for {chapter.policy.objective}", "tick middle"))
-        outcome = strongest_outcome(chapter)
         kind = "alarm" if outcome in ALARMS else "quiet"
         shown = f"{MARKS[outcome]} {outcome}" if len(judged) <= LABELLED_ROUNDS / 2 else MARKS[outcome]
         texts.append(words_at(x, 364, shown, f"tick middle {kind}"))

@@ -25,6 +25,7 @@ p { margin:0 0 10px; max-width:76ch; }
 .kicker { text-transform:uppercase; letter-spacing:.09em; font-size:12px; color:var(--muted); margin:34px 0 0; }
 .finding { font-size:19px; line-height:1.45; max-width:62ch; margin:0 0 18px; }
 .lead { font-size:16.5px; }
+.lead .range { font-size:inherit; }
 .note, .muted { color:var(--muted); font-size:13.5px; }
 .none { color:var(--muted); }
 code { font:12.5px/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace; }
@@ -80,7 +81,8 @@ mark { background:var(--warm-wash); color:var(--warm); font-weight:600; border-r
 details { margin:0 0 8px; }
 summary { cursor:pointer; color:var(--link); font-size:14px; padding:2px 0; }
 .chain { list-style:none; margin:0 0 14px; padding:0; display:grid;
-  grid-template-columns:repeat(auto-fill,minmax(215px,1fr)); gap:12px; }
+  grid-template-columns:repeat(auto-fill,minmax(195px,1fr)); gap:12px; }
+.chain ul.plain li { white-space:normal; }
 .chain > li { border:1px solid var(--rule); border-radius:8px; padding:10px 12px; font-size:13.5px; color:var(--soft);
   }
 .chain b { color:var(--ink); }

@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Any
 
 from megatron_evolve.campaign import ExternalCsv
-from megatron_evolve.report.charts import final_strip
+from megatron_evolve.report.charts import beside, final_strip
 from megatron_evolve.report.chronicle import Chapter, Chronicle
 from megatron_evolve.report.figures import NOTHING, Quotes, accuracy, digest, plain, probability, seconds
 from megatron_evolve.report.markup import Markup, join, note, section, table, tag
@@ -33,7 +33,7 @@ def header(chronicle: Chronicle, quotes: Quotes) -> Markup:
     return tag(
         "header",
         tag("p", "Campaign report", class_="kicker"),
-        tag("h1", name, " ", *labels),
+        tag("h1", name, *(join([" ", label]) for label in labels)),
         tag("p", said, class_="finding"),
         _facts(chronicle, quotes) if chronicle.opened else None,
     )
@@ -161,8 +161,10 @@ def final_comparison(quotes: Quotes) -> Markup | None:
         "final",
         "Standing settings against the origin",
         tag("p", told, class_="lead"),
-        final_strip(final["gain"]),
-        table("Sealed items, asked once at the end", ("settings", "candidate", "runs", "accuracy"), rows, (2, 3)),
+        beside(
+            final_strip(final["gain"]),
+            table("Sealed items, asked once at the end", ("settings", "candidate", "runs", "accuracy"), rows, (2, 3)),
+        ),
     )
 
 

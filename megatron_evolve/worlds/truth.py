@@ -1,8 +1,8 @@
 """The truth of a closed campaign: what its verdicts were about, measured again on thousands of fresh items.
 
 Truth is a scoring, not the planted label. In every round all runs of the anchor and the first run of every explorer
-answer the truth judge's dev and external items: the world's suites, enlarged, under a secret of their own, fresh in each
-round. Per round, estimand and scope (overall or one domain), over the same window of rounds as the verdict's,
+answer the truth judge's dev and external items: the world's suites, enlarged, under a secret of their own, fresh in
+each round. Per round, estimand and scope (overall or one domain), over the same window of rounds as the verdict's,
 
     D  gain on dev over the same-round anchor      T  gain outside      G = beta0 x D - T
 
@@ -92,7 +92,7 @@ def true_effect(
     return TrueEffect(round=number, estimand=estimand, scope=scope, d=d, t=t, g=g, apart=is_apart(d, t, g))
 
 
-# --- the runs and their answers ------------------------------------------------------------------------------------------
+# --- the runs and their answers ---------------------------------------------------------------------------------------
 
 
 def all_facts(record: Record) -> list[RoundFacts]:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid import hybrid_block
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
@@ -17,7 +18,6 @@ from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -46,6 +46,31 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
         self.weight.sequence_parallel = config.sequence_parallel
+
+
+class CausalAttention(torch.nn.Module):
+    """Scaled dot-product attention as torch does it: no mask tensor, no L x L matrix kept, grouped heads not repeated.
+
+    Takes the place of Megatron's DotProductAttention: forward and backward in 2.6 instead of 3.9 ms at 64 x 33 tokens.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        if config.attention_dropout or config.context_parallel_size > 1:
+            raise ValueError(
+                f"attention here has no dropout and one context-parallel rank; got {config.attention_dropout} and "
+                f"{config.context_parallel_size}: set them to 0 and 1"
+            )
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """query (L, B, heads, dim), key and value (L, B, groups, dim) of this rank: (L, B, heads dim)."""
+        if attention_mask is not None:
+            raise ValueError("attention is causal and takes no mask; got one: pass None and mask the loss")
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return out.permute(2, 0, 1, 3).flatten(2)
 
 
 class ClampedMambaMixer(MambaMixer):
@@ -109,7 +134,7 @@ def _attention_layer() -> ModuleSpec:
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=DotProductAttention, linear_proj=RowParallelLinear
+            linear_qkv=ColumnParallelLinear, core_attention=CausalAttention, linear_proj=RowParallelLinear
         ),
     )
     return ModuleSpec(

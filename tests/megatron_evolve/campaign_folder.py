@@ -139,7 +139,7 @@ class Story:
             if (policy.round, axis.operator) == REFUSED:
                 self._propose(policy, worker, 0, axis.name, None, "recipe.lr: expected at most 1.0, got 30.0")
                 continue
-            resolved = self._changed(policy, axis.operator, worker)
+            resolved = self._changed(policy, axis.operator)
             hypothesis = MARKUP if axis.operator == "headroom" else f"More {axis.operator} should transfer."
             self._propose(policy, worker, 0, axis.name, (resolved, hypothesis), "")
             seeds = 2 if axis.operator in ("headroom", "steps", "stack", "selection") else 1
@@ -148,7 +148,7 @@ class Story:
             self.tried.add(one.id)
         return found
 
-    def _changed(self, policy: SearchPolicy, operator: str, worker: int) -> Settings:
+    def _changed(self, policy: SearchPolicy, operator: str) -> Settings:
         standing = policy.standing
         recipe, weight = standing.recipe, standing.mix.weight
         wanted: dict[str, Any] = {
@@ -163,9 +163,9 @@ class Story:
             "stack": {path: both["to"] for entry in policy.pending for path, both in entry["change"].items()},
         }[operator]
         moved = write_all(standing, wanted)
-        if candidate_id(SUBSTRATE, moved) not in self.tried:
-            return moved
-        return write_all(moved, {"recipe.weight_decay": recipe.weight_decay + 0.01 * worker})
+        while candidate_id(SUBSTRATE, moved) in self.tried:
+            moved = write_all(moved, {"recipe.weight_decay": moved.recipe.weight_decay + 0.01})
+        return moved
 
     def _propose(self, policy: SearchPolicy, worker: int, attempt: int, axis: str, made, refused: str) -> None:
         data: dict[str, Any] = {"round": policy.round, "worker": worker, "axis": axis, "call": {"ending": "ok"}}
