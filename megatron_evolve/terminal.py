@@ -93,6 +93,7 @@ def run_in_terminal(name: str, folder: Path, external: Path | None, store: Path 
     except (Stopped, Unavailable) as pause:
         console.print(f"[yellow]{pause}[/]")
         sys.exit(75)  # EX_TEMPFAIL: the same command goes on
+    own = time.process_time()
     path = write_report(folder, None)
     found = status(folder)
     if as_json:
@@ -100,6 +101,9 @@ def run_in_terminal(name: str, folder: Path, external: Path | None, store: Path 
         return
     show_status(found)
     console.print(f"\n[bold]{closing['finding']}[/]\nreport: {path}")
+    if found["cpu_seconds"]:
+        share = 100 * own / found["cpu_seconds"]
+        console.print(f"the controller itself used {own:.1f} CPU-s, {share:.1f} % of the runs'", style="dim")
 
 
 def show_status(found: dict[str, Any]) -> None:
