@@ -1,7 +1,7 @@
 """Greedy completions of many prompts, in batches of similar length.
 
-In: a model in evaluation mode and token lists. Out: one `Generation` per prompt, in the order of the prompts; the scorer
-decodes and judges it. Greedy decoding has no seed: the same weights and prompts give the same tokens.
+In: a model in evaluation mode and token lists. Out: one `Generation` per prompt, in the order of the prompts; the
+scorer decodes and judges it. Greedy decoding has no seed: the same weights and prompts give the same tokens.
 """
 
 from dataclasses import dataclass
@@ -94,7 +94,9 @@ def _without_cache(
     every = torch.arange(len(prompts))
     for column in range(max_new_tokens):
         tokens[every, lengths + column] = _next(model, tokens[:, : int(lengths.max()) + column], lengths + column - 1)
-    return [row[length : length + max_new_tokens] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    return [
+        row[length : length + max_new_tokens] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)
+    ]
 
 
 def _next(model: "HybridModel", tokens: "torch.Tensor", last: "torch.Tensor") -> "torch.Tensor":

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_evolve.artefacts import CampaignFolder, check_digest, load_json, load_yaml_checked
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.candidate import candidate, candidate_id
-from megatron_evolve.closing import closing_runs, compare, finding, sealed_answers
+from megatron_evolve.closing import closing_runs, compare, finding, sealed_answers, surveyed
 from megatron_evolve.delta import Delta
 from megatron_evolve.document import load_yaml
 from megatron_evolve.eval.freeze import SUITES_FILE
@@ -33,6 +33,7 @@ from megatron_evolve.review import Weights, review
 from megatron_evolve.sources import decision_sources
 from megatron_evolve.substrate.digest import digest_file, digest_of
 from megatron_evolve.substrate.manifest import Substrate, public_view, verify
+from megatron_evolve.survey import survey
 from megatron_evolve.workers.brief import delta_document
 from megatron_evolve.workers.propose import propose as default_worker
 from megatron_evolve.workers.seam import PROPOSAL
@@ -209,6 +210,8 @@ def _decisions(record: Record) -> Iterator[Callable[[], None]]:
             yield lambda number=number: _check_policy(record, number)
     if record.data("final"):
         yield lambda: _check_final(record)
+    if record.data("survey"):
+        yield lambda: _check_survey(record)
     if record.data("campaign-closed"):
         yield lambda: _check_finding(record)
 
@@ -278,6 +281,13 @@ def _check_final(record: Record) -> None:
         ]
         again |= compare(*answers, record.origin, record.weights, [record.evidence(one) for one in record.rounds])
     _must("the final comparison", said, again)
+
+
+def _check_survey(record: Record) -> None:
+    policy = record.policy(record.campaign.constitution.rounds + 1)
+    runs, stages = surveyed(record.campaign, policy, record.substrate.digest, record.origin, record.substrate.default)
+    scored = [run for run in runs if all(record.finished(f"{run.key}/{stage}") for stage in stages)]
+    _must("the survey", record.data("survey"), survey(record.folder, scored, stages))
 
 
 def _check_finding(record: Record) -> None:

@@ -5,7 +5,6 @@ theirs was selected on), the origin's frozen runs, the sealed items of the exter
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_evolve.artefacts import CampaignFolder
@@ -23,6 +22,8 @@ from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.prepare import origin_ground
 from megatron_evolve.review import INTERVAL_ALPHA, Weights, seeds_of
 from megatron_evolve.substrate.digest import digest_of
+from megatron_evolve.substrate.settings import Settings
+from megatron_evolve.survey import closing_folder, survey, survey_stages
 
 
 def close_campaign(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def close_campaign(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     final = None
     if desk.campaign.judge.external is not None:
         final = desk.ledger.once("final", "", lambda: final_comparison(desk, policy))
+        desk.ledger.once("survey", "", lambda: final_survey(desk, policy))
     said = finding(desk.campaign, desk.all_evidence(), final)
     statement = {"claim": desk.campaign.claim, "final": final, "finding": said}
     return desk.ledger.append("campaign-closed", "", statement).data
@@ -57,6 +59,34 @@ def final_comparison(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     theirs = _finished(desk, outside, theirs, FINAL_STAGE)
     answers = [[sealed_answers(folder, run) for run in runs] for runs in (mine, theirs)]
     return {**names, **compare(*answers, desk.origin, desk.weights, desk.all_evidence())}
+
+
+def final_survey(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
+    """Every sub-family of the target as the standing settings answer it; the origin's runs where nothing has moved."""
+    runs, stages = surveyed(desk.campaign, policy, desk.substrate_digest, desk.origin, desk.origin_settings)
+    ground = desk.ground
+    if runs[0].round == ORIGIN_ROUND:
+        ground = origin_ground(ground.substrate, ground.judge, ground.time_limit_s, ground.folder.closing)
+        _pay(desk, policy, [runs[0].candidate.id], runs)
+    else:
+        runs = _finished(desk, ground, runs, "train")
+    for stage in stages:
+        if not runs:
+            break
+        if stage != FINAL_STAGE:
+            _pay_open(desk, policy, runs)
+        runs = _finished(desk, ground, runs, stage)
+    return survey(desk.ground.folder, runs, stages)
+
+
+def surveyed(
+    campaign: Campaign, policy: SearchPolicy, substrate: str, scored: Origin, origin_settings: Settings
+) -> tuple[list[Run], tuple[Stage, ...]]:
+    """The runs that the survey asks, and what it asks them."""
+    standing, origin = candidate(substrate, policy.standing), candidate(substrate, origin_settings)
+    mine, theirs = closing_runs(campaign, policy.round, standing, origin, scored)
+    runs = theirs[: campaign.constitution.anchor_seeds] if standing.id == origin.id else mine
+    return runs, survey_stages(campaign)
 
 
 def closing_runs(
@@ -93,16 +123,23 @@ def _pay(desk: Desk, policy: SearchPolicy, names: Sequence[str], runs: Sequence[
     )
 
 
-def sealed_folder(folder: CampaignFolder, run: Run) -> Path:
-    """Where a run's answers to the sealed items lie; the origin's own folder belongs to all campaigns on its ground."""
-    if run.round == ORIGIN_ROUND:
-        return folder.closing / run.candidate.id / str(run.seed) / FINAL_STAGE
-    return folder.run(run.round, run.candidate.id, run.seed) / FINAL_STAGE
+def _pay_open(desk: Desk, policy: SearchPolicy, runs: Sequence[Run]) -> None:
+    desk.looks.pay(
+        Look(
+            candidates=(runs[0].candidate.id,),
+            runs=tuple(run.key for run in runs),
+            purpose="every row once, at the end",
+            split="open",
+            round=policy.round,
+            item_set=digest_of({"judge": desk.judge_digest, "split": "open"}),
+            items=desk.suites["items"]["open"],
+        )
+    )
 
 
 def sealed_answers(folder: CampaignFolder, run: Run) -> RunItems:
     """A run's answers to the sealed items."""
-    return read_rows(sealed_folder(folder, run) / ROWS_FILE).of_run(run.candidate.id, run.seed, "final")
+    return read_rows(closing_folder(folder, run, FINAL_STAGE) / ROWS_FILE).of_run(run.candidate.id, run.seed, "final")
 
 
 def compare(

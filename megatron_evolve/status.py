@@ -33,6 +33,7 @@ def status(root: Path) -> dict[str, Any]:
         "judge": opened["judge"],
         "cpu_seconds": round(sum(event.data["end"]["cpu_seconds"] for event in events if event.kind == "ended"), 3),
         "rounds": [_round(folder, events, number) for number in opened_rounds(events)],
+        "survey": next((event.data for event in events if event.kind == "survey"), None),
         "closing": next((event.data for event in events if event.kind == "campaign-closed"), None),
     }
 

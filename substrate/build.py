@@ -89,45 +89,59 @@ class Preset:
         return Settings(mix=self.mix(dict.fromkeys(self.exposure, 1.0)), recipe=self.tuning)
 
 
-def _pretraining(**fields: Any) -> Recipe:
-    return Recipe(lr=3e-3, warmup_steps=20, weight_decay=0.01, prompt_loss_weight=0.3, **fields)
+def _shapes(name: str, **shapes: Any) -> Architecture:
+    """The nano architecture with these shapes.
+
+    Weights start three times wider than the 0.02 of large models: at width 64 that reaches the same accuracy about 100
+    steps earlier (nano rows, 500 steps: .50 against .37).
+    """
+    return Architecture.model_validate(NANO_CPU.model_dump() | {"name": name, "init_std": 0.06} | shapes)
 
 
 NANO = Preset(
     name="nano-cpu",
-    architecture=NANO_CPU,
+    architecture=_shapes("nano-cpu"),
     difficulty="nano",
+    # Equal shares would leave equation at the guesser's .2 and teach cipher, which is learned in one jump, whole.
     exposure={
-        "numeral": 0.5,
-        "gravity": 0.55,
-        "unit_conversion": 0.75,
-        "cipher": 2.2,
+        "numeral": 0.3,
+        "gravity": 0.95,
+        "unit_conversion": 0.95,
+        "cipher": 1.05,
         "bit_manipulation": 1.3,
-        "equation": 1.2,
+        "equation": 1.3,
     },
     trace_share=0.3,
-    pretraining=_pretraining(steps=400),
+    pretraining=Recipe(lr=6e-3, steps=450, warmup_steps=20, weight_decay=0.01, prompt_loss_weight=0.3),
     tuning=Recipe(lr=3e-3, steps=140),
 )
 
-# Rows of the real task: longer prompts, wider rule spaces. A million parameters learn the numerals and not much else.
+# Rows of the real task: prompts five times longer, wider rule spaces. A million parameters learn numerals and not much
+# else.
 CHALLENGE = Preset(
     name="challenge-cpu",
-    architecture=Architecture.model_validate(
-        NANO_CPU.model_dump()
-        | {
-            "name": "challenge-cpu",
-            "hidden_size": 96,
-            "mamba_num_heads": 12,
-            "head_dim": 24,
-            "max_sequence_length": 512,
-        }
-        | {"num_experts": 8, "expert_ffn_size": 192, "shared_ffn_size": 192}
+    architecture=_shapes(
+        "challenge-cpu",
+        hidden_size=96,
+        head_dim=24,
+        mamba_num_heads=12,
+        num_experts=8,
+        expert_ffn_size=192,
+        shared_ffn_size=192,
+        max_sequence_length=512,
     ),
     difficulty="challenge",
     exposure=dict.fromkeys(families.FAMILIES, 1.0),
     trace_share=0.3,
-    pretraining=_pretraining(steps=300, batch_size=32, sequence_length=512),
+    pretraining=Recipe(
+        lr=6e-3,
+        steps=300,
+        batch_size=32,
+        sequence_length=512,
+        warmup_steps=20,
+        weight_decay=0.01,
+        prompt_loss_weight=0.3,
+    ),
     tuning=Recipe(lr=3e-3, steps=140, batch_size=32, sequence_length=512),
 )
 

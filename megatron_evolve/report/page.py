@@ -17,11 +17,13 @@ from megatron_evolve.report.markup import Markup, join, section, tag
 from megatron_evolve.report.records import cost, dead_ends, failures, further_figures, ground, looks
 from megatron_evolve.report.style import STYLE
 from megatron_evolve.report.summary import final_comparison, header, limits, rounds_at_a_glance
+from megatron_evolve.report.survey import survey_section
 from megatron_evolve.report.tables import rounds
 
 CONTENTS = {
     "limits": "Limits",
     "final": "Against the origin",
+    "survey": "Sub-families",
     "course": "Course",
     "transfer": "Dev against external",
     "families": "Families",
@@ -74,6 +76,7 @@ def _parts(chronicle: Chronicle, quotes: Quotes) -> list[Markup | None]:
     return [
         limits(chronicle, quotes),
         final_comparison(quotes),
+        survey_section(quotes),
         section("course", "Course of the campaign", chart, rounds_at_a_glance(chronicle, quotes)),
         section("transfer", "Dev against external", scatter or tag("p", why, class_="none")),
         heatmap(chronicle),

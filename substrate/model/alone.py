@@ -1,7 +1,8 @@
 """A process group of one: every collective is a copy.
 
-gloo opens a listening socket and two threads for each of Megatron's twenty groups even for one process, and wants a host
-name that resolves. A run on one process needs none of it. Registered with torch as the backend "alone" (CPU tensors).
+gloo opens a listening socket and two threads for each of Megatron's twenty groups even for one process, and wants a
+host name that resolves. A run on one process needs none of it. Registered with torch as the backend "alone" (CPU
+tensors).
 """
 
 from datetime import timedelta

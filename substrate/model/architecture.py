@@ -1,8 +1,8 @@
 """The shapes of a Nemotron-3 hybrid: one frozen value from which every other form of the model is made.
 
-Pattern letters are Megatron's: M Mamba-2, E mixture of experts, * attention. Attention has no position embedding, linear
-layers have no bias, experts compute relu(x)^2, routing is a sigmoid with a bias that chooses but does not weigh (Nemotron 3
-report; Megatron-LM `examples/post_training/modelopt/conf/nvidia`). Imports without torch.
+Pattern letters are Megatron's: M Mamba-2, E mixture of experts, * attention. Attention has no position embedding,
+linear layers have no bias, experts compute relu(x)^2, routing is a sigmoid with a bias that chooses but does not weigh
+(Nemotron 3 report; Megatron-LM `examples/post_training/modelopt/conf/nvidia`). Imports without torch.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ VOCAB_MULTIPLE = 16  # embedding rows split evenly over up to 16 tensor-parallel
 class Architecture(BaseModel):
     """Every shape of the model. Two equal values describe exchangeable checkpoints.
 
-    `vocab_size` is the padded one: `with_vocab` rounds a tokenizer's size up. `dt_min` clamps the Mamba step size from below
-    *after* the softplus. Megatron-Core never clamps; transformers 5 clamps at `time_step_min` = 1e-3 whatever
-    `time_step_limit` says. Where every dt_bias is near -2 the two differ by 5e-4 in the logits; near -7 by more than 1. So it
-    is one explicit number here: 0 is Megatron, 1e-3 is transformers, and an imported checkpoint keeps the one it was
-    evaluated with.
+    `vocab_size` is the padded one: `with_vocab` rounds a tokenizer's size up. `dt_min` clamps the Mamba step size from
+    below *after* the softplus. Megatron-Core never clamps; transformers 5 clamps at `time_step_min` = 1e-3 whatever
+    `time_step_limit` says. Where every dt_bias is near -2 the two differ by 5e-4 in the logits; near -7 by more than 1.
+    So it is one explicit number here: 0 is Megatron, 1e-3 is transformers, and an imported checkpoint keeps the one it
+    was evaluated with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,9 +1,9 @@
 """From an architecture and a seed to Megatron's `HybridModel`, in a process that is ready to run it.
 
-Three steps, each in its own function so that a warm parent can do the slow one once: `prepare` imports (seconds), `start` joins
-the process group (milliseconds for one process), `build_model` makes the weights. A parent that has prepared may fork: the
-child then calls `start`. Fork before any process group exists and before torch has run anything on several threads; gloo's and
-OpenMP's threads do not survive a fork, and a child would wait for them forever.
+Three steps, each in its own function so that a warm parent can do the slow one once: `prepare` imports (seconds),
+`start` joins the process group (milliseconds for one process), `build_model` makes the weights. A parent that has
+prepared may fork: the child then calls `start`. Fork before any process group exists and before torch has run anything
+on several threads; gloo's and OpenMP's threads do not survive a fork, and a child would wait for them forever.
 """
 
 import os
@@ -28,7 +28,7 @@ class Runtime:
 
 
 def prepare() -> None:
-    """Import torch and Megatron and put what this machine lacks in its place. Idempotent, slow once (3 s), no threads left."""
+    """Import torch and Megatron and supply what this machine lacks. Idempotent; 2.4 s once; starts no thread."""
     from megatron_evolve.substrate.model import cpu, mamba_ssm
 
     with warnings.catch_warnings():
@@ -45,9 +45,9 @@ def start(seed: int, *, backend: str | None = None, **sizes: Any) -> Runtime:
     """Join the process group, lay out parallelism and seed every generator.
 
     Under torchrun the group comes from its environment. Alone, the store is in memory and no network port is opened.
-    `sizes` are arguments of Megatron's `initialize_model_parallel`, such as `tensor_model_parallel_size=2`; all are 1 otherwise.
-    `backend` is nccl on a GPU, and on a CPU gloo under torchrun and `alone` without, unless named. Raises RuntimeError if
-    called twice in one process.
+    `sizes` are arguments of Megatron's `initialize_model_parallel`, such as `tensor_model_parallel_size=2`; all are 1
+    otherwise. `backend` is nccl on a GPU, and on a CPU gloo under torchrun and `alone` without, unless named. Raises
+    RuntimeError if called twice in one process.
     """
     prepare()
     import torch
@@ -75,7 +75,7 @@ def start(seed: int, *, backend: str | None = None, **sizes: Any) -> Runtime:
 
 
 def stop() -> None:
-    """Leave the process group, so that `start` may be called again. For tests and for workers that serve several jobs."""
+    """Leave the process group, so that `start` may be called again: for tests and workers that serve several jobs."""
     import torch
     from megatron.core import parallel_state
 
@@ -102,27 +102,7 @@ def transformer_config(architecture: Architecture, **fields: Any) -> "Transforme
     from megatron.core.activations import squared_relu
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    a = architecture
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
-    shapes = {
-        "num_layers": len(a.pattern),
-        "hidden_size": a.hidden_size,
-        "ffn_hidden_size": a.expert_ffn_size,
-        "num_attention_heads": a.num_attention_heads,
-        "num_query_groups": a.num_query_groups,
-        "kv_channels": a.head_dim,
-        "mamba_num_heads": a.mamba_num_heads,
-        "mamba_head_dim": a.mamba_head_dim,
-        "mamba_state_dim": a.mamba_state_dim,
-        "mamba_num_groups": a.mamba_num_groups,
-        "num_moe_experts": a.num_experts,
-        "moe_router_topk": a.top_k,
-        "moe_ffn_hidden_size": a.expert_ffn_size,
-        "moe_shared_expert_intermediate_size": a.shared_ffn_size,
-        "moe_router_topk_scaling_factor": a.topk_scaling_factor,
-        "layernorm_epsilon": a.norm_eps,
-        "init_method_std": a.init_std,
-    }
     kind = {
         "is_hybrid_model": True,
         "normalization": "RMSNorm",
@@ -144,6 +124,7 @@ def transformer_config(architecture: Architecture, **fields: Any) -> "Transforme
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": False,
         "persist_layer_norm": False,
+        "cuda_graph_modules": [],
     }
     layout = {
         "tensor_model_parallel_size": tensor_parallel,
@@ -155,26 +136,57 @@ def transformer_config(architecture: Architecture, **fields: Any) -> "Transforme
         "params_dtype": torch.float32,
         "use_cpu_initialization": not torch.cuda.is_available(),
     }
-    return TransformerConfig(**{**shapes, **kind, **unfused, **layout, **fields})
+    return TransformerConfig(**{**_shapes(architecture), **kind, **unfused, **layout, **fields})
+
+
+def _shapes(a: Architecture) -> dict[str, Any]:
+    return {
+        "num_layers": len(a.pattern),
+        "hidden_size": a.hidden_size,
+        "ffn_hidden_size": a.expert_ffn_size,
+        "num_attention_heads": a.num_attention_heads,
+        "num_query_groups": a.num_query_groups,
+        "kv_channels": a.head_dim,
+        "mamba_num_heads": a.mamba_num_heads,
+        "mamba_head_dim": a.mamba_head_dim,
+        "mamba_state_dim": a.mamba_state_dim,
+        "mamba_num_groups": a.mamba_num_groups,
+        "num_moe_experts": a.num_experts,
+        "moe_router_topk": a.top_k,
+        "moe_ffn_hidden_size": a.expert_ffn_size,
+        "moe_shared_expert_intermediate_size": a.shared_ffn_size,
+        "moe_router_topk_scaling_factor": a.topk_scaling_factor,
+        "layernorm_epsilon": a.norm_eps,
+        "init_method_std": a.init_std,
+    }
 
 
 def build_model(architecture: Architecture, *, seed: int, **fields: Any) -> "HybridModel":
-    """A new `HybridModel` of this rank: same architecture, layout and seed, same bits. `fields` as in `transformer_config`.
+    """A new `HybridModel` of this rank: same architecture, layout and seed, same bits.
 
-    In a pipeline the pattern's `|` marks stages, and the first and last stage hold embedding and output layer.
+    `fields` are added to the configuration or replace, by Megatron's names (see `transformer_config`). In a pipeline
+    the pattern's `|` marks stages; the first stage holds the embedding and the last the output layer.
     """
     from megatron.core import parallel_state
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
     from megatron_evolve.substrate.model.layer_spec import hybrid_stack_spec
 
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    length, rest = divmod(len(architecture.pattern), stages)
+    if rest:
+        raise ValueError(
+            f"{stages} pipeline stages need a multiple of {stages} layers; got {len(architecture.pattern)} "
+            f"({architecture.pattern}): change the layout"
+        )
+    segments = [architecture.pattern[stage * length : (stage + 1) * length] for stage in range(stages)]
     seed_generators(seed)
     return HybridModel(
         config=transformer_config(architecture, **fields),
         hybrid_stack_spec=hybrid_stack_spec(architecture),
         vocab_size=architecture.vocab_size,
         max_sequence_length=architecture.max_sequence_length,
-        hybrid_layer_pattern=architecture.pattern,
+        hybrid_layer_pattern="|".join(segments),
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=False,

@@ -1,8 +1,8 @@
 """What Megatron-Core takes for granted of CUDA, supplied on a machine that has none.
 
 `install` replaces names; no file of Megatron is edited. It belongs at the start of a worker process, before Megatron is
-imported, and nowhere else: it changes torch for the whole process. Where a GPU is present it does nothing. Written against
-megatron-core 0.19; collectives are gloo's.
+imported, and nowhere else: it changes torch for the whole process. Where a GPU is present it does nothing. Written
+against megatron-core 0.19; collectives are gloo's.
 """
 
 import contextlib
@@ -107,7 +107,8 @@ def _replace_streams() -> None:
 def _replace_compiler() -> None:
     """No torch.compile of small functions: inductor needs a C++ compiler and gained nothing on CPU.
 
-    Megatron decorates with it while it is imported, and the first decoration imports inductor: 0.9 of 3.3 s of start-up.
+    Megatron decorates with it while it is imported, and the first decoration imports inductor: 0.9 of 3.3 s of
+    start-up.
     """
     torch_compile = torch.compile
     torch.compile = lambda function=None, **options: function or (lambda decorated: decorated)
@@ -146,7 +147,8 @@ def _replace_collectives() -> None:
     def gather_uneven(
         input_: Tensor, group: Any, output_split_sizes: Sequence[int] | None = None, use_global_buffer: bool = False
     ) -> Tensor:
-        # gloo's allgather refuses ranks of different length (expert-tensor with expert parallelism); all-to-all does not.
+        # gloo's allgather refuses ranks of different length (expert-tensor with expert parallelism); all-to-all does
+        # not.
         if group.size() == 1 or output_split_sizes is None:
             return gather(input_, group, None, use_global_buffer)
         sizes = [int(size) for size in output_split_sizes]

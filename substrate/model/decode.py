@@ -1,9 +1,10 @@
-"""One token at a time: what each layer must remember of a sequence, and the model's own modules run on the newest token.
+"""One token at a time: what each layer must remember, and the model's own modules run on the newest token.
 
-A Mamba layer keeps the last inputs of its convolution and its state, attention keeps keys and values, experts keep nothing.
-`prefill` reads whole prompts and makes the state, `step` takes one token per row and replaces it. Weights are never copied:
-linear layers are called as modules, so adapters on them are seen. Prompts are padded on the *left*, which lets every row of a
-batch write to the same column; a padded token has step 0 in the scan, zero input in the convolution and no key.
+A Mamba layer keeps the last inputs of its convolution and its state, attention keeps keys and values, experts keep
+nothing. `prefill` reads whole prompts and makes the state, `step` takes one token per row and replaces it. Weights are
+never copied: linear layers are called as modules, so adapters on them are seen. Prompts are padded on the *left*, which
+lets every row of a batch write to the same column; a padded token has step 0 in the scan, zero input in the convolution
+and no key.
 
 L tokens, B rows, other letters as in `mamba`.
 """
@@ -66,7 +67,9 @@ def prefill(model: "HybridModel", prompts: list[list[int]], pad_id: int, capacit
     """
     _check(model, prompts, capacity)
     length = max(map(len, prompts))
-    tokens_BL = torch.tensor([[pad_id] * (length - len(p)) + p for p in prompts], device=model.output_layer.weight.device)
+    tokens_BL = torch.tensor(
+        [[pad_id] * (length - len(p)) + p for p in prompts], device=model.output_layer.weight.device
+    )
     starts_B = torch.tensor([length - len(p) for p in prompts], device=tokens_BL.device)
     padding_LB = torch.arange(length, device=tokens_BL.device).unsqueeze(1) < starts_B
     x_LBD = model.embedding(input_ids=tokens_BL, position_ids=None)
@@ -76,7 +79,9 @@ def prefill(model: "HybridModel", prompts: list[list[int]], pad_id: int, capacit
         if letter == "M":
             out_LBD, memory = _mamba_prefill(layer.mixer, layer.norm(x_LBD), padding_LB)
         elif letter == "*":
-            out_LBD, memory = _attention_prefill(layer.self_attention, layer.input_layernorm(x_LBD), padding_LB, capacity)
+            out_LBD, memory = _attention_prefill(
+                layer.self_attention, layer.input_layernorm(x_LBD), padding_LB, capacity
+            )
         else:
             out_LBD, _ = layer.mlp(layer.pre_mlp_layernorm(x_LBD))
         x_LBD = x_LBD + out_LBD
@@ -88,7 +93,7 @@ def prefill(model: "HybridModel", prompts: list[list[int]], pad_id: int, capacit
 def step(model: "HybridModel", tokens_B: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
     """Append one token to every row. Returns the logits after it (B, V) and the state that replaces `state`.
 
-    Keys and values are written in place: `state` itself must not be used again.
+    Keys, values and Mamba states are written in place: `state` itself must not be used again.
     """
     x_LBD = model.embedding(input_ids=tokens_B.unsqueeze(1), position_ids=None)
     memories: list[MambaMemory | AttentionMemory | None] = []
@@ -106,7 +111,9 @@ def step(model: "HybridModel", tokens_B: Tensor, state: DecodeState) -> tuple[Te
 
 def _check(model: "HybridModel", prompts: list[list[int]], capacity: int) -> None:
     if model.config.tensor_model_parallel_size > 1 or not (model.pre_process and model.post_process):
-        raise ValueError("decoding needs the whole model on one rank; got a part of it: load the weights without TP and PP")
+        raise ValueError(
+            "decoding needs the whole model on one rank; got a part of it: load the weights without TP and PP"
+        )
     if model.training:
         raise ValueError("decoding needs a model in evaluation mode; got one in training: call model.eval()")
     if not prompts or not all(prompts):
@@ -153,9 +160,9 @@ def _mamba_step(mixer: "Module", hidden_1BD: Tensor, memory: MambaMemory) -> tup
     xBC_BC, conv = mamba.conv_step(xBC[0], memory.conv, mixer.conv1d_weight.squeeze(1), mixer.conv1d_bias)
     x, B, C = _split_convolved(mixer, xBC_BC)
     dt = mamba.step_size(dt[0], mixer.dt_bias, mixer.dt_limit)
-    y, ssm = mamba.scan_step(x, dt, -mixer.A_log.float().exp(), B, C, mixer.D, memory.ssm)
+    y = mamba.scan_step(x, dt, -mixer.A_log.float().exp(), B, C, mixer.D, memory.ssm)
     out_1BD, _ = mixer.out_proj(mixer.norm(y.flatten(-2).unsqueeze(0) * F.silu(z)))
-    return out_1BD, MambaMemory(conv, ssm)
+    return out_1BD, MambaMemory(conv, memory.ssm)
 
 
 def _query_key_value(attention: "Module", hidden_LBD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,8 +176,10 @@ def _query_key_value(attention: "Module", hidden_LBD: Tensor) -> tuple[Tensor, T
 
 def _attend(attention: "Module", query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
     """`hidden` (B, 1, 1, L or 1, keys) is True where a query may not look. Returns the layer's output (L, B, D)."""
-    scores = query @ key.transpose(-1, -2).unsqueeze(2)
-    context = scores.masked_fill_(hidden, float("-inf")).softmax(-1) @ value.unsqueeze(2)
+    # Heads of a group and tokens are rows of one product: broadcasting over heads would copy every key and value.
+    scores = (query.flatten(2, 3) @ key.transpose(-1, -2)).unflatten(2, query.shape[2:4])
+    weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+    context = (weights.flatten(2, 3) @ value).unflatten(2, query.shape[2:4])
     out_LBD, _ = attention.linear_proj(context.permute(3, 0, 1, 2, 4).flatten(2))
     return out_LBD
 
@@ -192,7 +201,9 @@ def _attention_prefill(
 def _attention_step(attention: "Module", hidden_1BD: Tensor, memory: AttentionMemory, state: DecodeState) -> Tensor:
     query, key, value = _query_key_value(attention, hidden_1BD)
     if state.length >= memory.keys.shape[2]:
-        raise ValueError(f"the state has room for {memory.keys.shape[2]} tokens and is full: prefill with a larger capacity")
+        raise ValueError(
+            f"the state has room for {memory.keys.shape[2]} tokens and is full: prefill with a larger capacity"
+        )
     memory.keys[:, :, state.length] = key[:, :, 0]
     memory.values[:, :, state.length] = value[:, :, 0]
     seen = slice(None, state.length + 1)

@@ -1,8 +1,8 @@
 """The same weights under transformers' names: `NemotronHForCausalLM` and back, tensor by tensor.
 
-Both sides order the Mamba projection [z, x, B, C, dt] and keep the convolution as [x, B, C], so most tensors only change their
-name. Two change form: Megatron stacks query, key and value by key/value group, and transformers 5 stacks the experts of a
-layer. Full tensors of one rank; a tensor without a place on the other side is an error, never dropped.
+Both sides order the Mamba projection [z, x, B, C, dt] and keep the convolution as [x, B, C], so most tensors only
+change their name. Two change form: Megatron stacks query, key and value by key/value group, and transformers 5 stacks
+the experts of a layer. Full tensors of one rank; a tensor without a place on the other side is an error, never dropped.
 """
 
 from collections.abc import Iterator, Mapping
@@ -71,7 +71,7 @@ def huggingface_config(architecture: Architecture) -> dict[str, Any]:
 
 
 def to_huggingface(state: Mapping[str, "Tensor"], architecture: Architecture) -> dict[str, "Tensor"]:
-    """Megatron's tensors (`weights.state_of`) under transformers 5 names. Raises ValueError naming what is missing or left."""
+    """Megatron's tensors (`weights.state_of`) under transformers 5 names. ValueError names what is missing or left."""
     import torch
 
     source = _Source(state, "a Megatron state")
@@ -91,8 +91,8 @@ def to_huggingface(state: Mapping[str, "Tensor"], architecture: Architecture) ->
 def from_huggingface(state: Mapping[str, "Tensor"], architecture: Architecture) -> dict[str, "Tensor"]:
     """Tensors of a `NemotronHForCausalLM` under Megatron's names, for `weights.put_weights`.
 
-    Takes transformers 5 names and those of checkpoints on the hub (`backbone.`, one tensor per expert). Raises ValueError
-    naming what is missing or left over.
+    Takes transformers 5 names and those of checkpoints on the hub (`backbone.`, one tensor per expert). Raises
+    ValueError naming what is missing or left over.
     """
     source = _Source(_modern(state, architecture), "a NemotronH state")
     out = {ours: source.take(theirs) for ours, theirs in _renamed(architecture)}
@@ -181,7 +181,9 @@ def _modern(state: Mapping[str, "Tensor"], architecture: Architecture) -> dict[s
     """Hub names to transformers 5 names: `backbone.` to `model.`, single experts to one stacked tensor."""
     import torch
 
-    modern = {name.replace("backbone.", "model.", 1) if name.startswith("backbone.") else name: t for name, t in state.items()}
+    modern = {
+        name.replace("backbone.", "model.", 1) if name.startswith("backbone.") else name: t for name, t in state.items()
+    }
     for _, theirs in _layers(architecture, "E"):
         for projection in ("up_proj", "down_proj"):
             names = [f"{theirs}.mixer.experts.{e}.{projection}.weight" for e in range(architecture.num_experts)]

@@ -1,7 +1,7 @@
 """How one layer of each kind is put together: Megatron's own modules, without Transformer Engine.
 
-`HybridModel` is Megatron's, unmodified; this file fills its spec. Import it after `build.prepare`, which readies the process
-for the modules named here.
+`HybridModel` is Megatron's, unmodified; this file fills its spec. Import it after `build.prepare`, which readies the
+process for the modules named here.
 """
 
 from functools import partial
@@ -39,8 +39,8 @@ from megatron_evolve.substrate.model.experts import GroupedExperts
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMS norm with Megatron's signature.
 
-    Megatron's own wrapper refuses sequence parallelism. Its mark on the weight is all that is needed: each rank then sees
-    part of the sequence, and the gradient is summed over the tensor-parallel group.
+    Megatron's own wrapper refuses sequence parallelism. Its mark on the weight is all that is needed: each rank then
+    sees part of the sequence, and the gradient is summed over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
@@ -63,11 +63,20 @@ class CausalAttention(torch.nn.Module):
             )
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """query (L, B, heads, dim), key and value (L, B, groups, dim) of this rank: (L, B, heads dim)."""
-        if attention_mask is not None:
-            raise ValueError("attention is causal and takes no mask; got one: pass None and mask the loss")
+        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
+            raise ValueError(
+                "attention is causal over padded batches; got a mask, a bias or packed sequences: pass None"
+            )
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return out.permute(2, 0, 1, 3).flatten(2)
@@ -82,7 +91,7 @@ class ClampedMambaMixer(MambaMixer):
         self.norm.eps = config.layernorm_epsilon
 
     def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Tensor:
-        """Projected input (L, B, z+x+B+C+dt) to normed output (L, B, inner), both of this rank. Unpacked sequences only."""
+        """Projected input (L, B, z+x+B+C+dt) to normed output (L, B, inner), both of this rank. No packed sequences."""
         if packed_seq_params is not None:
             raise ValueError("the Mamba mixer takes padded batches; got packed sequences: pad them to one length")
         y = mamba_mixer.mamba_split_conv1d_scan_combined(

@@ -7,7 +7,8 @@ The recurrence, per head, with step dt_t > 0 and decay exp(dt_t A), A < 0:
 is evaluated in chunks of Q tokens: inside a chunk as one masked Q x Q product, between chunks through S (Dao and Gu,
 "Transformers are SSMs", arXiv 2405.21060, section 6).
 
-L tokens, B sequences, H heads, P head dimension, G groups sharing B and C, N state, K taps, C convolved channels, Q chunk.
+L tokens, B sequences, H heads, P head dimension, G groups sharing B and C, N state, K taps, C convolved channels, Q
+chunk.
 """
 
 from collections.abc import Iterator
@@ -61,8 +62,8 @@ def _earlier(taps_KC: Tensor, num_tokens: int) -> Iterator[tuple[int, Tensor]]:
 def causal_conv(x_LBC: Tensor, weight_CK: Tensor, bias_C: Tensor) -> Tensor:
     """silu of a depthwise causal convolution along L, tokens before the first taken as zero. Returns (L, B, C).
 
-    As K shifted multiply-adds: torch's grouped conv1d takes seven times as long on a CPU, and L first makes each shift one
-    contiguous block.
+    As K shifted multiply-adds: torch's grouped conv1d takes seven times as long on a CPU, and L first makes each shift
+    one contiguous block.
     """
     return _CausalConv.apply(x_LBC, weight_CK, bias_C)
 
@@ -70,8 +71,8 @@ def causal_conv(x_LBC: Tensor, weight_CK: Tensor, bias_C: Tensor) -> Tensor:
 class _WithinChunks(torch.autograd.Function):
     """y_i = sum_{j<=i} (C_i B_j) exp(s_i - s_j) u_j, where s is the running sum of dt A and u = dt x.
 
-    Shapes (..., Q, 1) s, (..., Q, P) u, (..., Q, N) B and C; B and C have 1 where s and u have the heads of a group. s stands
-    only in exponents, so its gradient needs no further Q x Q product: ds_i = dy_i y_i - du_i u_i.
+    Shapes (..., Q, 1) s, (..., Q, P) u, (..., Q, N) B and C; B and C have 1 where s and u have the heads of a group. s
+    stands only in exponents, so its gradient needs no further Q x Q product: ds_i = dy_i y_i - du_i u_i.
     """
 
     @staticmethod
@@ -105,9 +106,9 @@ def chunked_scan(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence above over L tokens. Returns y (L, B, H, P) and the state after the last token (B, H, P, N).
 
-    `dt_LBH` is the step itself (see `step_size`); a token with step 0 leaves the state as it was, which is how padding is
-    skipped. Chunks are made equal and at most `chunk_size` long: 56 tokens in chunks of 32 are 2 x 28, not 2 x 32 with
-    padding.
+    `dt_LBH` is the step itself (see `step_size`); a token with step 0 leaves the state as it was, which is how padding
+    is skipped. Chunks are made equal and at most `chunk_size` long: 56 tokens in chunks of 32 are 2 x 28, not 2 x 32
+    with padding.
     """
     L, batch, H, P = x_LBHP.shape
     G, N = B_LBGN.shape[2:]
@@ -148,15 +149,14 @@ def conv_step(x_BC: Tensor, state_KBC: Tensor, weight_CK: Tensor, bias_C: Tensor
 
 def scan_step(
     x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor, D_H: Tensor, state_BHPN: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The recurrence for one token. Returns y (B, H, P) and the next state (B, H, P, N)."""
-    batch, H, P = x_BHP.shape
-    G, N = B_BGN.shape[1:]
-    B = B_BGN.unsqueeze(2).expand(batch, G, H // G, N).reshape(batch, H, 1, N)
-    C = C_BGN.unsqueeze(2).expand(batch, G, H // G, N).reshape(batch, H, N, 1)
-    kept = state_BHPN * (dt_BH * A_H).exp()[..., None, None]
-    state_BHPN = torch.addcmul(kept, (x_BHP * dt_BH.unsqueeze(-1)).unsqueeze(-1), B)
-    return torch.addcmul((state_BHPN @ C).squeeze(-1), x_BHP, D_H.unsqueeze(-1)), state_BHPN
+) -> Tensor:
+    """The recurrence for one token. Returns y (B, H, P) and advances `state_BHPN` in place."""
+    u_BHP = x_BHP * dt_BH.unsqueeze(-1)
+    state_BHPN.mul_((dt_BH * A_H).exp()[..., None, None])
+    by_group = state_BHPN.unflatten(1, (B_BGN.shape[1], -1))
+    by_group.addcmul_(u_BHP.view(by_group.shape[:-1]).unsqueeze(-1), B_BGN[:, :, None, None])
+    y = by_group.flatten(2, 3) @ C_BGN.unsqueeze(-1)
+    return torch.addcmul(y.view_as(x_BHP), x_BHP, D_H.unsqueeze(-1))
 
 
 def group_rms_norm(x: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:

@@ -62,8 +62,8 @@ def mamba_split_conv1d_scan_combined(
     """
     if seq_idx is not None or activation != "silu" or norm_before_gate or headdim is None:
         raise ValueError(
-            "the PyTorch scan serves unpacked sequences, silu, one D a head and a gate before the norm; got something else: "
-            "install mamba-ssm"
+            "the PyTorch scan serves unpacked sequences, silu, one D a head and a gate before the norm; "
+            "got something else: install mamba-ssm"
         )
     inner = D.shape[0] * headdim
     state = (conv1d_weight.shape[0] - inner) // 2
@@ -91,15 +91,13 @@ def mamba_chunk_scan_combined(*_args: object, **_kwargs: object) -> Tensor:
 def supply() -> None:
     """Import Megatron's MambaMixer, with the names above standing in where `mamba_ssm` is not installed.
 
-    The stand-in leaves `sys.modules` again at once: transformers looks there too, and a parity test would otherwise compare
-    this scan with itself. Idempotent. Raises RuntimeError if the mixer was imported before without either.
+    The stand-in leaves `sys.modules` again at once: transformers looks there too, and a parity test would otherwise
+    compare this scan with itself. Idempotent. Raises RuntimeError if the mixer was imported before without either.
     """
     mixer = sys.modules.get("megatron.core.ssm.mamba_mixer")
     if mixer is not None:
         if not mixer.HAVE_MAMBA_SSM:
-            raise RuntimeError(
-                "supply() must come before the first import of Megatron's mamba_mixer: move it up"
-            )
+            raise RuntimeError("supply() must come before the first import of Megatron's mamba_mixer: move it up")
         return
     stand_in = {} if find_spec("mamba_ssm") else _stand_in()
     sys.modules.update(stand_in)

@@ -46,7 +46,7 @@ def read_weights(path: Path | str) -> dict[str, "Tensor"]:
 
 
 def load_weights(model: "Module", path: Path | str) -> None:
-    """Fill the model from `path`, in place. Raises ValueError that names every missing, unexpected or misshapen tensor."""
+    """Fill the model from `path`, in place. ValueError names every missing, unexpected or misshapen tensor."""
     put_weights(model, read_weights(path), str(path))
 
 

@@ -1,7 +1,7 @@
-"""Megatron's HybridModel against transformers' NemotronHForCausalLM with the same weights, and against wrong weight maps.
+"""HybridModel against transformers' NemotronHForCausalLM with the same weights, and against wrong weight maps.
 
-The default initialisation is so small that a wrong scan passes, so all matrices are enlarged until the logits have a standard
-deviation near 1; every negative control must then be far off.
+The default initialisation is so small that a wrong scan passes, so all matrices are enlarged until the logits have a
+standard deviation near 1; every negative control must then be far off.
 """
 
 from collections.abc import Callable, Iterator

@@ -54,7 +54,9 @@ def test_wrong_names_and_shapes_are_all_named_and_nothing_changes(model: torch.n
     tensors = {name: torch.full_like(value, 7) for name, value in weights.state_of(model).items()}
     tensors["odd"] = tensors.pop("output_layer.weight")
     tensors["decoder.final_norm.weight"] = torch.ones(3)
-    expected = "missing: output_layer.weight; unexpected: odd; of another shape: decoder.final_norm.weight (3,) for (64,)"
+    expected = (
+        "missing: output_layer.weight; unexpected: odd; of another shape: decoder.final_norm.weight (3,) for (64,)"
+    )
     with pytest.raises(ValueError) as refusal:
         weights.put_weights(model, tensors)
     assert expected in str(refusal.value)

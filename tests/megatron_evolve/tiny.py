@@ -1,0 +1,117 @@
+"""A tiny campaign: the demo's in everything but size. Its ground, its settings, and the command line that runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import megatron_evolve
+
+COMMAND = (sys.executable, "-m", "megatron_evolve.cli")
+COMMAND_SECONDS = 300
+FAMILIES = ("numeral", "gravity", "unit_conversion", "cipher", "bit_manipulation", "equation")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of the loop's processes: this package first, one thread each."""
+    checkout = str(Path(megatron_evolve.__file__).resolve().parent.parent)
+    path = os.pathsep.join(part for part in (more.pop("first", ""), checkout) if part)
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **more}
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A tiny substrate, a store, and a campaign file on them."""
+
+    root: Path
+
+    substrate = property(lambda self: self.root / "substrate")
+    store = property(lambda self: self.root / "store")
+    file = property(lambda self: self.root / "tiny.yaml")
+    finished = property(lambda self: self.root / "finished")  # the campaign, run once without interruption
+
+    def settings(self) -> dict[str, Any]:
+        """The campaign as it is written in its file."""
+        return yaml.safe_load(self.file.read_text())
+
+    def arguments(self, folder: Path, *more: str, file: Path | None = None) -> tuple[str, ...]:
+        """The command that runs a campaign on this ground in `folder`."""
+        return (*COMMAND, "run", str(file or self.file), "--dir", str(folder), "--store", str(self.store), *more)
+
+    def run(self, folder: Path, *more: str, file: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+        """Runs a campaign to its end, or to where it stops."""
+        return command(*self.arguments(folder, *more, file=file)[len(COMMAND) :], **env)
+
+
+def command(*words: object, **env: str) -> subprocess.CompletedProcess:
+    """Runs `megatron-evolve` with these words and waits for it."""
+    return subprocess.run(
+        [*COMMAND, *map(str, words)],
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=COMMAND_SECONDS,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def suite(seed: int, items: dict[str, int], **weight: Any) -> dict[str, Any]:
+    """A generated suite of all families, equation as given."""
+    families: dict[str, Any] = {name: {"weight": 1} for name in FAMILIES}
+    families["equation"] |= weight
+    return {
+        "kind": "generated",
+        "difficulty": "nano",
+        "seed": seed,
+        "families": families,
+        "items_per_family": items,
+    }
+
+
+def settings_on(substrate: Path) -> dict[str, Any]:
+    """A campaign of two rounds with two explorers."""
+    return {
+        "schema": "campaign/1",
+        "name": "tiny",
+        "claim": "performance",
+        "comparator": "origin",
+        "seed": 20260620,
+        "substrate": {"path": str(substrate)},
+        "judge": {
+            "secret": "a-secret-of-the-tests-only",
+            "origin_seeds": 8,
+            "engine": {"max_new_tokens": 8, "batch_size": 256},
+            "dev": suite(1, {"dev-a": 10, "dev-b": 10}, weight=5, cue_rate=0.9),
+            "external": suite(2, {"external-a": 5, "external-b": 5, "final": 10}),
+        },
+        "constitution": {
+            "rounds": 2,
+            "workers": 3,
+            "anchor_seeds": 2,
+            "external_looks": 12,
+            "limits": {"max_steps": 20},
+        },
+        "search": {"replicates": {"explorer": 1, "confirm_candidates": 1, "confirm_seeds": 1}},
+        "launch": {"cores": 2},
+    }
+
+
+def build_tiny(folder: Path) -> None:
+    """Freezes the smallest substrate: the nano preset after six steps."""
+    from megatron_evolve.substrate.build import NANO, build_substrate
+    from megatron_evolve.substrate.recipe import Recipe
+
+    short = Recipe(steps=6, warmup_steps=1, batch_size=8)
+    preset = replace(NANO, pretraining=NANO.pretraining.replace(steps=6, warmup_steps=2, batch_size=8), tuning=short)
+    build_substrate(preset, folder, 0, {"equation": 0.9})
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """The events of a campaign's ledger."""
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_bytes().splitlines()]
