@@ -61,9 +61,8 @@ class Pace(Narrator):
 
     def _truth(self, facts: dict[str, Any]) -> None:
         self.done += self.items[facts["split"]] * ITEM_SECONDS
-        self.console.print(
-            f"  truth: {facts['run']} answered {facts['split']} in {facts['seconds']:5.1f} CPU-s{self._left()}"
-        )
+        _, name, seed = facts["run"].split("/")
+        self.console.print(f"  {name} seed {seed:<10} truth in {facts['seconds']:5.1f} CPU-s{self._left()}")
 
     def _left(self) -> str:
         if not self.started or not self.done:

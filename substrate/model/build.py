@@ -165,7 +165,7 @@ def build_model(architecture: Architecture, *, seed: int, **fields: Any) -> "Hyb
     """A new `HybridModel` of this rank: same architecture, layout and seed, same bits.
 
     `fields` are added to the configuration or replace, by Megatron's names (see `transformer_config`). In a pipeline
-    the pattern's `|` marks stages; the first stage holds the embedding and the last the output layer.
+    the layers are cut into stages of equal length; raises ValueError if they cannot be.
     """
     from megatron.core import parallel_state
     from megatron.core.models.hybrid.hybrid_model import HybridModel

@@ -1,4 +1,4 @@
-"""One changed byte anywhere is found and named; on changed ground nothing starts, nothing goes on and nothing is lost."""
+"""One changed byte anywhere is found and named; on changed ground nothing starts, goes on or is lost."""
 
 import os
 from pathlib import Path
@@ -106,7 +106,9 @@ def test_a_missing_file_is_found(copy_of_finished: Path) -> None:
 @pytest.fixture
 def halfway(own_ground: Ground, variant) -> tuple[Ground, Path, Path]:
     """A campaign of one round, killed just before its evidence, on a ground of its own."""
-    file = variant(own_ground.settings(), constitution__rounds=1, constitution__workers=2, constitution__external_looks=0)
+    file = variant(
+        own_ground.settings(), constitution__rounds=1, constitution__workers=2, constitution__external_looks=0
+    )
     folder = own_ground.root / "campaign"
     ended = own_ground.run(folder, file=file, first=STARTUP, TEST_KILL_AT="os.rename */rounds/1/evidence.json")
     assert ended.returncode < 0, ended.stderr

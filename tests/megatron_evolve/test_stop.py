@@ -1,4 +1,4 @@
-"""SIGTERM and the stop file drain: what runs is finished, nothing is started, exit status 75, and the command goes on."""
+"""SIGTERM and the stop file drain: what runs is finished, nothing is begun, status 75, the same command goes on."""
 
 import json
 import signal

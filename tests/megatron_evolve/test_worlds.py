@@ -1,4 +1,4 @@
-"""Worlds: where a cue sits is a parameter, seeds are nobody's choice, and what was said is held against a fresh truth."""
+"""Worlds: where a cue sits is a parameter, seeds are nobody's choice, and what was said is held against the truth."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def grid_of(tmp_path: Path, *worlds: dict[str, Any], **changes: Any) -> Path:
     return path
 
 
-# --- the grid -----------------------------------------------------------------------------------------------------------
+# --- the grid ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_shipped_grid_changes_nothing_but_the_world() -> None:
@@ -89,7 +89,8 @@ def test_truth_asks_as_many_items_as_it_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("world", "changes", "said"),
     [
-        ({"name": "a", "ceu": {}}, {}, "did you mean cue"),
+        ({"name": "a", "ceu": {}}, {}, "unknown key 'worlds.0.ceu'"),
+        ({"name": "a"}, {"ronuds": 2}, "did you mean rounds"),
         ({"name": "a", "cue": {"gravty": 0.5}}, {}, "did you mean gravity"),
         ({"name": "a", "cue": {"numeral": 0.5}}, {}, "hides no rule"),
         ({"name": "a", "cue": {"gravity": 0}}, {}, "greater than 0"),
@@ -123,7 +124,7 @@ def test_a_folder_keeps_its_grid_and_the_code_that_opened_it(tmp_path: Path) -> 
         opened_by(tmp_path, Grid.parse({**grid.model_dump(), "rounds": 9}, where="grid"), base)
 
 
-# --- truth --------------------------------------------------------------------------------------------------------------
+# --- truth ------------------------------------------------------------------------------------------------------------
 
 NAMES = ("a", "b", "c")
 WEIGHTS = dict.fromkeys(NAMES, 1 / 3)
@@ -201,7 +202,7 @@ def test_the_maximiser_keeps_the_best_dev_score_so_far() -> None:
     assert best_on_dev([(1, {"anchor": 0.7, "x": 0.6}), (2, {"anchor": 0.7, "y": 0.7})]) == (1, "anchor")
 
 
-# --- the table ----------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 
 def bounds(mean: float) -> Bounds:
@@ -273,7 +274,7 @@ def test_the_page_prints_whatever_came_out() -> None:
     assert page({**facts, "dev": 1, "external": 1}, [], []).startswith("# Worlds")
 
 
-# --- the whole way ------------------------------------------------------------------------------------------------------
+# --- the whole way ----------------------------------------------------------------------------------------------------
 
 
 def trained(root: Path) -> dict[str, int]:

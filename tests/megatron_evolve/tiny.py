@@ -95,6 +95,7 @@ def settings_on(substrate: Path) -> dict[str, Any]:
             "workers": 3,
             "anchor_seeds": 2,
             "external_looks": 12,
+            "promote_probability": 0.51,  # so that chance promotes something, and the end has two sides to compare
             "limits": {"max_steps": 20},
         },
         "search": {"replicates": {"explorer": 1, "confirm_candidates": 1, "confirm_seeds": 1}},
@@ -103,13 +104,13 @@ def settings_on(substrate: Path) -> dict[str, Any]:
 
 
 def build_tiny(folder: Path) -> None:
-    """Freezes the smallest substrate: the nano preset after six steps."""
+    """Freezes a substrate of a few seconds: the nano preset after sixty small steps. It has learnt next to nothing."""
     from megatron_evolve.substrate.build import NANO, build_substrate
     from megatron_evolve.substrate.recipe import Recipe
 
-    short = Recipe(steps=6, warmup_steps=1, batch_size=8)
-    preset = replace(NANO, pretraining=NANO.pretraining.replace(steps=6, warmup_steps=2, batch_size=8), tuning=short)
-    build_substrate(preset, folder, 0, {"equation": 0.9})
+    long = NANO.pretraining.replace(steps=60, warmup_steps=5, batch_size=32)
+    short = Recipe(lr=3e-3, steps=8, warmup_steps=1, batch_size=16)
+    build_substrate(replace(NANO, pretraining=long, tuning=short), folder, 0, {"equation": 0.9})
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
