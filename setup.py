@@ -13,6 +13,7 @@ SUBFOLDERS = (
     "substrate/train",
     "megatron_evolve/report",
     "megatron_evolve/workers",
+    "megatron_evolve/worlds",
 )
 
 package_dir = {"megatron_evolve": "megatron_evolve"}

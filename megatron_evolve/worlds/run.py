@@ -33,6 +33,7 @@ from megatron_evolve.prepare import default_store, freeze
 from megatron_evolve.review import Weights
 from megatron_evolve.sources import decision_sources
 from megatron_evolve.stance import ALARMS
+from megatron_evolve.status import status
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.worlds.grid import Grid, World, campaign_of, load_grid, pool_of, truth_judge_of
 from megatron_evolve.worlds.ground import substrate_of
@@ -145,8 +146,6 @@ def is_closed(folder: Path) -> bool:
     """Whether the folder holds a campaign that came to its end."""
     if not CampaignFolder(folder).ledger.exists():
         return False
-    from megatron_evolve.status import status
-
     return status(folder)["state"] == "closed"
 
 
@@ -227,6 +226,7 @@ def write_result(tour: Tour) -> dict[str, Any]:
         "dev": tour.grid.truth.dev,
         "external": tour.grid.truth.external,
         "alpha": TRUTH_ALPHA,
+        "cpu_hours": sum(one.cpu_seconds for one in results) / 3600,
     }
     document = {
         "schema": "worlds-result/1",

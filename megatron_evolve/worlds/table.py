@@ -158,7 +158,8 @@ def summaries(names: Sequence[str], results: Sequence[CampaignResult]) -> list[W
 
 HOW_TO_READ = """\
 Every row is real training: campaigns of {rounds} rounds on the base campaign `{base}`; {finished} of {planned} are
-finished. Seeds are hashes of the code ({code}), the world's name and the campaign's number.
+finished and took {cpu_hours:.1f} CPU-hours, origin and truth not counted. Seeds are hashes of the code ({code}), the
+world's name and the campaign's number.
 
 Truth is a fresh scoring, not the planted label: after each campaign all anchor runs and the first run of every explorer
 answered about {dev:,} dev and {external:,} external items that no campaign saw. A family, or dev as a whole, *parted*

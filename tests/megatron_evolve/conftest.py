@@ -64,7 +64,8 @@ def own_ground(ground: Ground, tmp_path: Path) -> Ground:
 @pytest.fixture
 def copy_of_finished(ground: Ground, tmp_path: Path) -> Path:
     """A copy of the finished campaign. Files are links to the first: replace one, never write into it."""
-    return Path(shutil.copytree(ground.finished, tmp_path / "copy", copy_function=os.link))
+    own = shutil.ignore_patterns("controller.lock", "warm.*")
+    return Path(shutil.copytree(ground.finished, tmp_path / "copy", copy_function=os.link, ignore=own))
 
 
 @pytest.fixture

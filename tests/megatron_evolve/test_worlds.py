@@ -267,7 +267,8 @@ def test_the_page_prints_whatever_came_out() -> None:
     ]
     found = summaries(["w", "v", "not-run-yet"], results)
     assert [one.world for one in found] == ["w", "v", "all worlds"]
-    facts = {"rounds": 3, "base": "demo", "planned": 9, "finished": 2, "code": CODE[:12], "alpha": 0.05}
+    facts = {"rounds": 3, "base": "demo", "planned": 9, "finished": 2, "code": CODE[:12]}
+    facts |= {"alpha": 0.05, "cpu_hours": 0.5}
     text = page({**facts, "dev": 10_000, "external": 10_000}, found, results)
     for words in ("2 of 9", "10,000 dev", "a (DECOUPLED, round 2)", "none to count", "2 versions of the code"):
         assert words in text
