@@ -54,7 +54,7 @@ def final_comparison(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     mine = _finished(desk, desk.ground, mine, "train")
     if not mine:
         return {**names, **compare([], [], desk.origin, desk.weights, [])}
-    _pay(desk, policy, [standing.id, origin.id], [*mine, *theirs])
+    _pay(desk, policy, FINAL_STAGE, [standing.id, origin.id], [*mine, *theirs])
     mine = _finished(desk, desk.ground, mine, FINAL_STAGE)
     theirs = _finished(desk, outside, theirs, FINAL_STAGE)
     answers = [[sealed_answers(folder, run) for run in runs] for runs in (mine, theirs)]
@@ -67,14 +67,14 @@ def final_survey(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     ground = desk.ground
     if runs[0].round == ORIGIN_ROUND:
         ground = origin_ground(ground.substrate, ground.judge, ground.time_limit_s, ground.folder.closing)
-        _pay(desk, policy, [runs[0].candidate.id], runs)
+        _pay(desk, policy, FINAL_STAGE, [runs[0].candidate.id], runs)
     else:
         runs = _finished(desk, ground, runs, "train")
     for stage in stages:
         if not runs:
             break
         if stage != FINAL_STAGE:
-            _pay_open(desk, policy, runs)
+            _pay(desk, policy, stage, [runs[0].candidate.id], runs)
         runs = _finished(desk, ground, runs, stage)
     return survey(desk.ground.folder, runs, stages)
 
@@ -109,30 +109,17 @@ def _finished(desk: Desk, ground: Ground, runs: Sequence[Run], stage: Stage) -> 
     return [run for run, outcome in zip(runs, ended, strict=True) if outcome == "finished"]
 
 
-def _pay(desk: Desk, policy: SearchPolicy, names: Sequence[str], runs: Sequence[Run]) -> None:
+def _pay(desk: Desk, policy: SearchPolicy, split: Stage, names: Sequence[str], runs: Sequence[Run]) -> None:
+    """Enters the look at a split of the target that is asked once, at the end."""
     desk.looks.pay(
         Look(
             candidates=tuple(names),
             runs=tuple(run.key for run in runs),
-            purpose="the standing settings against the origin, once, at the end",
-            split="final",
+            purpose="once, at the end",
+            split=split,
             round=policy.round,
-            item_set=digest_of({"judge": desk.judge_digest, "split": "final"}),
-            items=desk.suites["items"]["final"],
-        )
-    )
-
-
-def _pay_open(desk: Desk, policy: SearchPolicy, runs: Sequence[Run]) -> None:
-    desk.looks.pay(
-        Look(
-            candidates=(runs[0].candidate.id,),
-            runs=tuple(run.key for run in runs),
-            purpose="every row once, at the end",
-            split="open",
-            round=policy.round,
-            item_set=digest_of({"judge": desk.judge_digest, "split": "open"}),
-            items=desk.suites["items"]["open"],
+            item_set=digest_of({"judge": desk.judge_digest, "split": split}),
+            items=desk.suites["items"][split],
         )
     )
 
