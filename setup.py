@@ -25,5 +25,5 @@ for folder in SUBFOLDERS:
 setup(
     packages=sorted(package_dir),
     package_dir=package_dir,
-    package_data={"megatron_evolve": ["campaigns/*.yaml"]},
+    package_data={"megatron_evolve": ["campaigns/*.yaml", "worlds/*.yaml"]},
 )

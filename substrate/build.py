@@ -68,7 +68,7 @@ class Preset:
     def mix(self, weight: Mapping[str, float]) -> Mix:
         """Answers only, in these shares."""
         styles = dict.fromkeys(weight, ANSWER_STYLE)
-        return Mix(weight=dict(weight), style=styles, difficulty=self.difficulty, repetition_cap=1000)
+        return Mix(weight=dict(weight), style=styles, difficulty=self.difficulty)
 
     def construction(self, cue_rate: Mapping[str, float]) -> Construction:
         """The operator's pool with this cue rate by family, 0 where not named. Raises ValueError for an unknown one."""
@@ -107,12 +107,12 @@ NANO = Preset(
         "numeral": 0.3,
         "gravity": 0.95,
         "unit_conversion": 0.95,
-        "cipher": 1.05,
+        "cipher": 0.9,
         "bit_manipulation": 1.3,
-        "equation": 1.3,
+        "equation": 1.35,
     },
     trace_share=0.3,
-    pretraining=Recipe(lr=6e-3, steps=450, warmup_steps=20, weight_decay=0.01, prompt_loss_weight=0.3),
+    pretraining=Recipe(lr=6e-3, steps=420, warmup_steps=20, weight_decay=0.01, prompt_loss_weight=0.3),
     tuning=Recipe(lr=3e-3, steps=140),
 )
 

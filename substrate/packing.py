@@ -2,8 +2,9 @@
 
 A row is a function of (seed, step, position in the global batch) and of the prompts drawn before it, never of the
 number of data-parallel ranks: every rank draws the same global batch and encodes it, then takes its own slice. So two
-ranks train on what one would, and a resumed run needs only its step number. Rows are padded, not packed end to end:
-Megatron's plain Mamba path keeps state across a row, and nano batches waste about 15 % on padding.
+ranks train on what one would, and a resumed run needs only its step number. Rows are padded, not packed end to end,
+since the Mamba state would run on from row to row. A third of a nano batch and two thirds of a challenge batch would be
+padding; `narrowed` computes the short rows apart, which saves 7 % and 36 % of a step's time.
 
 B rows, T tokens.
 """

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_evolve.campaign import Campaign, plan_of
+from megatron_evolve.origin import ORIGIN_ROUND
 from megatron_evolve.terminal import Narrator
 from megatron_evolve.worlds.grid import Grid
 
@@ -56,7 +57,10 @@ class Pace(Narrator):
         self.console.print(f"\n[bold]{what}[/]{self._left()}")
 
     def _ended(self, facts: dict[str, Any]) -> None:
-        self.done += RUN_SECONDS * (facts["end"].stage == "train" and facts["round"] > 0)
+        if facts["end"].stage == "train":
+            self.done += RUN_SECONDS
+            # How many of the origin's runs lie in the store is not known beforehand: each is counted as it ends.
+            self.expected += RUN_SECONDS * (facts["round"] == ORIGIN_ROUND)
         super()._ended(facts)
 
     def _truth(self, facts: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 Two kinds. `weights` or `adapter` is what a run hands on to its evaluation. `resume` also holds the optimizer's
 moments, the random generators and the trainer's own state, so that a run killed after it goes on bit for bit as if it
-had not been. Files are safetensors and JSON: no pickles, and 10 ms in place of the 3 s of a distributed save.
+had not been. Files are safetensors and JSON: no pickles, and 0.02 CPU-seconds (nano) in
+place of the 3 s of a distributed save.
 
 A folder is written under a temporary name, its manifest last, and renamed. Data-parallel ranks hold equal state, so
 rank 0 writes for all. Ranks that each hold a part of the model need Megatron's distributed checkpoint, which is not
@@ -51,6 +52,8 @@ def save_checkpoint(
     """
     from safetensors.torch import save
 
+    for left_behind in folder.parent.glob(f".{folder.name}.*.tmp"):  # by a killed attempt; a run folder has one writer
+        shutil.rmtree(left_behind)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     make_folder(partial)
     files = {}

@@ -1,9 +1,9 @@
 """When a run has diverged: a rule on losses and gradient norms alone, stated before any run.
 
 A run diverges at the first step whose loss or gradient norm is not finite, or at the step where the loss has been above
-three times its running median (of the last 50 steps before the rise) for 20 steps in a row. One such step is a hard
-batch; twenty are a model that is gone: at peak learning rates ten times too high the nano model's loss stands at 5 to
-30 times it.
+three times its running median (of the last 50 steps before the rise) for 20 steps in a row. A few such steps
+are a hard batch or a shaky start, from which runs recover; twenty are a model that is gone. A rise from the first steps
+on has no calm time to be compared with and shows as a bad score, not as divergence.
 """
 
 import math

@@ -177,7 +177,7 @@ def _restore(trainer: Trainer, selector: Selector, folder: Path, run: str) -> _S
         return _State()
     checkpoint = load_checkpoint(path)
     put_trained_tensors(trainer.model, read_tensors(path, "model"), trainer.recipe.adapter is not None)
-    None and put_optimizer_tensors(trainer.model, torch_optimizers(trainer.optimizer), read_tensors(path, "optimizer"))
+    put_optimizer_tensors(trainer.model, torch_optimizers(trainer.optimizer), read_tensors(path, "optimizer"))
     put_generator_tensors(read_tensors(path, "generators"))
     own = checkpoint.state
     selector.restore(own["selected"]["step"], own["selected"]["loss"], read_tensors(path, "selected"))

@@ -25,13 +25,7 @@ def make_optimizer(model: "DistributedDataParallel", recipe: Recipe) -> "Megatro
         sgd_momentum=recipe.beta1,
         clip_grad=recipe.clip_grad,
     )
-    optimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
-    for inner in torch_optimizers(optimizer):
-        if recipe.optimizer == "adam" and "fused" in inner.defaults:
-            # torch's own AdamW (no Apex): one C++ call per tensor in place of ten small ones, and the same moments.
-            for group in inner.param_groups:
-                group["fused"] = True
-    return optimizer
+    return get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
 
 
 def torch_optimizers(optimizer: "MegatronOptimizer") -> list[Any]:

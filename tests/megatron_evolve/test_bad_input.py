@@ -1,5 +1,6 @@
 """Bad input: one sentence on stderr that says what came and what to do, a status that is not zero, and nothing lost."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -166,28 +167,28 @@ def test_a_corrupt_ledger_stops_it_and_a_restored_one_goes_on(ground: Ground, co
 
 def test_a_damaged_checkpoint_becomes_a_kind_and_no_score(own_ground: Ground, variant: Callable[..., Path]) -> None:
     small = {"constitution__rounds": 1, "constitution__workers": 3, "constitution__external_looks": 0}
-    file = variant(own_ground.settings(), **small)
+    file = variant(own_ground.settings(), **small, launch__cores=1)  # all are trained before the first is scored
     folder = own_ground.root / "campaign"
     ended = own_ground.run(folder, file=file, first=STARTUP, TEST_KILL_AT="os.rename */rounds/1/*/dev/*/job.json")
     assert ended.returncode < 0, ended.stderr
-    # Every explorer that was trained so far loses its checkpoint, or half of it.
-    anchor = next(event["key"].split("/")[1] for event in events(folder) if event["kind"] == "ended")
-    damaged = [path for path in folder.glob("rounds/1/*/runs/*/train/checkpoint") if anchor not in path.parts]
-    if not damaged:
-        damaged = list(folder.glob("rounds/1/*/runs/*/train/checkpoint"))[:1]
-    shutil.rmtree(damaged[0])
-    for path in damaged[1:]:
-        weights = next(path.glob("*.safetensors"))
-        os.truncate(weights, weights.stat().st_size // 2)
+    explorers = [event["data"]["candidate"] for event in events(folder) if event["kind"] == "proposed"]
+    missing, truncated = (one_of(folder, f"rounds/1/{name}/runs/*/train/checkpoint") for name in explorers)
+    shutil.rmtree(missing)
+    weights = one_of(truncated, "*.safetensors")
+    os.truncate(weights, weights.stat().st_size // 2)
     ended = own_ground.run(folder, "--json", file=file)
     assert ended.returncode == 0, ended.stderr
-    ends = [
-        event["data"]["end"] for event in events(folder) if event["kind"] == "ended" and event["key"].endswith("/dev")
-    ]
-    failed = [end for end in ends if end["outcome"] != "finished"]
-    assert [end["outcome"] for end in failed] == ["crashed"] * len(damaged)
-    assert all("train again" in end["reason"] for end in failed)
+    found = {event["key"]: event["data"]["end"] for event in events(folder) if event["kind"] == "ended"}
+    failed = {key.split("/")[1]: end for key, end in found.items() if end["outcome"] != "finished"}
+    assert {name: end["outcome"] for name, end in failed.items()} == dict.fromkeys(explorers, "crashed")
+    assert all("train again" in end["reason"] for end in failed.values())
+    shown = {one["id"]: one for one in json.loads(ended.stdout)["rounds"][0]["candidates"]}
+    assert all(shown[name]["dev"] is None for name in explorers)
     assert verify_campaign(folder)["ok"]
+
+
+def one_of(folder: Path, pattern: str) -> Path:
+    return sorted(folder.glob(pattern))[0]
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ OPERATORS_FILES = {
     "campaign.py": "campaign file: the pool to build",
     "prepare.py": "builds it",
     "cli.py": "refreezes it",
+    "grid.py": "grid of worlds: the pools to build",
+    "ground.py": "builds them",
 }
 
 

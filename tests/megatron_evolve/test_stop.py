@@ -14,7 +14,7 @@ from tests.megatron_evolve.tiny import Ground, environment, events
 
 pytestmark = pytest.mark.slow
 
-DEADLINE_S = 120
+DEADLINE_S = 300  # a loaded machine
 
 
 def start(ground: Ground, folder: Path) -> subprocess.Popen:
