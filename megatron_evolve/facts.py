@@ -97,6 +97,11 @@ class RoundFacts:
         planned = self.runs[name][: proposed * self.policy.replicates.explorer]
         return [run for run in runs if run in planned]
 
+    @property
+    def has_anchor(self) -> bool:
+        """Whether the round has a score of the anchor, without which nothing of it compares."""
+        return bool(self.scored(self.anchor, "dev-b"))
+
     @cached_property
     def explorers(self) -> tuple[str, ...]:
         """Explorers with a dev score, in order of worker; each once."""

@@ -31,7 +31,7 @@ from megatron_evolve.evidence import (
 )
 from megatron_evolve.facts import RoundFacts, RunFacts
 from megatron_evolve.origin import Origin
-from megatron_evolve.verdict import GapTest, judge
+from megatron_evolve.verdict import OVERALL, GapTest, Verdict, judge
 from megatron_evolve.window import RoundItems
 
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -86,8 +86,8 @@ def review(
     all rounds before the last one keeps; `looks` the account's counts so far.
     """
     facts = window[-1]
-    rounds = [round_items(one, weights) for one in window]
-    replicates = rounds[-1].replicates()
+    rounds = [round_items(one, weights) for one in window if one.has_anchor]
+    replicates = rounds[-1].replicates() if facts.has_anchor else ()
     pool = SeedPool((*origin.pooled(), *(RunReplicates.from_dict(one) for one in earlier), *replicates))
     rule = GapTest(
         rounds=tuple(range(1, constitution.rounds + 1)),
@@ -97,7 +97,7 @@ def review(
         alpha=constitution.gap.alpha,
         window=constitution.gap.window,
     )
-    verdicts = judge(rounds, rule, pool)
+    verdicts = judge(rounds, rule, pool) if facts.has_anchor else unjudged(rule)
     means = a_half_means(facts, weights)
     reviewed = [_candidate(facts, name, weights, pool) for name in _names(facts)]
     return Evidence(
@@ -117,6 +117,15 @@ def review(
         cpu_seconds=sum(
             end["cpu_seconds"] for runs in facts.runs.values() for run in runs for end in run.ends.values()
         ),
+    )
+
+
+def unjudged(rule: GapTest) -> tuple[Verdict, ...]:
+    """What can be said of a round whose anchor has no score: nothing, which spends none of the level."""
+    told = "No run of the anchor was scored in this round, so there is nothing to compare with."
+    return tuple(
+        Verdict(outcome="UNRESOLVED", estimand=one, domain=OVERALL, alpha_spent=0.0, ranking_usable=False, reason=told)
+        for one in rule.estimands
     )
 
 

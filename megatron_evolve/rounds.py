@@ -178,6 +178,8 @@ def ask_external(runs: RoundRuns, stage: Stage) -> None:
     desk, policy = runs.desk, runs.policy
     if desk.campaign.judge.external is None or policy.ask_external == "none":
         return
+    if not desk.facts(policy.round).has_anchor:  # there is nothing to compare with, so no look is spent
+        return
     asked = [runs.anchor.id, *ranked_or_all(runs)]
     stages: list[tuple[Run, Stage]] = []
     for name in asked:

@@ -39,6 +39,17 @@ asked.write_text("x" * (calls + 1))
 {body}
 """
 
+# Loses every number within twenty steps: each step is larger than the one before, and nothing clips it.
+WILD = {
+    "recipe.optimizer": "sgd",
+    "recipe.beta1": 0.99,
+    "recipe.clip_grad": 0,
+    "recipe.answer_loss_weight": 10,
+    "recipe.schedule": "constant",
+    "recipe.warmup_steps": 0,
+    "recipe.steps": 20,
+}
+
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Callable[[str], list[str]]:
@@ -128,8 +139,9 @@ def test_a_killed_worker_is_asked_again_at_no_charge(
 def test_a_diverged_run_is_repaired_within_bounds(
     ground: Ground, worker: Callable[[str], list[str]], variant: Callable[..., Path], tmp_path: Path
 ) -> None:
-    wild = "answer({'recipe.lr': {'set': 1.0 - calls / 10}, 'recipe.clip_grad': {'set': 0}})"
-    file = variant(**SMALL, worker=worker(f"{wild} if calls < 2 else answer({{'recipe.steps': {{'set': 4}}}})"))
+    wild = {name: {"set": value} for name, value in WILD.items()}
+    body = f"change = {wild!r}\nchange['recipe.lr'] = {{'set': 1.0 - calls / 100}}\n"
+    file = variant(**SMALL, worker=worker(f"{body}answer(change if calls < 2 else {{'recipe.steps': {{'set': 4}}}})"))
     folder = tmp_path / "campaign"
     done = ground.run(folder, "--json", file=file)
     assert done.returncode == 0, done.stderr

@@ -143,7 +143,9 @@ def test_a_prompt_is_trained_on_no_more_often_than_the_cap(monkeypatch):
     tally = Tally()
     list(packer(only("unit_conversion", repetition_cap=5), RECIPE.replace(batch_size=32, steps=2)).batches(tally))
     assert tally.rows["unit_conversion"] == 64 and tally.redrawn["unit_conversion"] > 0
-    with pytest.raises(ValueError, match=r"'unit_conversion' no usable row in 200 draws.*raise mix\.repetition_cap"):
+    with pytest.raises(
+        ValueError, match=r"'unit_conversion' gave no usable row in 200 draws.*raise mix\.repetition_cap"
+    ):
         batches(packer(only("unit_conversion", repetition_cap=1), RECIPE.replace(batch_size=32, steps=2)))
 
 
