@@ -1,6 +1,8 @@
 """Workers and runs that fail: repaired a bounded number of times, every call charged, an ending never a score."""
 
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +11,12 @@ from typing import Any
 import pytest
 
 from megatron_evolve.audit import verify_campaign
-from tests.megatron_evolve.tiny import Ground, events
+from tests.megatron_evolve.tiny import Ground, environment, events
 
 pytestmark = pytest.mark.slow
 
 STARTUP = str(Path(__file__).parent / "startup")
+DATA_BYTES = 1_600_000_000  # a process with the libraries loaded has 0.8 GB
 PROPOSED = "os.rename */rounds/1/*/train/*/job.json"  # every worker was asked by then
 SMALL = {
     "constitution__rounds": 1,
@@ -39,15 +42,15 @@ asked.write_text("x" * (calls + 1))
 {body}
 """
 
-# Loses every number within twenty steps: each step is larger than the one before, and nothing clips it.
+# Loses every number within twenty steps or so: each is larger than the one before, and nothing clips it.
 WILD = {
     "recipe.optimizer": "sgd",
-    "recipe.beta1": 0.99,
+    "recipe.beta1": 0.999,
     "recipe.clip_grad": 0,
     "recipe.answer_loss_weight": 10,
     "recipe.schedule": "constant",
     "recipe.warmup_steps": 0,
-    "recipe.steps": 20,
+    "recipe.steps": 40,
 }
 
 
@@ -141,7 +144,12 @@ def test_a_diverged_run_is_repaired_within_bounds(
 ) -> None:
     wild = {name: {"set": value} for name, value in WILD.items()}
     body = f"change = {wild!r}\nchange['recipe.lr'] = {{'set': 1.0 - calls / 100}}\n"
-    file = variant(**SMALL, worker=worker(f"{body}answer(change if calls < 2 else {{'recipe.steps': {{'set': 4}}}})"))
+    limits = {"max_steps": 60}
+    file = variant(
+        **SMALL,
+        constitution__limits=limits,
+        worker=worker(f"{body}answer(change if calls < 2 else {{'recipe.steps': {{'set': 4}}}})"),
+    )
     folder = tmp_path / "campaign"
     done = ground.run(folder, "--json", file=file)
     assert done.returncode == 0, done.stderr
@@ -176,4 +184,22 @@ def test_runs_out_of_time_end_the_round_without_an_effect(
     assert all(one["dev"] is None for one in answer["rounds"][0]["candidates"])
     assert {one["outcome"] for one in answer["rounds"][0]["verdicts"]} == {"UNRESOLVED"}
     assert len(proposed(folder)) == 3
+    assert verify_campaign(folder)["ok"]
+
+
+def test_a_run_without_memory_is_repaired(
+    ground: Ground, worker: Callable[[str], list[str]], variant: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A limit on its data makes a large batch fail as a full machine would: by its allocator's own words."""
+    if shutil.which("prlimit") is None:
+        pytest.skip("limiting memory needs prlimit")
+    large = "{'recipe.batch_size': {'set': 4096}, 'recipe.steps': {'set': 2}, 'recipe.warmup_steps': {'set': 0}}"
+    file = variant(**SMALL, worker=worker(f"answer({{'recipe.steps': {{'set': 4}}}} if calls else {large})"))
+    folder = tmp_path / "campaign"
+    limited = ["prlimit", f"--data={DATA_BYTES}", *ground.arguments(folder, "--json", file=file)]
+    done = subprocess.run(limited, env=environment(), capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert [end["outcome"] for end in ended(folder)][:2] == ["out_of_memory", "finished"]
+    brief = json.loads((folder / "rounds/1/workers/1/1/brief.json").read_bytes())
+    assert (brief["verb"], brief["ending"]) == ("repair", "out_of_memory")
     assert verify_campaign(folder)["ok"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_evolve.audit import verify_campaign
 from megatron_evolve.eval.suite import GeneratedSuite, draw
 from tests.megatron_evolve.tiny import Ground, events, suite
 
@@ -92,10 +93,11 @@ def test_only_the_judge_opens_the_target(
     assert asking
     assert len(freezing) + len(asking) == len(opened), "another process opened the target"
     splits = {words[words.index("--splits") + 1] for words in asking}
-    assert splits <= {"external-a", "external-b", "final"}
+    assert splits <= {"external-a", "external-b", "final", "open"}
     assert {"external-a", "external-b"} <= splits
     proposed = [event["data"] for event in events(folder) if event["kind"] == "proposed"]
     assert [one["call"]["ending"] for one in proposed] == ["ok"], "the worker ran with the target absent"
+    assert verify_campaign(folder)["ok"]
 
 
 def test_what_others_are_given_does_not_name_the_target(
