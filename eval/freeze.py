@@ -3,7 +3,7 @@
     python -m megatron_evolve.eval.freeze --spec SPEC.json --out DIR       freeze, unless DIR holds the judge already
     python -m megatron_evolve.eval.freeze --verify DIR                     hash everything again
 
-Beside the judge it leaves what others may know of it: `suites.json` (weights and sizes) and `withheld.json` (sha256 of
+Beside the judge it leaves what others may know of it: `suites.json` (weights and sizes) and `withheld.txt` (sha256 of
 the target's rule instances, so that no training row equals one), neither of which holds an item, a path or the secret.
 """
 
@@ -19,10 +19,10 @@ from pydantic import TypeAdapter
 from megatron_evolve.eval.judge import MANIFEST, Engine, Judge, freeze_judge, load_judge, verify_judge
 from megatron_evolve.eval.leakage import withheld
 from megatron_evolve.eval.suite import CsvSuite, GeneratedSuite, Item, Suite, csv_suite, family_weights, read_csv
-from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, write_json
+from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, write_json, write_whole
 
 SUITES_FILE = "suites.json"
-WITHHELD_FILE = "withheld.json"
+WITHHELD_FILE = "withheld.txt"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def freeze(spec: dict[str, Any], folder: Path) -> Judge:
     make_folder(folder)
     write_json(folder / SUITES_FILE, _told(dev, external, rows))
     if rows:
-        write_json(folder / WITHHELD_FILE, sorted(withheld(rows)))
+        write_whole(folder / WITHHELD_FILE, "".join(f"{instance}\n" for instance in sorted(withheld(rows))))
     return freeze_judge(folder, dev=dev, external=external, engine=Engine(**spec["engine"]), secret=spec["secret"])
 
 

@@ -29,7 +29,7 @@ from megatron_evolve.origin import ORIGIN_ROUND, Origin, read_origin
 from megatron_evolve.policy import Edit, SearchPolicy
 from megatron_evolve.prepare import judge_process
 from megatron_evolve.proposals import Setback, assigned_axes, brief_of, first_failure
-from megatron_evolve.review import Weights, review
+from megatron_evolve.review import Weights, first_pooled, review
 from megatron_evolve.sources import decision_sources
 from megatron_evolve.substrate.digest import digest_file, digest_of
 from megatron_evolve.substrate.manifest import Substrate, public_view, verify
@@ -182,9 +182,10 @@ def _check_stage(record: Record, event: Event) -> None:
     for file, digest in event.data["files"].items():
         _must_hold(base / file, digest)
     for split in SPLITS_OF.get(stage, (stage,)) if stage != "train" and record.is_reviewed(int(number)) else ():
-        look = record.looks.paid(candidate=name, round_number=int(number), split=split)
+        asked = int(number) or record.campaign.constitution.rounds + 1  # the origin's runs are asked at the end
+        look = record.looks.paid(candidate=name, round_number=asked, split=split)
         if event.data["end"]["outcome"] == "finished" and look is None:
-            raise Broken(str(record.folder.looks), f"a look at {split} for {name} in round {number}", "none")
+            raise Broken(str(record.folder.looks), f"a look at {split} for {name} in round {asked}", "none")
 
 
 def _must_hold(path: Path, digest: str) -> None:
@@ -250,7 +251,7 @@ def _setback(record: Record, number: int, worker: int, attempt: int) -> Setback 
 
 def _check_evidence(record: Record, number: int) -> None:
     rules = record.campaign.constitution
-    first = max(1, number - rules.gap.window + 1)
+    first = first_pooled(record.policy(number), rules)
     window = [round_facts(record.folder, record.events, record.campaign.seed, one) for one in range(first, number + 1)]
     earlier = [one for past in range(1, number) for one in record.evidence(past).replicates]
     found = record.evidence(number)

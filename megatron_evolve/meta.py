@@ -53,7 +53,7 @@ def next_policy(
     _check_belongs(policy, evidence)
     draft = Draft(policy)
     draft.write("round", policy.round + 1, f"Round {policy.round} is judged.", pointer("round"))
-    said = said_by_scope(policy, evidence, constitution)
+    said = said_by_scope(evidence)
     premises = edit_premises(draft, policy, evidence, said)
     objective, why = objective_after(policy, premises, said)
     found = readings(evidence, objective, constitution)

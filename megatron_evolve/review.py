@@ -31,6 +31,7 @@ from megatron_evolve.evidence import (
 )
 from megatron_evolve.facts import RoundFacts, RunFacts
 from megatron_evolve.origin import Origin
+from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.verdict import OVERALL, GapTest, Verdict, judge
 from megatron_evolve.window import RoundItems
 
@@ -127,6 +128,11 @@ def unjudged(rule: GapTest) -> tuple[Verdict, ...]:
         Verdict(outcome="UNRESOLVED", estimand=one, domain=OVERALL, alpha_spent=0.0, ranking_usable=False, reason=told)
         for one in rule.estimands
     )
+
+
+def first_pooled(policy: SearchPolicy, constitution: Constitution) -> int:
+    """First round that this policy's verdicts pool: the window's, but none from before the objective moved."""
+    return max(1, policy.objective_since, policy.round - constitution.gap.window + 1)
 
 
 def round_items(facts: RoundFacts, weights: Weights) -> RoundItems:

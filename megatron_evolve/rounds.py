@@ -25,7 +25,7 @@ from megatron_evolve.proposals import (
     propose,
     propose_all,
 )
-from megatron_evolve.review import a_half_means, review
+from megatron_evolve.review import a_half_means, first_pooled, review
 from megatron_evolve.substrate.digest import digest_of
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def run_round(desk: Desk, policy: SearchPolicy) -> SearchPolicy:
 
 def _write_evidence(desk: Desk, number: int) -> dict[str, Any]:
     rules = desk.campaign.constitution
-    window = [desk.facts(one) for one in range(max(1, number - rules.gap.window + 1), number + 1)]
+    window = [desk.facts(one) for one in range(first_pooled(desk.policy(number), rules), number + 1)]
     earlier = [one for past in range(1, number) for one in desk.evidence(past).replicates]
     evidence = review(window, rules, desk.origin, desk.weights, earlier, desk.looks.summary())
     return {"digest": save_json(desk.ground.folder.evidence(number), evidence)}

@@ -37,17 +37,18 @@ class Said:
     tracking: tuple[int, ...]
 
 
-def said_by_scope(policy: SearchPolicy, evidence: Evidence, constitution: Constitution) -> dict[str | None, Said]:
-    """Indices of the alarming verdicts by scope, and of those TRACKING ones that rest on rounds since the objective."""
+def said_by_scope(evidence: Evidence) -> dict[str | None, Said]:
+    """Indices of the alarming and of the TRACKING verdicts by scope.
+
+    A verdict pools no round from before the objective moved (`review.first_pooled`), so TRACKING said under the
+    external objective rests on rounds opened since.
+    """
     found: dict[str | None, tuple[list[int], list[int]]] = {}
     for index, verdict in enumerate(evidence.verdicts):
         alarms, tracking = found.setdefault(_scope(verdict), ([], []))
         if verdict["outcome"] in ALARMS:
             alarms.append(index)
-        elif (
-            verdict["outcome"] == "TRACKING"
-            and _first_pooled(verdict, evidence, constitution) >= policy.objective_since
-        ):
+        elif verdict["outcome"] == "TRACKING":
             tracking.append(index)
     return {scope: Said(tuple(alarms), tuple(tracking)) for scope, (alarms, tracking) in found.items()}
 
@@ -55,12 +56,6 @@ def said_by_scope(policy: SearchPolicy, evidence: Evidence, constitution: Consti
 def _scope(verdict: Mapping[str, Any]) -> str | None:
     domain = verdict.get("domain")
     return None if domain in (None, "", OVERALL) else domain
-
-
-def _first_pooled(verdict: Mapping[str, Any], evidence: Evidence, constitution: Constitution) -> int:
-    """The first round that a verdict rests on: the cumulative estimand looks at one round, the others at the window."""
-    pooled = 1 if verdict["estimand"] == "cumulative" else constitution.gap.window
-    return evidence.round - pooled + 1
 
 
 def edit_premises(draft: Draft, policy: SearchPolicy, evidence: Evidence, said: Mapping[str | None, Said]) -> list[str]:

@@ -16,7 +16,7 @@ with each one-sided bound at TRUTH_ALPHA over the number of such comparisons in 
 TRUTH_ALPHA of the campaigns without any parting are said to have one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,20 @@ def is_apart(d: Bounds, t: Bounds, g: Bounds) -> bool:
 
 
 def true_effects(
-    rounds: Sequence[RoundItems], estimands: Sequence[str], beta0: float, window: int
+    rounds: Sequence[RoundItems], estimands: Sequence[str], beta0: float, window: int, moves: Collection[int] = ()
 ) -> tuple[TrueEffect, ...]:
-    """The truth behind every verdict of these rounds, in order. An estimand without runs on both sides has none."""
+    """The truth behind every verdict of these rounds, in order. An estimand without runs on both sides has none.
+
+    `moves` are the rounds from which another objective was searched for: no verdict pools across one.
+    """
     domains = sorted(set(rounds[0].dev_weights) & set(rounds[0].external_weights))
     level = TRUTH_ALPHA / (len(rounds) * len(estimands) * (1 + len(domains)))
     found = []
+    start = 0
     for position, last in enumerate(rounds):
+        start = position if last.number in moves else max(start, position - window + 1)
         for estimand in estimands:
-            pair = pair_of(estimand, rounds[max(0, position - window + 1) : position + 1])
+            pair = pair_of(estimand, rounds[start : position + 1])
             if pair.missing:
                 continue
             for scope in (OVERALL, *domains):
@@ -150,4 +155,5 @@ def truth_of(record: Record, ground: Ground) -> tuple[TrueEffect, ...]:
     rounds = [truth_items(ground, facts, weights) for facts in all_facts(record)]
     judged = {verdict["estimand"] for number in record.rounds for verdict in record.evidence(number).verdicts}
     rule = record.campaign.constitution.gap
-    return true_effects(rounds, sorted(judged), rule.beta0, rule.window)
+    moves = {record.policy(number).objective_since for number in record.rounds}
+    return true_effects(rounds, sorted(judged), rule.beta0, rule.window, moves)

@@ -148,7 +148,8 @@ def test_a_job_starts_with_every_signal_at_its_default(make_job: Callable[..., J
     job = make_job("a", "grep -E 'SigBlk|SigIgn' /proc/self/status > $RUN/done")
     assert run(job).kind is OutcomeKind.FINISHED
     masks = [int(line.split()[1], 16) for line in (job.run_dir / "done").read_text().splitlines()]
-    assert masks == [0, 0]
+    # Signals 32 and 33 belong to the C library: what it inherits as ignored it can neither see nor change.
+    assert [mask & ~(0b11 << 31) for mask in masks] == [0, 0]
 
 
 def test_a_job_cancelled_before_it_began_never_begins(make_job: Callable[..., Job]) -> None:

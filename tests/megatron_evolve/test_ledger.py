@@ -1,5 +1,6 @@
 """The ledger: chained, append-only, forgiving only of a torn last line."""
 
+import itertools
 import json
 
 import pytest
@@ -19,7 +20,7 @@ def test_round_trip_and_chain(tmp_path) -> None:
     events = read_ledger(filled(tmp_path))
     assert [event.data["value"] for event in events] == [0, 1, 2, 3]
     assert events[0].previous == GENESIS
-    assert all(later.previous == earlier.hash for earlier, later in zip(events, events[1:], strict=False))
+    assert all(later.previous == earlier.hash for earlier, later in itertools.pairwise(events))
 
 
 def test_once_happens_once_and_survives_reopening(tmp_path) -> None:

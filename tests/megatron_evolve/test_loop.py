@@ -72,7 +72,7 @@ def test_status_verify_explain_and_report_work_on_it(ground: Ground, tmp_path: P
     found = json.loads(verified.stdout)
     proposed = sum(event["kind"] == "proposed" for event in events(ground.finished))
     assert (found["ok"], found["first_broken"], found["notes"]) == (True, None, [])
-    assert found["replayed_decisions"] == proposed + 2 * 2 + 2, "proposals, evidence, policies, final, finding"
+    assert found["replayed_decisions"] == proposed + 2 * 2 + 3, "proposals, evidence, policies, final, survey, finding"
     explained = command("explain", ground.finished, "--round", "1")
     assert explained.returncode == 0
     assert explained.stdout.startswith("Round 1 ")
@@ -117,7 +117,7 @@ def test_a_researchers_delta_is_tried_against_the_anchor(
     assert found["external"] is None
     assert (copy_of_finished / "ledger.jsonl").read_bytes() == before
     assert command("verify", copy_of_finished).returncode == 0
-    change["change"] = {"recipe.steps": {"set": 6}}
+    change["change"] = {"recipe.steps": {"set": 8}}  # as the substrate's own recipe has it
     delta.write_text(yaml.safe_dump(change))
     same = command("try", delta, "--dir", copy_of_finished, "--seeds", 1)
     assert same.returncode == 1
