@@ -1,6 +1,7 @@
 """Freezes a judge in a process of its own, so that no other process ever opens the external target.
 
     python -m megatron_evolve.eval.freeze --spec SPEC.json --out DIR       freeze, unless DIR holds the judge already
+    python -m megatron_evolve.eval.freeze --attach DIR --origin FILE       the origin's scores, DIR/FILE, join the judge
     python -m megatron_evolve.eval.freeze --verify DIR                     hash everything again
 
 Beside the judge it leaves what others may know of it: `suites.json` (weights and sizes) and `withheld.txt` (sha256 of
@@ -16,7 +17,15 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from megatron_evolve.eval.judge import MANIFEST, Engine, Judge, freeze_judge, load_judge, verify_judge
+from megatron_evolve.eval.judge import (
+    MANIFEST,
+    Engine,
+    Judge,
+    attach_origin,
+    freeze_judge,
+    load_judge,
+    verify_judge,
+)
 from megatron_evolve.eval.leakage import withheld
 from megatron_evolve.eval.suite import CsvSuite, GeneratedSuite, Item, Suite, csv_suite, family_weights, read_csv
 from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, write_json, write_whole
@@ -30,10 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="megatron_evolve.eval.freeze", description=__doc__.splitlines()[0])
     parser.add_argument("--spec", type=Path, help="JSON: dev, external, engine, secret")
     parser.add_argument("--out", type=Path, help="folder for the judge")
+    parser.add_argument("--attach", type=Path, help="folder of a frozen judge without origin scores")
+    parser.add_argument("--origin", help="name of the file of origin scores in that folder")
     parser.add_argument("--verify", type=Path, help="folder of a frozen judge")
     arguments = parser.parse_args(argv)
     try:
-        judge = verify_judge(arguments.verify) if arguments.verify else freeze(read_json(arguments.spec), arguments.out)
+        if arguments.verify:
+            judge = verify_judge(arguments.verify)
+        elif arguments.attach:
+            seeds = read_json(arguments.attach / arguments.origin)["seeds"]
+            judge = attach_origin(arguments.attach, arguments.origin, seeds)
+        else:
+            judge = freeze(read_json(arguments.spec), arguments.out)
     except (ValueError, RunDirError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

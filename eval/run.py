@@ -18,7 +18,7 @@ from megatron_evolve.eval.judge import Judge, comparison_key, load_judge
 from megatron_evolve.eval.metric import exact, extract, has_box, verify
 from megatron_evolve.eval.score import ItemRows, split_scores, write_rows
 from megatron_evolve.eval.suite import Item, family_weights
-from megatron_evolve.launch.rundir import make_folder, write_json
+from megatron_evolve.launch.rundir import RunDirError, make_folder, write_json
 from megatron_evolve.substrate.manifest import Substrate, read_manifest
 from megatron_evolve.substrate.puzzles.row import question_text
 from megatron_evolve.substrate.tokenizer import PieceTokenizer
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             splits=arguments.splits.split(","),
             out=arguments.out,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RunDirError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

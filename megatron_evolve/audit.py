@@ -154,6 +154,7 @@ def _check_ground(record: Record, notes: list[str]) -> None:
     check_digest(folder.campaign, load_yaml(folder.campaign), opened["campaign"])
     check_digest(folder.constitution, load_yaml(folder.constitution), opened["constitution"])
     _must("substrate", opened["substrate"], record.substrate.digest)
+    _must("suites", opened["suites"], digest_of(record.suites))
     try:
         verify(Path(opened["substrate_folder"]))
         judge_process("--verify", opened["judge_folder"])

@@ -139,15 +139,25 @@ def _opening(folder: CampaignFolder, campaign: Campaign, prepared: Prepared) -> 
         "constitution": save_yaml(folder.constitution, campaign.constitution),
         "substrate": prepared.substrate.digest,
         "judge": prepared.judge.digest,
+        "suites": suites_digest(prepared.judge_folder),
         "substrate_folder": str(prepared.substrate_folder),
         "judge_folder": str(prepared.judge_folder),
         "plan": plan_of(campaign),
     }
 
 
+def suites_digest(judge_folder: Path) -> str:
+    """Digest of the score weights and sizes that the judge tells; not in the judge's own digest."""
+    return digest_of(read_json(judge_folder / SUITES_FILE))
+
+
 def _check_digests(opened: dict[str, Any], prepared: Prepared) -> None:
     """A campaign goes on only on the ground and under the judge that it was opened with."""
-    now = {"substrate": prepared.substrate.digest, "judge": prepared.judge.digest}
+    now = {
+        "substrate": prepared.substrate.digest,
+        "judge": prepared.judge.digest,
+        "suites": suites_digest(prepared.judge_folder),
+    }
     for name, digest in now.items():
         if opened[name] != digest:
             raise ValueError(

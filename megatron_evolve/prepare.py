@@ -23,7 +23,7 @@ from megatron_evolve.campaign import Campaign, ExternalCsv, JudgeSpec, Substrate
 from megatron_evolve.candidate import candidate, run_seed
 from megatron_evolve.desk import STOPPED, Stopped
 from megatron_evolve.eval.freeze import WITHHELD_FILE
-from megatron_evolve.eval.judge import Judge, attach_origin, judge_sources, load_judge
+from megatron_evolve.eval.judge import Judge, judge_sources, load_judge
 from megatron_evolve.jobs import POLL_SECONDS, Ground, Run, StageEnd, drive
 from megatron_evolve.launch.job import Job, JobOutcome, Launcher, OutcomeKind
 from megatron_evolve.launch.rundir import latest_attempt, make_folder, write_json
@@ -206,7 +206,7 @@ def score_origin(
     if stop():
         raise Stopped(STOPPED)
     save_json(judge_folder / ORIGIN_FILE, origin_document(ground, runs, bool(campaign.judge.external)))
-    attach_origin(judge_folder, ORIGIN_FILE, seeds)
+    judge_process("--attach", str(judge_folder), "--origin", ORIGIN_FILE)  # it reads the target's bytes again
 
 
 def _goes_on(end: StageEnd, following: dict[str, str]) -> bool:
