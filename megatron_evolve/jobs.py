@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_evolve.artefacts import CampaignFolder, save_json
 from megatron_evolve.candidate import Candidate
@@ -197,8 +197,3 @@ def next_attempt(job: Job) -> int:
 def is_disk_trouble(outcome: JobOutcome) -> bool:
     """Whether a job crashed because its disk took no more, by the system's words in its last line."""
     return outcome.kind is OutcomeKind.CRASHED and any(words in outcome.reason.lower() for words in DISK_WORDS)
-
-
-def read_result(ground: Ground, run: Run) -> dict[str, Any]:
-    """The trainer's result of a finished run."""
-    return read_json(ground.stage_dir(run, "train") / RESULT_FILE)
