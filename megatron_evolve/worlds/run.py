@@ -77,8 +77,9 @@ def run_worlds(spec: Path, root: Path, store: Path | None) -> dict[str, Any]:
         places = [tour.place(world, index) for world in grid.worlds for index in range(grid.seeds)]
         tour.pace.expect(grid, base, places)
         try:
-            for world in grid.worlds:
-                run_world(tour, world)
+            for index in range(grid.seeds):  # one campaign of every world, then the next: half a grid covers all worlds
+                for world in grid.worlds:
+                    run_one(tour, world, index)
         except (Stopped, Unavailable) as pause:
             console.print(f"[yellow]{pause}[/]")
             sys.exit(75)  # EX_TEMPFAIL: the same command goes on
@@ -119,16 +120,16 @@ def opened_by(root: Path, grid: Grid, base: Campaign) -> str:
 # --- one campaign -----------------------------------------------------------------------------------------------------
 
 
-def run_world(tour: Tour, world: World) -> None:
-    """Every campaign of a world that has no result yet."""
-    for index in range(tour.grid.seeds):
-        place = tour.place(world, index)
-        if not (place / "result.json").exists():
-            make_folder(place)
-            tour.pace.opening(f"{world.name}, campaign {index + 1} of {tour.grid.seeds}")
-            finish_campaign(tour, world, index, place)
-            save_json(place / "result.json", result_of(tour, world, index, place))
-            write_result(tour)
+def run_one(tour: Tour, world: World, index: int) -> None:
+    """Takes one campaign of a world to its result, unless it has one."""
+    place = tour.place(world, index)
+    if (place / "result.json").exists():
+        return
+    make_folder(place)
+    tour.pace.opening(f"{world.name}, campaign {index + 1} of {tour.grid.seeds}")
+    finish_campaign(tour, world, index, place)
+    save_json(place / "result.json", result_of(tour, world, index, place))
+    write_result(tour)
 
 
 def finish_campaign(tour: Tour, world: World, index: int, place: Path) -> None:
