@@ -46,6 +46,13 @@ class Architecture(BaseModel):
     expert_ffn_size: PositiveInt
     shared_ffn_size: PositiveInt = Field(description="width of the expert that sees every token")
     topk_scaling_factor: PositiveFloat = Field(description="factor on the normalised expert weights")
+    latent_size: PositiveInt | None = Field(
+        default=None, description="width in which routed experts work (latent MoE); none: the residual stream's"
+    )
+    mtp_pattern: str = Field(
+        default="", pattern=r"^[ME*]*$", description="layers of one multi-token prediction head; empty: no such head"
+    )
+    mtp_depths: int = Field(default=0, ge=0, description="tokens further ahead that are predicted, by one shared head")
     norm_eps: PositiveFloat = 1e-5
     init_std: PositiveFloat
     max_sequence_length: PositiveInt = Field(description="longest sequence the model is asked for, in tokens")
@@ -64,6 +71,11 @@ class Architecture(BaseModel):
                     f"{whole} must be a multiple of {part}; got {getattr(self, whole)} and {getattr(self, part)}: "
                     f"change one of them"
                 )
+        if bool(self.mtp_pattern) != bool(self.mtp_depths):
+            raise ValueError(
+                f"mtp_pattern and mtp_depths go together; got {self.mtp_pattern!r} and {self.mtp_depths}: "
+                f"give both or neither"
+            )
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k must be at most num_experts ({self.num_experts}); got {self.top_k}: lower top_k or add experts"

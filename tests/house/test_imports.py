@@ -26,8 +26,9 @@ TORCH_FREE_FILES = [
     *sorted((ROOT / "substrate" / "puzzles").rglob("*.py")),
     *(
         ROOT / "substrate" / f"{name}.py"
-        for name in ["digest", "frozen", "manifest", "mix", "recipe", "settings", "tokenizer"]
+        for name in ["digest", "frozen", "layout", "manifest", "mix", "recipe", "settings", "tokenizer"]
     ),
+    ROOT / "substrate" / "model" / "architecture.py",
     *(
         ROOT / "eval" / f"{name}.py"
         for name in ["metric", "score", "suite", "paired", "seeds", "looks", "leakage", "judge", "freeze"]
