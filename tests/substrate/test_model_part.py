@@ -140,7 +140,7 @@ def test_missing_and_misshapen_are_named_and_nothing_changes(model, files, tmp_p
     shapes = r"decoder.layers.2.mlp.shared_experts.linear_fc1.weight \(128, 64\) does not divide into \(64, 64\)"
     with pytest.raises(ValueError, match=shapes):
         weights.load_part(other, files)
-    with pytest.raises(ValueError, match="embedding.word_embeddings.weight is missing"):
+    with pytest.raises(ValueError, match=r"embedding\.word_embeddings\.weight is missing"):
         weights.load_part(build.build_model(NANO_CPU, seed=4), files[:1] if _lacks(files[0]) else files[1:])
     assert all(torch.equal(value, before[name]) for name, value in weights.state_of(other).items())
 
