@@ -12,7 +12,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_evolve.launch.rundir import make_folder, read_json, write_json
 from megatron_evolve.substrate.manifest import Substrate, verify
@@ -27,7 +27,7 @@ CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model.model."  # what PEFT puts before a module's name
 SUBMISSION_RANK = 32
 SUBMISSION_BYTES = 3_600_000_000  # 3.5 GB have been accepted; an 880 M parameter adapter of rank 32 in float32 has 3.52
-Layout = Literal["each", "stacked"]
+LAYOUTS = ("each", "stacked")
 
 MODULES = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -44,14 +44,14 @@ OURS = {  # the same targets as `lora.TARGETS` names them, without torch
 }
 
 
-def export_adapter(
-    run: Path, folder: Path, out: Path, *, layout: Layout = "each", zip_file: Path | None = None
-) -> None:
+def export_adapter(run: Path, folder: Path, out: Path, *, layout: str = "each", zip_file: Path | None = None) -> None:
     """Write the adapter of `run`, which was trained from the substrate in `folder`, to `out`, and zip it if asked.
 
     Raises ValueError in one sentence, before anything is written, for a run without an adapter, of another substrate,
     or, with `zip_file`, of a form that the challenge does not take.
     """
+    if layout not in LAYOUTS:
+        raise ValueError(f"the layout of experts must be {' or '.join(LAYOUTS)}; got {layout!r}: choose one")
     if (out / CONFIG_FILE).exists():
         raise ValueError(f"{out} holds an adapter already: choose another folder or remove it")
     substrate = verify(folder, trainer=False)
@@ -71,7 +71,7 @@ def export_adapter(
         write_submission(out, zip_file, architecture)
 
 
-def peft_config(base: str, architecture: Architecture, adapter: Adapter, layout: Layout) -> dict[str, Any]:
+def peft_config(base: str, architecture: Architecture, adapter: Adapter, layout: str) -> dict[str, Any]:
     """The content of `adapter_config.json`. Target modules are a list of name endings that fit adapted modules only."""
     targets = set(adapter.targets)
     modules = [name for target in MODULES if target in targets for name in MODULES[target]]
@@ -220,7 +220,7 @@ def _check_size(num_bytes: int) -> None:
         raise ValueError(f"a submission may have {SUBMISSION_BYTES:,} bytes; got {num_bytes:,}: adapt fewer modules")
 
 
-def _check_zip(path: Path, rank: int, layout: Layout, num_bytes: int) -> None:
+def _check_zip(path: Path, rank: int, layout: str, num_bytes: int) -> None:
     if rank > SUBMISSION_RANK:
         raise ValueError(f"a submission's rank must be at most {SUBMISSION_RANK}; the run's is {rank}: train it anew")
     if layout != "each":

@@ -145,10 +145,13 @@ def test_peft_computes_the_run_with_one_tensor_per_expert(base, run, each, peft)
     assert (plain - run[1]).abs().max() > 0.1  # the adapter does matter here
 
 
-def test_peft_computes_the_run_on_stacked_experts(base, run, peft, tmp_path):
+def test_peft_and_transformers_compute_the_run_on_stacked_experts(base, run, peft, tmp_path):
     export_adapter(run[0], base[0], tmp_path / "adapter", layout="stacked")
     got = logits_of(peft.PeftModel.from_pretrained(their_model(base), tmp_path / "adapter"))
     assert (got - run[1]).abs().max() < CLOSE
+    model = their_model(base)
+    model.load_adapter(str(tmp_path / "adapter"))
+    assert (logits_of(model) - run[1]).abs().max() < CLOSE
 
 
 def test_the_packing_of_lora_b_matters(base, run, peft, tmp_path):

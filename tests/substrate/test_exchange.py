@@ -245,6 +245,14 @@ def test_a_broken_checkpoint_is_refused_and_nothing_is_written(case, checkpoint,
     assert not (tmp_path / "out").exists()
 
 
+def test_an_imported_substrate_has_siblings(imported, tmp_path):
+    from megatron_evolve.substrate.build import refreeze
+
+    old = read_manifest(imported)
+    sibling = refreeze(imported, tmp_path / "s", construction=old.construction.replace(cue_rate={"cipher": 0.9}))
+    assert sibling.files == verify(tmp_path / "s").files == old.files and sibling.digest != old.digest
+
+
 def test_a_substrate_is_not_overwritten(checkpoint, imported):
     with pytest.raises(ValueError, match="holds a frozen substrate already"):
         import_hf(checkpoint, imported)
