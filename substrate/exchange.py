@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_evolve.launch.rundir import make_folder, read_json, write_json, write_whole
+from megatron_evolve.substrate.checkpoint_tokenizer import (
+    SETTINGS_FILE,
+    TOKENIZER_FILE,
+    CheckpointTokenizer,
+    exported,
+)
 from megatron_evolve.substrate.manifest import (
     MANIFEST,
     Construction,
@@ -40,12 +46,12 @@ from megatron_evolve.substrate.puzzles import families
 from megatron_evolve.substrate.puzzles.row import ANSWER_STYLE
 from megatron_evolve.substrate.recipe import Adapter, Recipe
 from megatron_evolve.substrate.settings import Settings
+from megatron_evolve.substrate.tokenizer import PieceTokenizer
 
 CONFIG_FILE = "config.json"
-TOKENIZER_FILE = "tokenizer.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+COMPANIONS = ("generation_config.json", SETTINGS_FILE, "special_tokens_map.json", "chat_template.jinja")
 SHARD_BYTES = 5_000_000_000  # files of the hub's usual size where no source sets one
 DIFFICULTY = "challenge"
 
@@ -68,8 +74,12 @@ def import_hf(source: Path, folder: Path, *, name: str | None = None, dt_min: fl
     architecture = architecture_of(config, name or source.resolve().name)
     if dt_min is not None:
         architecture = Architecture.model_validate(architecture.model_dump() | {"dt_min": dt_min})
-    if not (source / TOKENIZER_FILE).is_file():
-        raise ValueError(f"expected {TOKENIZER_FILE} beside the weights in {source}; it is missing: download it too")
+    tokens = CheckpointTokenizer.read(source).vocab_size
+    if tokens > architecture.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {source} has {tokens} tokens, the model {architecture.vocab_size}: give the tokenizer "
+            "that belongs to the weights"
+        )
     stored = _stored(source)
     naming = Naming.of(stored)
     _check_whole(stored, to_huggingface(architecture, naming), f"the checkpoint in {source}")
@@ -130,16 +140,22 @@ def export_hf(folder: Path, out: Path) -> list[str]:
         placed = {tensor.name: file for file, (_, tensors) in shards.items() for tensor in tensors}
         total = sum(tensor.num_bytes for _, tensors in shards.values() for tensor in tensors)
         write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": placed})
-    for file in (TOKENIZER_FILE, *COMPANIONS):
-        if imported and file in substrate.files:
-            shutil.copyfile(folder / file, out / file)
-    write_json(out / CONFIG_FILE, _kept_config(folder, architecture) if imported else _new_config(architecture, stored))
+    write_json(out / CONFIG_FILE, _beside(folder, substrate, architecture, out))
     return list(shards)
 
 
-def _new_config(architecture: Architecture, stored: dict[str, Entry]) -> dict[str, Any]:
-    dtype = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[stored["output_layer.weight"].dtype]
-    return huggingface_config(architecture) | {"dtype": dtype}
+def _beside(folder: Path, substrate: Substrate, architecture: Architecture, out: Path) -> dict[str, Any]:
+    """Writes what stands beside the weights, tokenizer and templates; gives the config, which is written last."""
+    if "imported" in substrate.build:
+        for file in (TOKENIZER_FILE, *COMPANIONS):
+            if file in substrate.files:
+                shutil.copyfile(folder / file, out / file)
+        return _kept_config(folder, architecture)
+    tokenizer = PieceTokenizer.from_json((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    for file, document in exported(tokenizer).items():
+        write_json(out / file, document)
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return huggingface_config(architecture) | ids | {"dtype": "float32"}  # what this trainer writes
 
 
 def _kept_config(folder: Path, architecture: Architecture) -> dict[str, Any]:

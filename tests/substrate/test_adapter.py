@@ -13,10 +13,12 @@ from torch import nn
 
 from megatron_evolve.substrate import adapter as exporting
 from megatron_evolve.substrate.adapter import CONFIG_FILE, TENSORS_FILE, check_submission, export_adapter
+from megatron_evolve.substrate.checkpoint_tokenizer import exported
 from megatron_evolve.substrate.exchange import export_hf, import_hf
 from megatron_evolve.substrate.manifest import Substrate
 from megatron_evolve.substrate.model import build, huggingface, weights
 from megatron_evolve.substrate.model.architecture import NANO_CPU
+from megatron_evolve.substrate.tokenizer import nano_tokenizer
 from megatron_evolve.substrate.train.checkpoint import save_checkpoint
 
 ALL = ("attention", "mamba", "experts", "shared", "output")
@@ -38,7 +40,8 @@ def base(tmp_path_factory) -> tuple[Path, Substrate, Path]:
     state = huggingface.to_huggingface(weights.state_of(model), NANO_CPU, huggingface.Naming("model", stacked=True))
     save_file({name: value.contiguous() for name, value in state.items()}, folder / "source" / "model.safetensors")
     (folder / "source" / "config.json").write_text(json.dumps(huggingface.huggingface_config(NANO_CPU)))
-    (folder / "source" / "tokenizer.json").write_text("{}")
+    for file, document in exported(nano_tokenizer()).items():
+        (folder / "source" / file).write_text(json.dumps(document))
     substrate = import_hf(folder / "source", folder / "substrate", name="nano")
     export_hf(folder / "substrate", folder / "hf")
     yield folder / "substrate", substrate, folder / "hf"

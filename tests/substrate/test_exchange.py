@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_evolve.substrate.checkpoint_tokenizer import exported
 from megatron_evolve.substrate.exchange import export_hf, import_hf
 from megatron_evolve.substrate.manifest import read_manifest, verify
 from megatron_evolve.substrate.model import build, huggingface, weights
 from megatron_evolve.substrate.model.architecture import NANO_CPU, Architecture
+from megatron_evolve.substrate.tokenizer import nano_tokenizer
 
 INDEX = "model.safetensors.index.json"
 K_PROJ = "backbone.layers.1.mixer.k_proj.weight"
@@ -51,7 +53,8 @@ def checkpoint(theirs, tmp_path_factory) -> Path:
     """As transformers saves it: hub names, one tensor per expert, four files with an index, router in float32."""
     folder = tmp_path_factory.mktemp("hub")
     theirs.save_pretrained(folder, max_shard_size="300KB")
-    (folder / "tokenizer.json").write_text("{}")
+    for file, document in exported(nano_tokenizer()).items():
+        (folder / file).write_text(json.dumps(document))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     return folder
 
@@ -103,7 +106,7 @@ def test_every_naming_and_bfloat16_survive(theirs, checkpoint, ours, prefix, sta
     source = tmp_path / "source"
     source.mkdir()
     save_file(state, source / "model.safetensors")
-    for name in ("config.json", "tokenizer.json"):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(checkpoint / name, source / name)
     import_hf(source, tmp_path / "substrate")
     export_hf(tmp_path / "substrate", tmp_path / "out")
@@ -196,6 +199,18 @@ def _shard(change: Callable[[dict[str, torch.Tensor]], object], indexed: bool = 
     return edit
 
 
+def _tokens(count: int) -> Callable[[Path], None]:
+    """Tokens added to the vocabulary, up to `count`."""
+
+    def edit(folder: Path) -> None:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary |= {f"<more-{n}>": n for n in range(len(vocabulary), count)}
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    return edit
+
+
 def _truncate(folder: Path) -> None:
     path = folder / "model-00003-of-00005.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -219,6 +234,15 @@ BROKEN = {
     "prediction head": (_config(num_nextn_predict_layers=1), r"missing: mtp\.layers\.0\.eh_proj\.weight"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "expected tokenizer.json beside the weights"),
+    "foreign tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        "must be a tokenizer of the tokenizers library",
+    ),
+    "no end of text": (
+        lambda folder: (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}'),
+        "expected an eos_token that tokenizer.json knows; got '</s>'",
+    ),
+    "too many tokens": (_tokens(97), "has 97 tokens, the model 96"),
     "no weights": (lambda folder: (folder / INDEX).unlink(), "pickles are not read"),
     "missing shard": (lambda f: (f / "model-00003-of-00005.safetensors").unlink(), "00003-of-00005.*it is missing"),
     "truncated": (_truncate, "00003-of-00005.safetensors must be a whole safetensors file"),

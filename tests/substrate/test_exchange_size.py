@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_evolve.substrate.checkpoint_tokenizer import exported
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.model.huggingface import huggingface_config
 from megatron_evolve.substrate.model.tensor_file import Outgoing, read_header, write_shards
 from megatron_evolve.substrate.model.weight_map import HUB, to_huggingface
+from megatron_evolve.substrate.tokenizer import nano_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +98,8 @@ def _generate(folder: Path) -> int:
     placed = {tensor.name: file for file, (_, tensors) in shards.items() for tensor in tensors}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
     (folder / "config.json").write_text(json.dumps(huggingface_config(LARGE)))
-    (folder / "tokenizer.json").write_text("{}")
+    for file, document in exported(nano_tokenizer()).items():
+        (folder / file).write_text(json.dumps(document))
     return sum(described.bytes for described, _ in shards.values())
 
 
