@@ -257,13 +257,14 @@ def substrate_import(
 def substrate_export(
     folder: Annotated[Path, typer.Argument(help="a frozen substrate", show_default=False)],
     out: Annotated[Path, typer.Option(help="new folder of the checkpoint")],
+    run: Annotated[Path | None, typer.Option(help="a run trained from it, whose weights or adapter to take")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a substrate as a Hugging Face checkpoint."""
+    """Write a substrate, or a run trained from it, as a Hugging Face checkpoint."""
     from megatron_evolve.substrate.exchange import export_hf
 
     def answer() -> None:
-        files = export_hf(folder, out)
+        files = export_hf(folder, out, run=run)
         emit({"files": files, "folder": str(out)}) if as_json else typer.echo(
             f"wrote {len(files)} weight files to {out}"
         )

@@ -28,7 +28,11 @@ TORCH_FREE_FILES = [
         ROOT / "substrate" / f"{name}.py"
         for name in ["digest", "frozen", "layout", "manifest", "mix", "recipe", "settings", "tokenizer"]
     ),
-    ROOT / "substrate" / "model" / "architecture.py",
+    *(ROOT / "substrate" / f"{name}.py" for name in ["adapter", "chat", "checkpoint_tokenizer", "exchange", "merged"]),
+    *(
+        ROOT / "substrate" / "model" / f"{name}.py"
+        for name in ["architecture", "huggingface", "tensor_file", "weight_map"]
+    ),
     *(
         ROOT / "eval" / f"{name}.py"
         for name in ["metric", "score", "suite", "paired", "seeds", "looks", "leakage", "judge", "freeze"]
