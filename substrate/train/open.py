@@ -18,19 +18,27 @@ WEIGHTS_FILE = "weights.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 
 
+def open_chunks(folder: Path, substrate: Substrate) -> "list[HybridModel]":
+    """This rank's part of the model with the substrate's own weights, in the layout of the running process group."""
+    from megatron_evolve.substrate.model import build
+    from megatron_evolve.substrate.model.architecture import Architecture
+    from megatron_evolve.substrate.model.weights import load_part
+
+    chunks = build.build_chunks(Architecture.model_validate(substrate.architecture), seed=0)
+    load_part(chunks, substrate.weight_paths(folder))
+    return chunks
+
+
 def open_substrate(folder: Path, substrate: Substrate) -> "HybridModel":
-    """The model with the substrate's own weights. Joins a process group of one unless the process is in one."""
+    """The whole model with the substrate's own weights. Joins a process group of one unless the process is in one."""
     preload()
     import torch
 
     from megatron_evolve.substrate.model import build
-    from megatron_evolve.substrate.model.architecture import Architecture
-    from megatron_evolve.substrate.model.weights import load_weights
 
     if not torch.distributed.is_initialized():
         build.start(seed=0)
-    model = build.build_model(Architecture.model_validate(substrate.architecture), seed=0)
-    load_weights(model, folder / WEIGHTS_FILE)
+    (model,) = open_chunks(folder, substrate)
     return model
 
 

@@ -54,7 +54,7 @@ def trained(base, folder: Path, *, rank: int = 3, targets: tuple[str, ...] = ALL
 
     substrate_folder, substrate, _ = base
     model = build.build_model(NANO_CPU, seed=1).eval()
-    weights.load_part(model, substrate.weight_paths(substrate_folder))
+    weights.load_part([model], substrate.weight_paths(substrate_folder))
     add_lora(model, rank=rank, alpha=2.0 * rank, targets=targets, seed=5)
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -76,7 +76,7 @@ def ours(imported):
     build.start(seed=0)
     substrate = verify(imported)
     model = build.build_model(Architecture.model_validate(substrate.architecture), seed=1)
-    weights.load_part(model, substrate.weight_paths(imported))
+    weights.load_part([model], substrate.weight_paths(imported))
     yield model.eval()
     build.stop()
 
@@ -117,7 +117,7 @@ def test_every_naming_and_bfloat16_survive(theirs, checkpoint, ours, prefix, sta
     export_hf(tmp_path / "substrate", tmp_path / "out")
     assert same(state, tensors_of(tmp_path / "out"))
     model = build.build_model(NANO_CPU, seed=3)
-    weights.load_part(model, [tmp_path / "substrate" / "weights.safetensors"])
+    weights.load_part([model], [tmp_path / "substrate" / "weights.safetensors"])
     expected = weights.state_of(ours)
     for name, value in weights.state_of(model).items():
         # 2^-8: bfloat16 keeps eight significant bits
