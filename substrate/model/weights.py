@@ -50,8 +50,10 @@ def read_weights(path: Path | str) -> dict[str, "Tensor"]:
 
 
 def put_weights(model: "Module", tensors: dict[str, "Tensor"], source: str = "the given tensors") -> None:
-    """Fill the model, in place, from tensors in memory. ValueError names every missing, unexpected or misshapen one; the
-    model is untouched then."""
+    """Fill the model, in place, from tensors in memory.
+
+    ValueError names every missing, unexpected or misshapen one; the model is untouched then.
+    """
     import torch
 
     state = state_of(model)
