@@ -21,11 +21,14 @@ from torch import Tensor
 
 
 class RoutePlan(NamedTuple):
-    """Where each choice c = t * K + k stands among the rows sorted by expert, tokens in order within an expert."""
+    """Where each choice c = t * K + k stands among the rows sorted by expert, tokens in order within an expert.
 
-    choice_of_row_M: Tensor  # int64
-    row_of_choice_TK: Tensor  # int64, its inverse
-    counts_E: Tensor  # int64, rows of each expert; sums to M
+    int64 here, int32 from the Triton form; either serves every backend.
+    """
+
+    choice_of_row_M: Tensor
+    row_of_choice_TK: Tensor  # its inverse
+    counts_E: Tensor  # rows of each expert; sums to M
 
     @property
     def token_of_row_M(self) -> Tensor:
