@@ -39,6 +39,7 @@ class Matrices(NamedTuple):
 def matrices(W: Tensor | Sequence[Tensor]) -> Matrices:
     """A stacked (E, rows, columns) tensor or E equal matrices, uncopied.
 
+    The caller keeps them alive until the kernels that use them have been launched: only the first is held here.
     Raises ValueError where E matrices differ in shape, strides, dtype or device.
     """
     if isinstance(W, Tensor):

@@ -56,6 +56,15 @@ class TileMap(NamedTuple):
     num_tiles: int  # the host's upper bound
 
 
+class Tiling(NamedTuple):
+    """The rows of one layer cut into tiles, once for all its products, forward and backward."""
+
+    num_rows: int
+    tile: Tile  # of products whose result has a row per row
+    gradient_tile: Tile  # of weight gradients
+    map: TileMap
+
+
 def choose(table: tuple, num_rows: int, num_experts: int) -> Tile:
     """The tile for the mean rows per expert: known on the host, and few values, so few compilations."""
     return next(tile for most, tile in table if most is None or num_rows <= most * num_experts)
@@ -96,19 +105,16 @@ def tile_map(counts_E: Tensor, num_rows: int, tile_rows: int) -> TileMap:
     num_tiles = num_rows // tile_rows + min(E, num_rows)
     new = {"dtype": torch.int32, "device": counts_E.device}
     start_E1, expert_of_tile, row_of_tile = (torch.empty(n, **new) for n in (E + 1, num_tiles, num_tiles))
+    found = TileMap(start_E1, expert_of_tile, row_of_tile, num_tiles)
     grid = (max(triton.cdiv(num_tiles, MAP_BLOCK), 1),)
-    _tile_map[grid](
-        counts_E,
-        start_E1,
-        expert_of_tile,
-        row_of_tile,
-        E,
-        num_tiles,
-        ROWS=tile_rows,
-        BT=MAP_BLOCK,
-        BE=max(triton.next_power_of_2(E), 2),
-    )
-    return TileMap(start_E1, expert_of_tile, row_of_tile, num_tiles)
+    _tile_map[grid](counts_E, *found[:3], E, num_tiles, ROWS=tile_rows, BT=MAP_BLOCK, BE=triton.next_power_of_2(E))
+    return found
+
+
+def tiling(counts_E: Tensor, num_rows: int) -> Tiling:
+    """Tiles for rows sorted by expert; counts_E as in `tile_map`, on the rows' device."""
+    tile, gradient_tile = (choose(table, num_rows, counts_E.numel()) for table in (ROW_TILES, GRADIENT_TILES))
+    return Tiling(num_rows, tile, gradient_tile, tile_map(counts_E, num_rows, tile.rows))
 
 
 @triton.jit
