@@ -18,6 +18,7 @@ from megatron_evolve.kernels.grouped_product import (
     Adapter,
     Rows,
     add_product,
+    block_at,
     block_of_program,
     depth_of,
     launch_shape,
@@ -29,20 +30,21 @@ from megatron_evolve.kernels.tiles import Tiling
 
 @triton.jit
 def _fc1(x, W, u, B, p, tiles, h_MF, a_MF, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
-    e, m, live_M, f, _ = block_of_program(tiles, W.rows, BM, BN)
+    e, first, live_M, f, _ = block_of_program(tiles, W.rows, BM, BN)
     if e < 0:
         return
+    m = first + tl.arange(0, BM)
     h = add_product(tl.zeros([BM, BN], tl.float32), x, m, live_M, W, e, f, BK)
     if BR > 0:
         h = add_product(h, u, m, live_M, B, e, f, BR)
     h = narrow(h, h_MF.dtype.element_ty)
-    at = m.to(tl.int64)[:, None] * W.rows + f[None, :]
     live = live_M[:, None] & (f < W.rows)[None, :]
-    tl.store(h_MF + at, h, mask=live)
+    tl.store(block_at(h_MF, first, f, W.rows, BM), h, mask=live)
     choice = m if x.choice_of_row is None else tl.load(x.choice_of_row + m, mask=live_M, other=0)
     p_M = tl.load(p + choice, mask=live_M, other=0.0).to(tl.float32)
     r = relu(h.to(tl.float32))
-    tl.store(a_MF + at, narrow(p_M[:, None] * r * r, a_MF.dtype.element_ty), mask=live)
+    a = narrow(p_M[:, None] * r * r, a_MF.dtype.element_ty)
+    tl.store(block_at(a_MF, first, f, W.rows, BM), a, mask=live)
 
 
 def fc1_squared_relu(

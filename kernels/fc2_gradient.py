@@ -19,6 +19,7 @@ from megatron_evolve.kernels.grouped_product import (
     Adapter,
     Rows,
     add_product,
+    block_at,
     block_of_program,
     depth_of,
     launch_shape,
@@ -33,23 +34,25 @@ def _fc2_gradient(
     dy, W, u, B, p, h_MF, tiles, dh_MF, dp_NM, a_MF, num_rows,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    e, m, live_M, f, column = block_of_program(tiles, W.rows, BM, BN)
+    e, first, live_M, f, column = block_of_program(tiles, W.rows, BM, BN)
     if e < 0:
         return
+    m = first + tl.arange(0, BM)
     # Beyond F, the half tile of 1856, W loads as zeros: da is zero there and dp stays clean.
     da = add_product(tl.zeros([BM, BN], tl.float32), dy, m, live_M, W, e, f, BK)
     if BR > 0:
         da = add_product(da, u, m, live_M, B, e, f, BR)
-    at = m.to(tl.int64)[:, None] * W.rows + f[None, :]
     live = live_M[:, None] & (f < W.rows)[None, :]
     choice = m if dy.choice_of_row is None else tl.load(dy.choice_of_row + m, mask=live_M, other=0)
     p_M = tl.load(p + choice, mask=live_M, other=0.0).to(tl.float32)
-    r = relu(tl.load(h_MF + at, mask=live, other=0.0).to(tl.float32))
+    r = relu(tl.load(block_at(h_MF, first, f, W.rows, BM), mask=live, other=0.0).to(tl.float32))
+    if a_MF is not None:
+        a = narrow(p_M[:, None] * r * r, a_MF.dtype.element_ty)
+        tl.store(block_at(a_MF, first, f, W.rows, BM), a, mask=live)
     rda = tl.where(live, r * da, 0.0)  # a row of NaN times a tail of zeros is NaN
     tl.store(dp_NM + column.to(tl.int64) * num_rows + m, tl.sum(r * rda, 1), mask=live_M)
-    tl.store(dh_MF + at, narrow(2.0 * p_M[:, None] * rda, dh_MF.dtype.element_ty), mask=live)
-    if a_MF is not None:
-        tl.store(a_MF + at, narrow(p_M[:, None] * r * r, a_MF.dtype.element_ty), mask=live)
+    dh = narrow(2.0 * p_M[:, None] * rda, dh_MF.dtype.element_ty)
+    tl.store(block_at(dh_MF, first, f, W.rows, BM), dh, mask=live)
 
 
 def fc2_gradient(

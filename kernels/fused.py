@@ -8,6 +8,7 @@ from megatron_evolve.kernels.grouped_linear import grouped_linear
 from megatron_evolve.kernels.permute import permute, unpermute
 from megatron_evolve.kernels.reference import GroupedLora, RoutePlan
 from megatron_evolve.kernels.route_plan import route_plan
+from megatron_evolve.kernels.router import router, router_from_tokens
 
 __all__ = [
     "GroupedLora",
@@ -17,5 +18,7 @@ __all__ = [
     "permute",
     "route_plan",
     "routed_experts",
+    "router",
+    "router_from_tokens",
     "unpermute",
 ]

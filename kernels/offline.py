@@ -25,12 +25,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from megatron_evolve.kernels import fc1, grouped_product, matrices, route_plan, tiles
+from megatron_evolve.kernels import fused, tiles
 
 CHIPS = {"sm_90a": 90, "sm_100": 100}  # H100 and H200; B200
 MAX_SHARED_BYTES = 232_448  # 227 KiB a block, on both
 MAX_REGISTERS = 65_536  # a block's, all threads together
 NANO_WIDTH, NANO_HIDDEN, NANO_CHOSEN = 2688, 1856, 6  # Nemotron-3-Nano; 1856 is 14.5 x 128
+LORA_RANK = 32
 NUM_EXPERTS = 4  # no kernel is compiled for it
 
 
@@ -110,20 +111,45 @@ def _read(kernel: JITFunction, constants: dict[str, int], compiled) -> Compiled:
 
 
 def compile_all(chip: str) -> list[Compiled]:
-    """Every kernel at Nano's widths in bfloat16, once for each row of the tile tables."""
+    """Every kernel at Nano's widths in bfloat16, once for each row of the tile tables.
+
+    Tensors without storage also prove that nothing is read back to the host: it would raise here.
+    """
     with compiling(chip) as results, torch.device("meta"):
         for most, _ in tiles.ROW_TILES:
             _experts(NUM_EXPERTS * (most or 512))
+        _rest()
     return results
 
 
 def _experts(num_rows: int) -> None:
+    """Forward and backward: trained whole, into main gradients; and frozen, with adapters of rank 32."""
     T, K, E, H, F = num_rows // NANO_CHOSEN, NANO_CHOSEN, NUM_EXPERTS, NANO_WIDTH, NANO_HIDDEN
-    x_TH, W1_EFH = torch.empty(T, H, dtype=torch.bfloat16), torch.empty(E, F, H, dtype=torch.bfloat16)
-    plan = route_plan.route_plan(torch.empty(T, K, dtype=torch.int32), E)
-    tiling = tiles.tiling(plan.counts_E, T * K)
-    rows = grouped_product.rows(x_TH, plan.choice_of_row_M, K)
-    fc1.fc1_squared_relu(rows, torch.empty(T, K), matrices.matrices(W1_EFH), tiling)
+
+    def leaf(*shape: int, trained: bool = True) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16, requires_grad=trained)
+
+    plan = fused.route_plan(torch.empty(T, K, dtype=torch.int32), E)
+    x_TH, p_TK = leaf(T, H), torch.empty(T, K, requires_grad=True)
+    main_grads = torch.empty(E, F, H), torch.empty(E, H, F)
+    fused.routed_experts(x_TH, p_TK, plan, leaf(E, F, H), leaf(E, H, F), main_grads=main_grads).sum().backward()
+
+    frozen = leaf(E, F, H, trained=False), leaf(E, H, F, trained=False)
+    loras = [fused.GroupedLora(leaf(E, LORA_RANK, n), leaf(E, m, LORA_RANK), 1.0) for n, m in ((H, F), (F, H))]
+    fused.routed_experts(x_TH, p_TK, plan, *frozen, *loras).sum().backward()
+
+
+def _rest() -> None:
+    """Ops without a tile of the table: routers of 128 and 512 experts, permutation."""
+    for num_experts, num_chosen, width in ((128, NANO_CHOSEN, NANO_WIDTH), (512, 22, 4096)):
+        x_TH = torch.empty(256, width, dtype=torch.bfloat16, requires_grad=True)
+        W_EH = torch.empty(num_experts, width, dtype=torch.bfloat16)
+        idx_TK, p_TK = fused.router_from_tokens(x_TH, W_EH, torch.empty(num_experts), num_chosen, 1.0)
+        plan = fused.route_plan(idx_TK, num_experts)
+        rows, _ = fused.permute(x_TH, p_TK, plan)
+        fused.unpermute(rows, plan).sum().backward()
+        logits_TE = torch.empty(256, num_experts, requires_grad=True)
+        fused.router(logits_TE, torch.empty(num_experts), num_chosen, 1.0)[1].sum().backward()
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from megatron_evolve.kernels import eager, fused, reference
 from tests.kernels.expert_cases import DEVICE, TILE_CASES, error, inputs, layer, run, widened
 
 # Largest ||got - want|| / ||want|| per tensor, `want` in float64 from the same (already rounded) inputs.
-FLOAT32 = 2e-6  # eps 1.2e-7, float32 sums of up to 192 terms: measured at most 5e-7
-# bfloat16 is held to its own kind: what plain PyTorch loses on the same inputs, and half as much again. Measured at
-# most 1.2 times; a sum in bfloat16, or an unrounded h in one pass and a rounded one in the other, is above.
-BFLOAT16_TIMES_EAGER = 1.5
+FLOAT32 = 2e-6  # eps 1.2e-7, float32 sums of up to 192 terms: measured at most 4.1e-7
+# bfloat16 is held to its own kind: what plain PyTorch loses on the same inputs, and a quarter more. Measured at most
+# 1.03 times: the adapter is not rounded apart from the base, nor da and each expert's sum before they are used.
+BFLOAT16_TIMES_EAGER = 1.25
 
 
 def routed(backend, idx: Tensor, v: dict[str, Tensor], *, lora: bool) -> Tensor:
