@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from megatron_evolve.kernels import fused, tiles
+from megatron_evolve.kernels import fused, gated_norm, tiles
 
 CHIPS = {"sm_90a": 90, "sm_100": 100}  # H100 and H200; B200
 MAX_SHARED_BYTES = 232_448  # 227 KiB a block, on both
@@ -140,7 +140,7 @@ def _experts(num_rows: int) -> None:
 
 
 def _rest() -> None:
-    """Ops without a tile of the table: routers of 128 and 512 experts, permutation."""
+    """Ops without a tile of the table: routers of 128 and 512 experts, permutation, the norm."""
     for num_experts, num_chosen, width in ((128, NANO_CHOSEN, NANO_WIDTH), (512, 22, 4096)):
         x_TH = torch.empty(256, width, dtype=torch.bfloat16, requires_grad=True)
         W_EH = torch.empty(num_experts, width, dtype=torch.bfloat16)
@@ -150,6 +150,9 @@ def _rest() -> None:
         fused.unpermute(rows, plan).sum().backward()
         logits_TE = torch.empty(256, num_experts, requires_grad=True)
         fused.router(logits_TE, torch.empty(num_experts), num_chosen, 1.0)[1].sum().backward()
+    for width in (512, 2048):  # groups of Mamba's norm in Nano and in Ultra
+        y_TD = torch.empty(256, 8 * width, dtype=torch.bfloat16, requires_grad=True)
+        gated_norm.gated_rms_norm(y_TD, y_TD, torch.empty(8 * width, requires_grad=True), 8).sum().backward()
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ def test_matrix_products_run_on_the_tensor_cores(compiled):
     chip, kernels = compiled
     for c in kernels:
         if c.products:
-            # wgmma and tcgen05 want blocks of 64 rows; below, the products are bound by reading weights anyway
-            narrow = min(c.constants["BM"], c.constants["BN"]) < 64
+            # wgmma and tcgen05 want blocks of 64 rows; below, the products are bound by reading memory anyway
+            narrow = min(c.constants[name] for name in ("BM", "BN", "BT", "BE") if name in c.constants) < 64
             assert c.tensor_core == WANTED[chip] or (narrow and c.tensor_core != "none"), c
 
 
