@@ -25,20 +25,21 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from megatron_evolve.kernels import fused, gated_norm, tiles
+from megatron_evolve.kernels import fused, gated_norm, linear_cross_entropy, tiles
 
 CHIPS = {"sm_90a": 90, "sm_100": 100}  # H100 and H200; B200
 MAX_SHARED_BYTES = 232_448  # 227 KiB a block, on both
 MAX_REGISTERS = 65_536  # a block's, all threads together
 NANO_WIDTH, NANO_HIDDEN, NANO_CHOSEN = 2688, 1856, 6  # Nemotron-3-Nano; 1856 is 14.5 x 128
 LORA_RANK = 32
+VOCABULARY = 131_072
 NUM_EXPERTS = 4  # no kernel is compiled for it
 
 
 class Compiled(NamedTuple):
     """One kernel as compiled for one chip."""
 
-    kernel: str
+    kernel: str  # file.function
     constants: dict[str, int]  # tile, warps, stages and switches
     registers: int  # a thread's
     threads: int
@@ -99,7 +100,7 @@ def _read(kernel: JITFunction, constants: dict[str, int], compiled) -> Compiled:
     instructions = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
     seen = [name for name, text in instructions.items() if text in compiled.asm["ptx"]]
     return Compiled(
-        kernel=kernel.__name__.lstrip("_"),
+        kernel=f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.lstrip('_')}",
         constants=constants,
         registers=usage["REG"],
         threads=32 * compiled.metadata.num_warps,
@@ -140,7 +141,7 @@ def _experts(num_rows: int) -> None:
 
 
 def _rest() -> None:
-    """Ops without a tile of the table: routers of 128 and 512 experts, permutation, the norm."""
+    """Ops without a tile of the table: routers of 128 and 512 experts, permutation, the norm, the loss."""
     for num_experts, num_chosen, width in ((128, NANO_CHOSEN, NANO_WIDTH), (512, 22, 4096)):
         x_TH = torch.empty(256, width, dtype=torch.bfloat16, requires_grad=True)
         W_EH = torch.empty(num_experts, width, dtype=torch.bfloat16)
@@ -153,6 +154,9 @@ def _rest() -> None:
     for width in (512, 2048):  # groups of Mamba's norm in Nano and in Ultra
         y_TD = torch.empty(256, 8 * width, dtype=torch.bfloat16, requires_grad=True)
         gated_norm.gated_rms_norm(y_TD, y_TD, torch.empty(8 * width, requires_grad=True), 8).sum().backward()
+    head_VH, target_T = torch.empty(VOCABULARY, NANO_WIDTH, dtype=torch.bfloat16), torch.empty(256, dtype=torch.int64)
+    x_TH = torch.empty(256, NANO_WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    linear_cross_entropy.linear_cross_entropy(x_TH, head_VH, target_T).sum().backward()
 
 
 if __name__ == "__main__":
