@@ -8,15 +8,15 @@ from megatron_evolve.kernels.gated_norm import gated_rms_norm
 from tests.kernels.expert_cases import DEVICE, error, widened
 
 TOLERANCE = {
-    torch.float32: 2e-6,  # eps 1.2e-7, sums of up to 160 terms, one exponential and one root: measured at most 3e-7
-    torch.bfloat16: 4e-3,  # float32 inside, each result rounded once: 2^-9 at most, 1.6e-3 on average
+    torch.float32: 2e-6,  # eps 1.2e-7, sums of up to 160 terms, one exponential and one root: measured at most 2e-7
+    torch.bfloat16: 4e-3,  # float32 inside; dout and each result are rounded once, 2^-9 at most: measured at most 2.9e-3
 }
 # T, D, G; a program holds 2,048 numbers of one group and sums dw over 64 tokens
 CASES = {
     "plain": (40, 64, 4),
     "odd": (37, 3 * 47, 3),
     "one group": (20, 160, 1),
-    "groups of one": (5, 8, 8),
+    "groups of two": (5, 8, 4),
     "more than a stripe": (70, 32, 2),
     "no tokens": (0, 32, 2),
 }
