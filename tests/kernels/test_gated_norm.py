@@ -9,7 +9,7 @@ from tests.kernels.expert_cases import DEVICE, error, widened
 
 TOLERANCE = {
     torch.float32: 2e-6,  # eps 1.2e-7, sums of up to 160 terms, one exponential and one root: measured at most 2e-7
-    torch.bfloat16: 4e-3,  # float32 inside; dout and each result are rounded once, 2^-9 at most: measured at most 2.9e-3
+    torch.bfloat16: 4e-3,  # float32 inside; dout and each result round once (2^-9): measured at most 2.9e-3
 }
 # T, D, G; a program holds 2,048 numbers of one group and sums dw over 64 tokens
 CASES = {
