@@ -56,10 +56,8 @@ class Part:
                 f"{self.name} must have shape {self.shape}; got {tuple(whole.shape)}: use the architecture it was "
                 "saved from"
             )
-        if self.count == 1:
-            return whole
-        sections = whole.split([size * self.count for size in self.sections], self.axis)
-        return torch.cat([section.chunk(self.count, self.axis)[self.index] for section in sections], self.axis)
+        pieces = [whole[place] for place in self.slices()]
+        return torch.cat(pieces, self.axis) if len(pieces) > 1 else pieces[0]
 
     def slices(self) -> list[tuple[slice, ...]]:
         """Where the rank's slice stands in the whole tensor, section by section: for reading no more than it."""
