@@ -1,0 +1,88 @@
+"""Engine `openai`: the run behind an endpoint that runs already, or behind a server that lives as long as the job.
+
+    export --> start --> ready, serves the run, warm --> items --> drain, stop
+                 ^                                         |
+                 '------- died or stuck, at most k times --'
+
+A server that is started again is asked only what is not answered yet.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_evolve.eval.engines.command import Place, served_name, server_argv
+from megatron_evolve.eval.engines.endpoint import Conversation, EndpointGone, require_openai
+from megatron_evolve.eval.engines.export import exported
+from megatron_evolve.eval.engines.seam import Answers, Examinee, Prompt
+from megatron_evolve.eval.engines.server import ModelServer
+from megatron_evolve.eval.engines.settings import OpenAISettings, VllmServer
+from megatron_evolve.substrate.puzzles.row import COMPLETION_MARK
+
+LOG_FILE = "server.log"
+ADAPTER_FOLDER = "peft"
+
+
+def ask(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt]) -> Answers:
+    """Every prompt answered by the endpoint. Raises ValueError if it serves another model or leaves an item open."""
+    require_openai()
+    if settings.server is None:
+        return _ask_running(settings, examinee, prompts)
+    if isinstance(settings.server, VllmServer) and settings.server.base is not None:
+        return _ask_started(settings, examinee, prompts, Place(run=examinee.name, adapter=adapter_of(examinee.run)))
+    with exported(examinee) as folder:
+        return _ask_started(settings, examinee, prompts, Place(run=examinee.name, model=folder))
+
+
+def _ask_running(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt]) -> Answers:
+    name = served_name(settings, Place(run=examinee.name))
+    conversation = Conversation(settings, name, dict(enumerate(prompts)))
+    ready = settings.patience.connect_seconds
+    try:
+        about = asyncio.run(conversation.hold(settings.url, lambda: None, ready, _warm_up(examinee)))
+    except EndpointGone as gone:
+        raise ValueError(f"{gone}; start the server again, then the campaign goes on with the same command") from None
+    return _answers(conversation, about)
+
+
+def _ask_started(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt], place: Place) -> Answers:
+    spec = settings.server
+    conversation = Conversation(settings, served_name(settings, place), dict(enumerate(prompts)))
+    server = ModelServer(
+        lambda port: server_argv(settings, place, port),
+        examinee.work / LOG_FILE,
+        drain_seconds=spec.drain_seconds,
+        restarts=spec.restarts,
+    )
+    with server:
+        while True:
+            try:
+                hold = conversation.hold(server.url, server.ended, spec.start_seconds, _warm_up(examinee))
+                about = asyncio.run(hold)
+                break
+            except EndpointGone as gone:
+                server.restart(str(gone))
+        conversation.account["restarts"] += server.num_restarts
+    return _answers(conversation, about)
+
+
+def _warm_up(examinee: Examinee) -> Prompt:
+    """A prompt that belongs to no item: the mark that every question ends with."""
+    tokens = tuple(examinee.tokenizer.encode(COMPLETION_MARK))
+    return Prompt(text=COMPLETION_MARK, tokens=tokens, message=COMPLETION_MARK.strip())
+
+
+def _answers(conversation: Conversation, about: dict[str, str]) -> Answers:
+    completions = tuple(conversation.answered[number] for number in range(len(conversation.prompts)))
+    return Answers(completions, about, {kind: n for kind, n in sorted(conversation.account.items()) if n})
+
+
+def adapter_of(run: Path) -> Path:
+    """Folder of the run's adapter in PEFT's format. Raises ValueError if it was not written."""
+    folder = run / ADAPTER_FOLDER
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"expected the run's adapter in PEFT's format in {folder}, found no adapter_config.json: export it there, "
+            "or leave `base` out so that the merged run is served"
+        )
+    return folder.resolve()
