@@ -211,11 +211,11 @@ class _Line:
         except TimeoutError:
             limit = self._settings.patience.request_seconds
             raise _Passing("timeout", f"it took longer than {limit:g} s") from None
-        except openai.APIConnectionError as error:
+        except (openai.APIConnectionError, *self._transport_errors) as error:
             raise _Passing("connection", _words(error)) from None
         except openai.APIError as error:
             raise _Passing("server error", f"an error in the middle of the stream ({error.message})") from None
-        except (*self._transport_errors, json.JSONDecodeError) as error:
+        except json.JSONDecodeError as error:
             raise _Passing("truncated", f"the stream broke off ({_words(error)})") from None
         finally:
             self._in_flight -= 1

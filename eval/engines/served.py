@@ -27,14 +27,15 @@ def ask(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt])
     """Every prompt answered by the endpoint. Raises ValueError if it serves another model or leaves an item open."""
     require_openai()
     if settings.server is None:
-        return _ask_running(settings, examinee, prompts)
+        return ask_running(settings, examinee, prompts)
     if isinstance(settings.server, VllmServer) and settings.server.base is not None:
-        return _ask_started(settings, examinee, prompts, Place(run=examinee.name, adapter=adapter_of(examinee.run)))
+        return ask_started(settings, examinee, prompts, Place(run=examinee.name, adapter=adapter_of(examinee.run)))
     with exported(examinee) as folder:
-        return _ask_started(settings, examinee, prompts, Place(run=examinee.name, model=folder))
+        return ask_started(settings, examinee, prompts, Place(run=examinee.name, model=folder))
 
 
-def _ask_running(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt]) -> Answers:
+def ask_running(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt]) -> Answers:
+    """The same of an endpoint that runs already."""
     name = served_name(settings, Place(run=examinee.name))
     conversation = Conversation(settings, name, dict(enumerate(prompts)))
     ready = settings.patience.connect_seconds
@@ -45,7 +46,8 @@ def _ask_running(settings: OpenAISettings, examinee: Examinee, prompts: Sequence
     return _answers(conversation, about)
 
 
-def _ask_started(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt], place: Place) -> Answers:
+def ask_started(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt], place: Place) -> Answers:
+    """The same of a server that is started for it, and started again while it may be."""
     spec = settings.server
     conversation = Conversation(settings, served_name(settings, place), dict(enumerate(prompts)))
     server = ModelServer(

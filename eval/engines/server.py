@@ -125,7 +125,7 @@ class ModelServer:
                 )
             except OSError as error:
                 raise ValueError(
-                    f"expected a server that can be started, got {argv[0]!r}: {(error.strerror or str(error)).lower()}: "
+                    f"expected a server that can be started, {argv[0]!r} cannot ({(error.strerror or '').lower()}): "
                     "install it or mend the engine's argv"
                 ) from None
 
