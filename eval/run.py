@@ -17,14 +17,13 @@ from typing import Any
 from megatron_evolve.eval.engines.seam import Completion, Examinee, Prompt, ask
 from megatron_evolve.eval.judge import Judge, comparison_key, load_judge
 from megatron_evolve.eval.metric import exact, extract, has_box, verify
-from megatron_evolve.eval.score import ItemRows, split_scores, write_rows
+from megatron_evolve.eval.score import SCORES_FILE, ItemRows, split_scores, write_rows
 from megatron_evolve.eval.suite import Item, family_weights
 from megatron_evolve.launch.rundir import RunDirError, make_folder, write_json
 from megatron_evolve.substrate.manifest import read_manifest
 from megatron_evolve.substrate.tokenizer import PieceTokenizer
 
 ROWS_FILE = "scores.parquet"
-SCORES_FILE = "scores.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
