@@ -1,14 +1,15 @@
-"""A run as a folder that other people's servers load: config, weights, and our tokenizer in their format.
+"""A run as a folder that other people's servers load: its adapter, or the whole model with the adapter merged in.
 
+    adapter_config.json  adapter_model.safetensors
     config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
 
-The adapter of a run is merged into its weights. The tokenizer is ours to the id: the same pieces, cut by the same
+The tokenizer is ours to the id: the same pieces, cut by the same
 regular expression, and text that looks like a special token stays text.
 """
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,18 +28,29 @@ FOLDER = "export"
 
 
 @contextmanager
-def exported(examinee: Examinee) -> Iterator[Path]:
-    """The run as such a folder, for as long as it is needed: its weights are kept by the run already."""
+def exported(examinee: Examinee, write: Callable[[Examinee, Path], None]) -> Iterator[Path]:
+    """The run as a folder, for as long as it is needed: what it holds, the run keeps already."""
     folder = (examinee.work / FOLDER).resolve()
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
     try:
-        write_export(examinee, folder)
+        write(examinee, folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_export(examinee: Examinee, folder: Path) -> None:
-    """Writes the run into `folder`. Raises ValueError if the checkpoint is damaged or has no place over there."""
+def write_adapter(examinee: Examinee, folder: Path) -> None:
+    """Writes the run's adapter in PEFT's format, one tensor per expert as vLLM reads it. The model is not opened.
+
+    Raises ValueError for a run without an adapter.
+    """
+    from megatron_evolve.substrate.adapter import export_adapter
+
+    export_adapter(examinee.run, examinee.substrate_folder, folder, layout="each")
+
+
+def write_model(examinee: Examinee, folder: Path) -> None:
+    """Writes the whole model, the adapter merged in. Raises ValueError if the checkpoint is damaged."""
     from safetensors.torch import save_file
 
     from megatron_evolve.substrate.model.huggingface import huggingface_config

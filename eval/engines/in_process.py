@@ -58,7 +58,8 @@ def nemotron_h(architecture: "Architecture", state: dict[str, "Tensor"]) -> Any:
         experts_implementation="eager",
         dtype=next(iter(state.values())).dtype,
     )
-    model.load_state_dict(state, strict=True)
+    # Multi-token prediction heads train a model and write nothing; transformers' model has no place for them.
+    model.load_state_dict({name: t for name, t in state.items() if not name.startswith("mtp.")}, strict=True)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -9,18 +9,16 @@ A server that is started again is asked only what is not answered yet.
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_evolve.eval.engines.command import Place, served_name, server_argv
 from megatron_evolve.eval.engines.endpoint import Conversation, EndpointGone, require_openai
-from megatron_evolve.eval.engines.export import exported
+from megatron_evolve.eval.engines.export import exported, write_adapter, write_model
 from megatron_evolve.eval.engines.seam import Answers, Examinee, Prompt
 from megatron_evolve.eval.engines.server import ModelServer
 from megatron_evolve.eval.engines.settings import OpenAISettings, VllmServer
 from megatron_evolve.substrate.puzzles.row import COMPLETION_MARK
 
 LOG_FILE = "server.log"
-ADAPTER_FOLDER = "peft"
 
 
 def ask(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt]) -> Answers:
@@ -29,8 +27,9 @@ def ask(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt])
     if settings.server is None:
         return ask_running(settings, examinee, prompts)
     if isinstance(settings.server, VllmServer) and settings.server.base is not None:
-        return ask_started(settings, examinee, prompts, Place(run=examinee.name, adapter=adapter_of(examinee.run)))
-    with exported(examinee) as folder:
+        with exported(examinee, write_adapter) as folder:
+            return ask_started(settings, examinee, prompts, Place(run=examinee.name, adapter=folder))
+    with exported(examinee, write_model) as folder:
         return ask_started(settings, examinee, prompts, Place(run=examinee.name, model=folder))
 
 
@@ -42,7 +41,7 @@ def ask_running(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[
     try:
         about = asyncio.run(conversation.hold(settings.url, lambda: None, ready, _warm_up(examinee)))
     except EndpointGone as gone:
-        raise ValueError(f"{gone}; start the server again, then the campaign goes on with the same command") from None
+        raise ValueError(f"{gone}: start the server again, then score the run again") from None
     return _answers(conversation, about)
 
 
@@ -77,14 +76,3 @@ def _warm_up(examinee: Examinee) -> Prompt:
 def _answers(conversation: Conversation, about: dict[str, str]) -> Answers:
     completions = tuple(conversation.answered[number] for number in range(len(conversation.prompts)))
     return Answers(completions, about, {kind: n for kind, n in sorted(conversation.account.items()) if n})
-
-
-def adapter_of(run: Path) -> Path:
-    """Folder of the run's adapter in PEFT's format. Raises ValueError if it was not written."""
-    folder = run / ADAPTER_FOLDER
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"expected the run's adapter in PEFT's format in {folder}, found no adapter_config.json: export it there, "
-            "or leave `base` out so that the merged run is served"
-        )
-    return folder.resolve()
