@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_evolve import doctor
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.audit import open_record
 from megatron_evolve.candidate import Candidate
@@ -27,6 +28,23 @@ def test_a_run_is_scored_by_the_grounds_judge_whoever_it_is(tmp_path: Path) -> N
         words = [ground.job(Run(3, one, seed), stage).argv for one, seed in ((anchor, 1), (anchor, 2), (explorer, 1))]
         judges = {argv[argv.index("--judge") + 1] for argv in words}
         assert judges == {str(tmp_path / "judge")}
+
+
+def test_the_doctor_says_which_engines_are_usable() -> None:
+    packages = dict.fromkeys(("torch", "megatron-core", "transformers", "openai"), "1.0")
+    packages |= dict.fromkeys(("mamba-ssm", "causal-conv1d"))
+    whole = doctor.engines(packages, vllm_on_path=True)
+    assert [one["path"] for one in whole.values()] == ["greedy, in process", "greedy, in process", "streamed HTTP"]
+    assert "vllm is there to be started" in whole["engine openai"]["why"]
+    assert doctor.engines({**packages, "mamba-ssm": "2.2"}, False)["engine transformers"]["why"] == "with mamba-ssm"
+    for lost, names in {
+        "openai": ["engine openai"],
+        "transformers": ["engine transformers"],
+        "torch": ["engine megatron", "engine transformers"],
+    }.items():
+        found = doctor.engines({**packages, lost: None}, False)
+        assert [name for name, one in found.items() if one["path"] == "none"] == names
+    assert set(whole) <= set(doctor.examine()["operations"])
 
 
 @pytest.mark.slow
