@@ -14,8 +14,10 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_evolve.eval.engines.seam import Completion, Prompt
@@ -51,6 +53,7 @@ class Conversation:
     settings: OpenAISettings
     name: str
     prompts: Mapping[int, Prompt]
+    adapter: Path | None = None  # to be loaded under the name before anything is asked
     answered: dict[int, Completion] = field(default_factory=dict)
     account: Counter[str] = field(default_factory=Counter)  # failed attempts by kind
 
@@ -73,11 +76,13 @@ class Conversation:
         async with client:
             line = _Line(client, url, self, ended)
             deadline = time.monotonic() + ready_seconds
-            about = await line.introduction(deadline)
-            await line.ask({-1: warm_up}, max_new_tokens=1, stall_s=max(deadline - time.monotonic(), TICK_S))
-            self.answered.pop(-1)
-            left = {number: prompt for number, prompt in self.prompts.items() if number not in self.answered}
-            await line.ask(left, max_new_tokens=self.settings.max_new_tokens, stall_s=patience.stall_seconds)
+            await line.models(deadline)
+            async with line.adapter():
+                about = await line.introduction(deadline)
+                await line.ask({-1: warm_up}, max_new_tokens=1, stall_s=max(deadline - time.monotonic(), TICK_S))
+                self.answered.pop(-1)
+                left = {number: prompt for number, prompt in self.prompts.items() if number not in self.answered}
+                await line.ask(left, max_new_tokens=self.settings.max_new_tokens, stall_s=patience.stall_seconds)
         return about
 
 
@@ -98,15 +103,14 @@ class _Line:
 
     # --- before any item ----------------------------------------------------------------------------------------------
 
-    async def introduction(self, deadline: float) -> dict[str, str]:
-        """What the server says of itself, once it is up. Raises ValueError if it serves another model."""
+    async def models(self, deadline: float) -> Any:
+        """The raw list of what it serves, once it is up. Raises EndpointGone if that takes too long."""
         openai = require_openai()
         while True:
             try:
-                raw = await asyncio.wait_for(
+                return await asyncio.wait_for(
                     self._client.models.with_raw_response.list(), max(deadline - time.monotonic(), TICK_S)
                 )
-                break
             except (openai.APIConnectionError, openai.InternalServerError, TimeoutError) as error:
                 if why := self._ended():
                     raise EndpointGone(f"{why} before it was ready") from None
@@ -118,6 +122,10 @@ class _Line:
                     f"expected a list of models at {self._url}/models, got HTTP {error.status_code}: check the url "
                     "and the variable that holds its key"
                 ) from None
+
+    async def introduction(self, deadline: float) -> dict[str, str]:
+        """What the server says of itself. Raises ValueError if it serves another model."""
+        raw = await self.models(deadline)
         cards = {card.id: card for card in raw.parse().data}
         name = self._conversation.name
         if name not in cards:
@@ -135,10 +143,44 @@ class _Line:
         openai = require_openai()
         root = self._url.rstrip("/").removesuffix("/v1")
         try:
-            told = await self._client.get(f"{root}/version", cast_to=object)
+            quick = {"timeout": self._settings.patience.connect_seconds}
+            told = await self._client.get(f"{root}/version", cast_to=object, options=quick)
         except openai.APIError:
             return None
         return str(told["version"]) if isinstance(told, dict) and "version" in told else None
+
+    @asynccontextmanager
+    async def adapter(self) -> AsyncIterator[None]:
+        """The run's adapter, if there is one to load, loaded under its name for as long as it is asked."""
+        openai, folder, name = require_openai(), self._conversation.adapter, self._conversation.name
+        if folder is None:
+            yield
+            return
+        await self._unload()  # of a job that was killed
+        try:
+            await self._tell("load", {"lora_name": name, "lora_path": str(folder)})
+        except openai.APIError as error:
+            raise ValueError(
+                f"expected {self._url} to load the adapter in {folder}, got {_words(error)}: start vLLM with "
+                "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True on a machine that sees this folder"
+            ) from None
+        try:
+            yield
+        finally:
+            if not await self._unload():
+                self._conversation.account["adapter not unloaded"] += 1
+
+    async def _unload(self) -> bool:
+        openai = require_openai()
+        try:
+            await self._tell("unload", {"lora_name": self._conversation.name})
+        except openai.APIError:
+            return False
+        return True
+
+    async def _tell(self, verb: str, body: dict[str, str]) -> None:
+        limit = {"timeout": self._settings.patience.request_seconds}
+        await self._client.post(f"/{verb}_lora_adapter", cast_to=object, body=body, options=limit)
 
     # --- the items ----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ A server that is started again is asked only what is not answered yet.
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_evolve.eval.engines.command import Place, served_name, server_argv
 from megatron_evolve.eval.engines.endpoint import Conversation, EndpointGone, require_openai
@@ -24,6 +25,9 @@ LOG_FILE = "server.log"
 def ask(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt]) -> Answers:
     """Every prompt answered by the endpoint. Raises ValueError if it serves another model or leaves an item open."""
     require_openai()
+    if settings.lora:
+        with exported(examinee, write_adapter) as folder:
+            return ask_running(settings, examinee, prompts, adapter=folder)
     if settings.server is None:
         return ask_running(settings, examinee, prompts)
     if isinstance(settings.server, VllmServer) and settings.server.base is not None:
@@ -33,10 +37,12 @@ def ask(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt])
         return ask_started(settings, examinee, prompts, Place(run=examinee.name, model=folder))
 
 
-def ask_running(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt]) -> Answers:
-    """The same of an endpoint that runs already."""
+def ask_running(
+    settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt], adapter: Path | None = None
+) -> Answers:
+    """The same of an endpoint that runs already, which is told to load `adapter` where one is given."""
     name = served_name(settings, Place(run=examinee.name))
-    conversation = Conversation(settings, name, dict(enumerate(prompts)))
+    conversation = Conversation(settings, name, dict(enumerate(prompts)), adapter)
     ready = settings.patience.connect_seconds
     try:
         about = asyncio.run(conversation.hold(settings.url, lambda: None, ready, _warm_up(examinee)))

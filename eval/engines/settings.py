@@ -115,6 +115,10 @@ class OpenAISettings(Frozen):
     model: str = Field(
         default=RUN, min_length=1, description="the name it must serve the run under; may hold {run} and {model}"
     )
+    lora: bool = Field(
+        default=False,
+        description="`url` is vLLM with runtime LoRA updates and these disks: the job loads the run's adapter there",
+    )
     prompt: Literal["text", "tokens", "chat"] = Field(
         default="text", description="what is sent: text or token ids to /completions, or a user's message to /chat"
     )
@@ -132,6 +136,8 @@ class OpenAISettings(Frozen):
     def _one_endpoint_that_serves_the_run(self) -> "OpenAISettings":
         if (self.url is None) == (self.server is None):
             raise ValueError("an endpoint either runs (`url`) or is started (`server`); give exactly one of them")
+        if self.lora and self.url is None:
+            raise ValueError("`lora` is for an endpoint that runs (`url`); a vLLM that is started takes a `base`")
         if self.url is not None and RUN not in self.model:
             # Under a fixed name one model would answer for every candidate of the campaign.
             raise ValueError(

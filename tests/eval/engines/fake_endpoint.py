@@ -49,6 +49,7 @@ class FakeEndpoint(ThreadingHTTPServer):
         self.name = name
         self.listed = [*listed] or [name]
         self.faults = dict(fault.split(":", 1) for fault in faults)
+        self.adapters: list[str] = []  # folders that were loaded
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
@@ -96,6 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         server = self.server
+        if self.path.endswith("_lora_adapter"):
+            return self._adapter(self.path.rsplit("/", 1)[1].split("_")[0], body)
         with server.lock:
             number = len(server.requests) - 1  # the first one is the warm-up
             server.requests.append(body)
@@ -111,6 +114,16 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             with server.lock:
                 server.at_once -= 1
+
+    def _adapter(self, verb: str, body: dict[str, Any]) -> None:
+        """As vLLM's runtime LoRA updates: a folder is loaded under a name once, and must be loaded to be unloaded."""
+        name, listed = body["lora_name"], self.server.listed
+        if "lora" in self.server.faults or (name in listed) == (verb == "load"):
+            return self._reply(404 if verb == "unload" else 400, {"error": {"message": f"cannot {verb} {name}"}})
+        if verb == "load":
+            self.server.adapters.append(body["lora_path"])
+        listed.append(name) if verb == "load" else listed.remove(name)
+        return self._reply(200, {})
 
     def _complete(self, body: dict[str, Any], fault: str) -> None:
         if fault.isdigit():

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_evolve.eval.engines.endpoint import retry_after
 from megatron_evolve.eval.engines.seam import Answers
-from megatron_evolve.eval.engines.served import ask
+from megatron_evolve.eval.engines.served import ask, ask_running
 from tests.eval.engines.asked import examinee, expected, prompts, settings
 from tests.eval.engines.fake_endpoint import FakeEndpoint
 
@@ -183,3 +183,26 @@ def test_a_key_comes_from_the_environment_and_rests_nowhere(
     assert "very-private" not in kept + repr(got)
     with pytest.raises(ValueError, match="HTTP 401: check the url and the variable"):
         answers(fake("models:401"), tmp_path)
+
+
+@pytest.mark.parametrize("left_over", [False, True], ids=["clean", "left by a killed job"])
+def test_a_running_vllm_loads_the_runs_adapter(
+    fake: Callable[..., FakeEndpoint], tmp_path: Path, left_over: bool
+) -> None:
+    one = examinee(tmp_path)
+    server = fake(listed=("base", one.name) if left_over else ("base",))
+    got = ask_running(settings(url=server.url, lora=True), one, ITEMS, adapter=tmp_path)
+    assert list(got.completions) == expected(ITEMS, 40)
+    assert {request["model"] for request in server.requests} == {one.name}
+    assert server.adapters == [str(tmp_path)]
+    assert server.listed == ["base"]
+    with pytest.raises(ValueError, match="serves another model now"):
+        ask_running(settings(url=fake("3:wrong-model", listed=("base",)).url, lora=True), one, ITEMS, adapter=tmp_path)
+    assert server.listed == ["base"]
+
+
+def test_a_server_that_takes_no_adapter(fake: Callable[..., FakeEndpoint], tmp_path: Path) -> None:
+    server = fake("lora:no", listed=("base",))
+    with pytest.raises(ValueError, match=r"to load the adapter in .*cannot load.*: start vLLM with --enable-lora"):
+        ask_running(settings(url=server.url, lora=True), examinee(tmp_path), ITEMS, adapter=tmp_path)
+    assert server.requests == []

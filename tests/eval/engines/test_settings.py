@@ -1,5 +1,6 @@
 """Settings of the engines: old files mean what they meant, impossible ones are refused, argv is exact."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from megatron_evolve.eval.engines.command import Place, server_argv
 from megatron_evolve.eval.engines.settings import EngineSettings, MegatronSettings, OpenAISettings
 from megatron_evolve.eval.freeze import engine_of
 from megatron_evolve.eval.judge import Engine, comparison_key, freeze_judge, load_judge
-from megatron_evolve.eval.suite import GeneratedSuite
+from megatron_evolve.eval.suite import GeneratedSuite, item_set_digest
 from megatron_evolve.substrate.digest import digest_of
 
 DEV = {"kind": "generated", "difficulty": "nano", "seed": 1, "families": {"numeral": {"weight": 1}}}
@@ -51,8 +52,6 @@ def test_the_frozen_engine_is_written_as_before_there_was_a_choice(tmp_path: Pat
     assert load_judge(tmp_path / "judge") == judge
     items = judge.items("dev-b", 1)
     parts = {"metric": judge.metric, "engine": before, "suite": suite.digest}
-    from megatron_evolve.eval.suite import item_set_digest
-
     assert comparison_key(judge, "dev-b", items) == digest_of({**parts, "items": item_set_digest(items)})
 
 
@@ -83,6 +82,15 @@ def test_engines_never_compare(tmp_path: Path) -> None:
     assert key(moved, {"version": "0.11.0"}) == key(running, {"version": "0.11.0"})
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_campaigns_engine_is_what_the_judge_freezes(name: str) -> None:
+    """Through JSON, as it travels from the campaign to the judge's own process."""
+    written = json.loads(json.dumps(judge_spec(ENGINES[name]).model_dump(mode="json")["engine"]))
+    frozen = engine_of({**written, "version": "0.1.0"})
+    assert frozen.model_dump(mode="json", include=set(written)) == written
+    assert frozen.version == "0.1.0"
+
+
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
@@ -91,6 +99,7 @@ def test_engines_never_compare(tmp_path: Path) -> None:
         ({**ENGINES["running"], "model": "nemotron"}, r"must hold \{run\}"),
         ({**ENGINES["running"], "extra": {"temperature": 1}}, "must not set temperature"),
         ({"kind": "openai", "server": {"kind": "command", "argv": ["serve"]}}, r"must hold \{port\}"),
+        ({**ENGINES["started"], "lora": True}, "takes a `base`"),
         ({"kind": "vllm"}, "'megatron', 'transformers', 'openai'"),
         ({**ENGINES["running"], "concurency": 4}, r"unknown key .*; did you mean concurrency\?"),
         ({"batchsize": 4}, r"unknown key .*; did you mean batch_size\?"),
