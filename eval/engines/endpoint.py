@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from megatron_evolve.eval.engines.seam import Completion, Prompt
 from megatron_evolve.eval.engines.settings import OpenAISettings
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # Beside every 5xx: request timeout, conflict, too early, too many requests.
 PASSING_STATUSES = frozenset({408, 409, 425, 429})
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NO_KEY = "none"  # the client wants one even where the server does not
 TICK_S = 0.2
 PROBE_S = 0.1
@@ -70,8 +72,8 @@ class Conversation:
             api_key=_key(self.settings),
             max_retries=0,
             timeout=openai.Timeout(None, connect=patience.connect_seconds),
-            # A server of ours is on this machine: no proxy stands between.
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=self.settings.server is None),
+            # No proxy stands between a machine and itself, whatever its environment says of proxies.
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=urlsplit(url).hostname not in LOOPBACK),
         )
         async with client:
             line = _Line(client, url, self, ended)
@@ -79,7 +81,8 @@ class Conversation:
             await line.models(deadline)
             async with line.adapter():
                 about = await line.introduction(deadline)
-                await line.ask({-1: warm_up}, max_new_tokens=1, stall_s=max(deadline - time.monotonic(), TICK_S))
+                first_s = max(deadline - time.monotonic(), patience.stall_seconds)  # the first token may compile
+                await line.ask({-1: warm_up}, max_new_tokens=1, stall_s=first_s)
                 self.answered.pop(-1)
                 left = {number: prompt for number, prompt in self.prompts.items() if number not in self.answered}
                 await line.ask(left, max_new_tokens=self.settings.max_new_tokens, stall_s=patience.stall_seconds)
@@ -111,22 +114,25 @@ class _Line:
                 return await asyncio.wait_for(
                     self._client.models.with_raw_response.list(), max(deadline - time.monotonic(), TICK_S)
                 )
-            except (openai.APIConnectionError, openai.InternalServerError, TimeoutError) as error:
+            except (openai.APIConnectionError, openai.APIStatusError, TimeoutError) as error:
+                if not passes(getattr(error, "status_code", 503)):
+                    raise ValueError(
+                        f"expected a list of models at {self._url}/models, got HTTP {error.status_code}: check the url "
+                        "and the variable that holds its key"
+                    ) from None
                 if why := self._ended():
                     raise EndpointGone(f"{why} before it was ready") from None
                 if time.monotonic() > deadline:
                     raise EndpointGone(f"{self._url} was not ready in time ({_words(error)})") from None
                 await asyncio.sleep(PROBE_S)
-            except openai.APIStatusError as error:
-                raise ValueError(
-                    f"expected a list of models at {self._url}/models, got HTTP {error.status_code}: check the url "
-                    "and the variable that holds its key"
-                ) from None
 
     async def introduction(self, deadline: float) -> dict[str, str]:
         """What the server says of itself. Raises ValueError if it serves another model."""
         raw = await self.models(deadline)
-        cards = {card.id: card for card in raw.parse().data}
+        listed = getattr(raw.parse(), "data", None)
+        if not isinstance(listed, list):
+            raise ValueError(f"expected a list of models at {self._url}/models, got something else: check the url")
+        cards = {card.id: card for card in listed}
         name = self._conversation.name
         if name not in cards:
             raise ValueError(
@@ -304,11 +310,16 @@ class _Line:
 
     def _of_status(self, error: Any) -> Exception:
         status = error.status_code
-        if status in PASSING_STATUSES or status >= 500:
+        if passes(status):
             return _Passing(f"HTTP {status}", f"HTTP {status}", retry_after(error.response.headers.get("retry-after")))
         return ValueError(
             f"{self._url} refuses the judge's requests with HTTP {status} ({_words(error)}): mend the engine's settings"
         )
+
+
+def passes(status: int) -> bool:
+    """Whether the same request may well succeed later."""
+    return status in PASSING_STATUSES or status >= 500
 
 
 def retry_after(header: str | None) -> float:

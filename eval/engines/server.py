@@ -116,7 +116,8 @@ class ModelServer:
         self._port = free_port()
         argv = self._argv_of(self._port)
         make_folder(self.log.parent)
-        with open(self.log, "ab") as log:
+        # Some servers log what they are asked, and that may be the sealed target: for the judge's eyes alone.
+        with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
             log.write(f"$ {' '.join(argv)}\n".encode())
             log.flush()
             try:

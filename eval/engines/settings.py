@@ -143,7 +143,10 @@ class OpenAISettings(Frozen):
             raise ValueError(
                 f"the model's name at an endpoint that runs must hold {RUN}, so that it names the run scored"
             )
-        taken = sorted({"model", "prompt", "messages", "max_tokens", "temperature", "stream", "n"} & self.extra.keys())
+        taken = sorted(
+            {"model", "prompt", "messages", "max_tokens", "temperature", "stream", "stream_options", "n"}
+            & self.extra.keys()
+        )
         if taken:
             raise ValueError(f"`extra` must not set {', '.join(taken)}, which the judge sets itself; leave it out")
         return self

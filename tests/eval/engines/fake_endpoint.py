@@ -86,6 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
+            if self.server.faults.get("models") == "nonsense":
+                return self._reply(200, {"hello": "there"})
             if "models" in self.server.faults:
                 return self._reply(int(self.server.faults["models"]), {"error": {"message": "no"}})
             cards = [{"id": name, "object": "model", "created": 0, "owned_by": "fake"} for name in self.server.listed]

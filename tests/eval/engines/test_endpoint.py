@@ -162,6 +162,15 @@ def test_a_request_has_its_own_limit(fake: Callable[..., FakeEndpoint], tmp_path
     assert got.account == {"timeout": 1}
 
 
+def test_something_else_answers(fake: Callable[..., FakeEndpoint], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected a list of models at .*/models, got something else: check the url"):
+        answers(fake("models:nonsense"), tmp_path)
+    with pytest.raises(ValueError, match="/models, got HTTP 404: check the url and the variable"):
+        answers(fake("models:404"), tmp_path)
+    with pytest.raises(ValueError, match=r"was not ready in time \(Error code: 503"):
+        answers(fake("models:503"), tmp_path, {"connect_seconds": 0.3})
+
+
 def test_nobody_answers(tmp_path: Path) -> None:
     with FakeEndpoint("gone") as server:
         url = server.url
@@ -181,8 +190,6 @@ def test_a_key_comes_from_the_environment_and_rests_nowhere(
     assert {one["authorization"] for one in server.headers} == {"Bearer sk-very-private"}
     kept = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     assert "very-private" not in kept + repr(got)
-    with pytest.raises(ValueError, match="HTTP 401: check the url and the variable"):
-        answers(fake("models:401"), tmp_path)
 
 
 @pytest.mark.parametrize("left_over", [False, True], ids=["clean", "left by a killed job"])

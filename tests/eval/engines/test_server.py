@@ -65,6 +65,7 @@ def test_started_asked_and_stopped_with_its_children(tmp_path: Path) -> None:
     assert len(processes(tmp_path)) == 2
     assert nobody_is_left(tmp_path)
     log = (tmp_path / "work" / LOG_FILE).read_text()
+    assert (tmp_path / "work" / LOG_FILE).stat().st_mode & 0o777 == 0o600
     assert log.startswith(f"$ {sys.executable} ") and log.endswith("life 0\n")
 
 
