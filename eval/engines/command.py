@@ -40,6 +40,15 @@ class Place:
         return text
 
 
+def wanted(settings: OpenAISettings) -> set[str]:
+    """Which folders of the run the server must be told of: MODEL, ADAPTER or both."""
+    server = settings.server
+    if isinstance(server, VllmServer):
+        return {ADAPTER if server.base is not None else MODEL}
+    words = (*server.argv, settings.model)
+    return {one for one in (MODEL, ADAPTER) if any(one in word for word in words)}
+
+
 def served_name(settings: OpenAISettings, place: Place) -> str:
     """The name that the endpoint must list, and answer under."""
     return place.fill(settings.model)

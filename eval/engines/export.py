@@ -24,13 +24,11 @@ if TYPE_CHECKING:
 
     from megatron_evolve.substrate.model.architecture import Architecture
 
-FOLDER = "export"
-
 
 @contextmanager
-def exported(examinee: Examinee, write: Callable[[Examinee, Path], None]) -> Iterator[Path]:
-    """The run as a folder, for as long as it is needed: what it holds, the run keeps already."""
-    folder = (examinee.work / FOLDER).resolve()
+def exported(examinee: Examinee, name: str, write: Callable[[Examinee, Path], None]) -> Iterator[Path]:
+    """The run as a folder of that name, for as long as it is needed: what it holds, the run keeps already."""
+    folder = (examinee.work / name).resolve()
     shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
     try:
         write(examinee, folder)

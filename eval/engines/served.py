@@ -9,14 +9,16 @@ A server that is started again is asked only what is not answered yet.
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from megatron_evolve.eval.engines.command import Place, served_name, server_argv
-from megatron_evolve.eval.engines.endpoint import Conversation, EndpointGone, require_openai
+from megatron_evolve.eval.engines.command import Place, served_name, server_argv, wanted
+from megatron_evolve.eval.engines.conversation import Conversation
+from megatron_evolve.eval.engines.endpoint import EndpointGone, require_openai
 from megatron_evolve.eval.engines.export import exported, write_adapter, write_model
 from megatron_evolve.eval.engines.seam import Answers, Examinee, Prompt
 from megatron_evolve.eval.engines.server import ModelServer
-from megatron_evolve.eval.engines.settings import OpenAISettings, VllmServer
+from megatron_evolve.eval.engines.settings import ADAPTER, MODEL, OpenAISettings
 from megatron_evolve.substrate.puzzles.row import COMPLETION_MARK
 
 LOG_FILE = "server.log"
@@ -25,16 +27,15 @@ LOG_FILE = "server.log"
 def ask(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt]) -> Answers:
     """Every prompt answered by the endpoint. Raises ValueError if it serves another model or leaves an item open."""
     require_openai()
-    if settings.lora:
-        with exported(examinee, write_adapter) as folder:
-            return ask_running(settings, examinee, prompts, adapter=folder)
-    if settings.server is None:
-        return ask_running(settings, examinee, prompts)
-    if isinstance(settings.server, VllmServer) and settings.server.base is not None:
-        with exported(examinee, write_adapter) as folder:
-            return ask_started(settings, examinee, prompts, Place(run=examinee.name, adapter=folder))
-    with exported(examinee, write_model) as folder:
-        return ask_started(settings, examinee, prompts, Place(run=examinee.name, model=folder))
+    with ExitStack() as stack:
+        if settings.server is None:
+            adapter = stack.enter_context(exported(examinee, "adapter", write_adapter)) if settings.lora else None
+            return ask_running(settings, examinee, prompts, adapter)
+        folders = {}
+        for word, name, write in ((MODEL, "model", write_model), (ADAPTER, "adapter", write_adapter)):
+            if word in wanted(settings):
+                folders[name] = stack.enter_context(exported(examinee, name, write))
+        return ask_started(settings, examinee, prompts, Place(run=examinee.name, **folders))
 
 
 def ask_running(

@@ -35,7 +35,7 @@ TORCH_FREE_FILES = [
     ),
     *(
         ROOT / "eval" / "engines" / f"{name}.py"
-        for name in ["settings", "versions", "seam", "command", "server", "endpoint", "served"]
+        for name in ["settings", "versions", "seam", "command", "server", "endpoint", "conversation", "served"]
     ),
 ]
 

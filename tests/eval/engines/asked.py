@@ -8,7 +8,14 @@ from megatron_evolve.eval.engines.settings import OpenAISettings, Patience
 from megatron_evolve.substrate.tokenizer import nano_tokenizer
 from tests.eval.engines.fake_endpoint import answer_of, pieces_of
 
-SHORT = {"connect_seconds": 5, "stall_seconds": 30, "retries": 3, "backoff_seconds": 0.01, "longest_wait_seconds": 2}
+SHORT = {
+    "connect_seconds": 5,
+    "stall_seconds": 30,
+    "request_seconds": 30,
+    "retries": 3,
+    "backoff_seconds": 0.01,
+    "longest_wait_seconds": 2,
+}
 
 
 def prompts(count: int) -> list[Prompt]:

@@ -111,7 +111,7 @@ def test_the_exported_folder_loads_as_the_run(prompts: list[Prompt], tmp_path: P
 
     model = enlarged(ARCHITECTURE, adapter=True)
     run = run_of(model, ARCHITECTURE, tmp_path)
-    with export.exported(run, export.write_model) as folder:
+    with export.exported(run, "model", export.write_model) as folder:
         loaded, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert not folder.exists()
     assert (loaded.config.eos_token_id, loaded.config.pad_token_id, loaded.config.bos_token_id) == (1, 0, None)

@@ -147,5 +147,5 @@ def test_vllm_is_started_with_the_runs_adapter(trained: Trained, tmp_path: Path)
     assert record["engine"]["about"] == {"server": "fake/1", "owned_by": "fake", "version": "0.0.fake"}
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["rank"] == 8 and seen["bytes"] > 100_000
-    assert not (tmp_path / "out" / "export").exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scores.json", "scores.parquet", "server.log"]
     assert load_judge(tmp_path / "judge").engine.packages.keys() == {"vllm"}

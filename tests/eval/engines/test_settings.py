@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from megatron_evolve.campaign import JudgeSpec
 from megatron_evolve.eval.engines import versions
-from megatron_evolve.eval.engines.command import Place, server_argv
+from megatron_evolve.eval.engines.command import Place, server_argv, wanted
 from megatron_evolve.eval.engines.settings import EngineSettings, MegatronSettings, OpenAISettings
 from megatron_evolve.eval.freeze import engine_of
 from megatron_evolve.eval.judge import Engine, comparison_key, freeze_judge, load_judge
@@ -145,6 +145,17 @@ def test_vllm_with_the_merged_run() -> None:
         "--tensor-parallel-size 1 --dtype auto --gpu-memory-utilization 0.9 --max-num-seqs 32 --generation-config vllm "
         "--seed 0"
     )
+
+
+def test_only_what_a_server_is_told_of_is_exported() -> None:
+    for server, model, folders in (
+        ({"kind": "vllm"}, "{run}", {"{model}"}),
+        ({"kind": "vllm", "base": "x"}, "{run}", {"{adapter}"}),
+        ({"kind": "command", "argv": ["serve", "base", "--lora={adapter}", "{port}"]}, "{run}", {"{adapter}"}),
+        ({"kind": "command", "argv": ["serve", "{port}"]}, "{model}", {"{model}"}),
+        ({"kind": "command", "argv": ["serve", "{port}"]}, "{run}", set()),
+    ):
+        assert wanted(OpenAISettings(kind="openai", server=server, model=model)) == folders
 
 
 def test_any_server_by_its_command_line() -> None:
