@@ -11,6 +11,7 @@ SUBFOLDERS = (
     "substrate/model",
     "substrate/puzzles",
     "substrate/train",
+    "eval/engines",
     "megatron_evolve/report",
     "megatron_evolve/workers",
     "megatron_evolve/worlds",

@@ -34,6 +34,10 @@ TORCH_FREE_FILES = [
         ROOT / "eval" / f"{name}.py"
         for name in ["metric", "score", "suite", "paired", "seeds", "looks", "leakage", "judge", "freeze"]
     ),
+    *(
+        ROOT / "eval" / "engines" / f"{name}.py"
+        for name in ["settings", "versions", "seam", "command", "server", "endpoint", "conversation", "served"]
+    ),
 ]
 
 
