@@ -29,6 +29,7 @@ TORCH_FREE_FILES = [
         for name in ["digest", "frozen", "layout", "manifest", "mix", "recipe", "settings", "tokenizer"]
     ),
     ROOT / "substrate" / "model" / "architecture.py",
+    *(path for path in sorted((ROOT / "substrate" / "plan").glob("*.py")) if path.stem != "measure"),
     *(
         ROOT / "eval" / f"{name}.py"
         for name in ["metric", "score", "suite", "paired", "seeds", "looks", "leakage", "judge", "freeze"]
