@@ -97,7 +97,7 @@ def assess(
                 architecture,
                 ranks=gpus,
                 batch_size=job.batch_size,
-                adapter=job.mode == "lora",
+                adapter=job.mode == "lora" and "experts" in job.adapter.targets,
                 context_parallel=transformer_engine,
             )
         ),

@@ -17,9 +17,9 @@ pytestmark = [
 
 def measure(processes: int) -> list[dict[str, Any]]:
     """The rows of `substrate.plan.measure`, all cases of so many processes in one launch."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     run = subprocess.run(
-        [*torchrun, "-m", "megatron_evolve.substrate.plan.measure"],
+        [sys.executable, *(torchrun if processes > 1 else ()), "-m", "megatron_evolve.substrate.plan.measure"],
         capture_output=True,
         text=True,
         timeout=900,
