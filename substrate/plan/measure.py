@@ -1,7 +1,7 @@
 """Planned against measured memory: small models, real processes, every allocation of one training step.
 
     python -m megatron_evolve.substrate.plan.measure                                        # one process
-    torchrun --standalone --nproc-per-node 2 -m megatron_evolve.substrate.plan.measure      # two, four
+    torchrun --standalone --nproc-per-node 2 -m megatron_evolve.substrate.plan.measure      # two, three, four
 
 One JSON line a case: the bytes that `memory.peak` plans for the fullest rank, and those that torch.profiler saw
 allocated at the peak of the second step, the first having made the optimizer's state. The model is built inside the
@@ -86,6 +86,7 @@ CASES = {  # by number of processes
         Case("pp=2", 16, 4, 96),
         Case("pp=2", 8, 4, 160, mode="lora"),
     ),
+    3: (Case("pp=3", 24, 4, 96), Case("pp=3,vp=2", 24, 4, 96)),
     4: (Case("tp=2,ep=2", 16, 8, 96), Case("pp=2", 16, 4, 96), Case("tp=2,pp=2", 16, 4, 96)),
 }
 RECOMPUTE = {
@@ -144,6 +145,7 @@ def _lay_out(layout: Layout) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         create_gloo_process_groups=False,
@@ -223,28 +225,30 @@ def _trainer(case: Case, layout: Layout, ranks: int) -> Any:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-    model = build.build_model(
+    chunks = build.build_chunks(
         MODEL, seed=2, finalize_model_grads_func=finalize_model_grads, **RECOMPUTE[case.recompute]
     )
     if case.mode == "lora":
         from megatron_evolve.substrate.model.lora import add_lora
 
         adapter = case.job.adapter
-        add_lora(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=0)
+        for chunk in chunks:
+            add_lora(chunk, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=0)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    model = DistributedDataParallel(model.config, ddp, model)
+    model = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
     settings = OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0, use_distributed_optimizer=True)
-    optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(settings, model, use_gloo_process_groups=False)
     micro_batches = case.job.micro_batches(layout.data_parallel(ranks))
     shape = (micro_batches, case.micro_batch, case.sequence_length)
 
     def step(seed: int) -> None:
         tokens = torch.randint(0, MODEL.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-        model.zero_grad_buffer()
+        for chunk in model:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
         get_forward_backward_func()(
             forward_step_func=_forward,
-            data_iterator=iter(tokens),
+            data_iterator=[iter(tokens) for _ in model],
             model=model,
             num_microbatches=micro_batches,
             seq_length=case.sequence_length,

@@ -1,8 +1,8 @@
 """The memory of the fullest rank: weights, gradients, optimizer state, adapters, activations, logits.
 
-A pipeline of pp stages runs one forward, one backward: stage s holds up to pp - s micro-batches at once. With virtual
-stages a rank holds more pieces, each 1/vp of its layers: 2 (pp - s - 1) + (vp - 1) pp + 1 of them (Narayanan et al.
-2021, arXiv 2104.04473, section 2.2). The stage with the largest sum decides, for every rank must fit.
+A pipeline of pp stages runs one forward, one backward: stage s holds up to pp - s micro-batches at once, and with
+virtual stages 2 (pp - s - 1) + (vp - 1) pp + 1 times a piece of its layers (Narayanan et al. 2021, arXiv 2104.04473,
+section 2.2). The stage with the largest sum decides, for every rank must fit.
 """
 
 from dataclasses import dataclass, fields
@@ -92,14 +92,11 @@ def _activations(
     recomputed ones; the larger of the two counts.
     """
     letters = {letter: activations.layer(letter) for letter in set(stage.pattern)}
-    kept = sum(letters[letter].kept for letter in stage.pattern)
+    kept = _in_flight(
+        layout, number, micro_batches, [sum(letters[letter].kept for letter in piece) for piece in stage.pieces]
+    )
     busiest = max(one.again + one.working for one in letters.values())
-    if layout.vp == 1:
-        in_flight = min(layout.pp - number, micro_batches)
-    else:
-        pieces = 2 * (layout.pp - number - 1) + (layout.vp - 1) * layout.pp + 1
-        in_flight = min(pieces, micro_batches * layout.vp) / layout.vp
-    kept = kept * in_flight + activations.boundary()
+    kept += activations.boundary()
     if not stage.last:
         return kept + busiest, 0.0
     further = [activations.layer(letter) for letter in a.mtp_pattern]
@@ -108,3 +105,21 @@ def _activations(
     head = activations.head(a.mtp_depths)
     logits = head.kept + head.working
     return kept + max(0.0, busiest - logits), logits
+
+
+def _in_flight(layout: Layout, number: int, micro_batches: int, piece_bytes: list[float]) -> float:
+    """The most that stage `number` holds of its pieces at once.
+
+    Pieces take turns, pp micro-batches each: forward from the first, backward from the last. Where they differ in size
+    the mixture matters, so the schedule is followed through one period.
+    """
+    pp, vp = layout.pp, layout.vp
+    held_at_once = pp - number if vp == 1 else 2 * (pp - number - 1) + (vp - 1) * pp + 1
+    begun = min(held_at_once, micro_batches * vp)
+    forward = [piece_bytes[turn // pp % vp] for turn in range(begun + pp * vp)]
+    backward = [piece_bytes[vp - 1 - turn // pp % vp] for turn in range(pp * vp)]
+    held = most = sum(forward[:begun])
+    for turn in range(min(pp * vp, micro_batches * vp - begun)):
+        held += forward[begun + turn] - backward[turn]
+        most = max(most, held)
+    return most

@@ -29,17 +29,22 @@ class Share:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one pipeline rank holds: its layers in order, and whether the model begins or ends with it."""
+    """What one pipeline rank holds: its pieces of the layer pattern, and whether the model begins or ends with it."""
 
-    pattern: str
+    pieces: tuple[str, ...]  # one for each virtual stage
     first: bool
     last: bool
+
+    @property
+    def pattern(self) -> str:
+        """All its layers."""
+        return "".join(self.pieces)
 
 
 def stages(architecture: Architecture, layout: Layout) -> list[Stage]:
     """The pipeline ranks of a layout. With virtual stages rank r holds the pieces r, r + pp, r + 2 pp, ..."""
     pieces = layout.stages(architecture.pattern)
-    return [Stage("".join(pieces[rank :: layout.pp]), rank == 0, rank == layout.pp - 1) for rank in range(layout.pp)]
+    return [Stage(pieces[rank :: layout.pp], rank == 0, rank == layout.pp - 1) for rank in range(layout.pp)]
 
 
 def layer_share(a: Architecture, letter: str, layout: Layout) -> Share:
