@@ -9,6 +9,7 @@ from setuptools import setup
 FOLDERS = ("kernels", "launch", "substrate", "eval")
 SUBFOLDERS = (
     "substrate/model",
+    "substrate/plan",
     "substrate/puzzles",
     "substrate/train",
     "eval/engines",
