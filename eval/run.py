@@ -62,7 +62,7 @@ def score(
     make_folder(out)
     examinee = Examinee(substrate_folder, substrate, run, tokenizer, work=out)
     difficulty = substrate.construction.difficulty
-    # From here to the answers no item is at hand, only what is asked of it.
+    # All that an engine is told of an item: the question, and nothing that stands beside it.
     prompts = [Prompt.of(item.prompt, difficulty, tokenizer) for items in drawn.values() for item in items]
     answers = ask(judge.engine, examinee, prompts)
     completions = iter(answers.completions)

@@ -3,8 +3,8 @@
     adapter_config.json  adapter_model.safetensors
     config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
 
-The tokenizer is ours to the id: the same pieces, cut by the same
-regular expression, and text that looks like a special token stays text.
+The tokenizer is ours to the id: the same pieces, cut by the same regular expression, and text that looks like a special
+token stays text.
 """
 
 import json

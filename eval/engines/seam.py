@@ -95,4 +95,6 @@ def ask(engine: "AnyEngine", examinee: Examinee, prompts: Sequence[Prompt]) -> A
         from megatron_evolve.eval.engines.in_process import ask as decode
     else:
         from megatron_evolve.eval.engines.served import ask as decode
-    return decode(engine, examinee, prompts)
+    answers = decode(engine, examinee, prompts)
+    assert len(answers.completions) == len(prompts), f"{engine.kind}: {len(answers.completions)} of {len(prompts)}"
+    return answers

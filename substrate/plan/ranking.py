@@ -91,18 +91,7 @@ def assess(
 ) -> Candidate:
     """One layout: what it needs, or why it cannot run. Raises ValueError for fewer than one GPU."""
     _some(gpus)
-    problem = next(
-        iter(
-            layout.problems(
-                architecture,
-                ranks=gpus,
-                batch_size=job.batch_size,
-                adapter=job.mode == "lora" and "experts" in job.adapter.targets,
-                context_parallel=transformer_engine,
-            )
-        ),
-        None,
-    ) or _uneven(layout, gpus, job)
+    problem = _problem(architecture, layout, gpus, job, transformer_engine)
     if problem:
         return Candidate(layout, gpus, problem)
     memory = peak(architecture, layout, gpus, job)
@@ -116,16 +105,25 @@ def _some(gpus: int) -> None:
         raise ValueError(f"a plan needs at least 1 GPU; got {gpus}: give their number")
 
 
-def _uneven(layout: Layout, gpus: int, job: Job) -> str:
-    """Why the step's rows or a row's tokens do not divide over this layout's ranks, or nothing."""
+def _problem(a: Architecture, layout: Layout, gpus: int, job: Job, transformer_engine: bool) -> str:
+    """Why this layout cannot run, memory apart; empty where it can."""
+    given = {
+        "ranks": gpus,
+        "batch_size": job.batch_size,
+        "adapter": job.mode == "lora" and "experts" in job.adapter.targets,
+        "context_parallel": transformer_engine,
+    }
+    problems = layout.problems(a, **given)
+    if problems:
+        return problems[0]
     pieces = layout.tp * layout.cp * (2 if layout.cp > 1 else 1)  # a causal row is dealt out as two pieces a rank
     if job.sequence_length % pieces:
         return f"sequence length {job.sequence_length} must be a multiple of {pieces}; lower tp or cp"
     try:
-        job.micro_batches(layout.data_parallel(gpus))
+        micro_batches = job.micro_batches(layout.data_parallel(gpus))
     except ValueError as error:
         return str(error)
-    return ""
+    return next(iter(layout.problems(a, **given, micro_batches=micro_batches)), "")
 
 
 def _shortage(memory: Memory, gpu_bytes: int) -> str:

@@ -19,9 +19,12 @@ from megatron_evolve.eval.freeze import engine_of
 from megatron_evolve.eval.judge import freeze_judge, load_judge
 from megatron_evolve.eval.score import ItemRows, read_rows
 from megatron_evolve.eval.suite import GeneratedSuite
+from megatron_evolve.substrate.digest import digest_file
 from megatron_evolve.substrate.manifest import read_manifest
+from megatron_evolve.substrate.puzzles.row import question_text
 from megatron_evolve.substrate.recipe import Adapter, Recipe
 from tests.eval.engines import fake_endpoint
+from tests.eval.engines.fake_endpoint import FakeEndpoint
 from tests.megatron_evolve.tiny import environment
 
 pytestmark = pytest.mark.slow
@@ -53,16 +56,12 @@ class Trained:
     run: Path
 
 
-def command(*words: object, **env: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+def command(*words: object, status: int = 0, **env: str) -> str:
+    """Runs a module or a program and returns its error output, which a failing assertion shows."""
+    argv = [sys.executable, *map(str, words)]
+    done = subprocess.run(argv, env=environment(**env), capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == status, done.stderr
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +78,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return made
 
 
-def score(trained: Trained, root: Path, engine: dict[str, Any], **env: str) -> tuple[dict[str, Any], ItemRows]:
-    """`scores.json` and the rows of the run, by a judge with this engine."""
+def scoring(trained: Trained, root: Path, engine: dict[str, Any], **more: Any) -> str:
+    """Scores the run by a judge with this engine, as a job does it."""
     shares = {family: {"weight": 1} for family in FAMILIES}
     suite = GeneratedSuite(difficulty="nano", families=shares, items_per_family={"dev-a": 2, "dev-b": 5}, seed=3)
     frozen = engine_of({**engine, "version": "0.1.0"})
     freeze_judge(root / "judge", dev=suite, external=None, engine=frozen, secret="a secret of the tests")
     argv = ["--judge", root / "judge", "--substrate", trained.substrate, "--run", trained.run, "--round", 1]
-    command("-m", "megatron_evolve.eval.run", *argv, "--splits", "dev-a,dev-b", "--out", root / "out", **env)
+    argv += ["--splits", "dev-a,dev-b", "--out", root / "out"]
+    return command("-m", "megatron_evolve.eval.run", *argv, **more)
+
+
+def score(trained: Trained, root: Path, engine: dict[str, Any], **env: str) -> tuple[dict[str, Any], ItemRows]:
+    """What the job left: `scores.json` and the rows."""
+    scoring(trained, root, engine, **env)
     return json.loads((root / "out" / "scores.json").read_text()), read_rows(root / "out" / "scores.parquet")
 
 
@@ -149,3 +154,31 @@ def test_vllm_is_started_with_the_runs_adapter(trained: Trained, tmp_path: Path)
     assert seen["rank"] == 8 and seen["bytes"] > 100_000
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scores.json", "scores.parquet", "server.log"]
     assert load_judge(tmp_path / "judge").engine.packages.keys() == {"vllm"}
+
+
+def test_a_server_is_told_questions_and_nothing_else(trained: Trained, tmp_path: Path) -> None:
+    """Every request in full: settings, and the question's text. No answer, id or family travels beside it."""
+    pytest.importorskip("openai", reason="the endpoint's client is the [llm] extra")
+    name = digest_file(trained.run / "checkpoint" / "manifest.json")[:12]
+    with FakeEndpoint(name) as fake:
+        record, rows = score(trained, tmp_path, {"kind": "openai", "url": fake.url, "max_new_tokens": 60})
+    judge = load_judge(tmp_path / "judge")
+    items = [item for split in ("dev-a", "dev-b") for item in judge.items(split, 1)]
+    assert len(rows) == len(items) == 42
+    asked = [dict(request) for request in fake.requests[1:]]
+    prompts = [request.pop("prompt") for request in asked]
+    assert sorted(prompts) == sorted(question_text(item.prompt, "nano") for item in items)
+    always = {"model": name, "max_tokens": 60, "temperature": 0, "stream": True}
+    assert all(request == {**always, "stream_options": {"include_usage": True}} for request in asked)
+    assert record["engine"]["kind"] == "openai"
+
+
+def test_an_item_without_an_answer_leaves_no_score(trained: Trained, tmp_path: Path) -> None:
+    pytest.importorskip("openai", reason="the endpoint's client is the [llm] extra")
+    name = digest_file(trained.run / "checkpoint" / "manifest.json")[:12]
+    patience = {"retries": 1, "backoff_seconds": 0.01}
+    with FakeEndpoint(name, [f"{number}:500" for number in range(30, 99)]) as fake:
+        engine = {"kind": "openai", "url": fake.url, "concurrency": 1, "patience": patience}
+        said = scoring(trained, tmp_path, engine, status=1)
+    assert said.splitlines()[-1].startswith("item 31 of 42 has no answer from http://127.0.0.1:")
+    assert list((tmp_path / "out").iterdir()) == []
