@@ -58,17 +58,19 @@ def mamba_split_conv1d_scan_combined(
 ) -> Tensor:
     """`mamba_ssm`'s function of this name, for what Megatron asks of it: (B, L, z+x+B+C+dt) to gated (B, L, H P).
 
-    Raises ValueError for packed sequences, another activation or a gate after the norm, which only `mamba_ssm` has.
+    `seq_idx` (B, L) numbers the sequence of each token. Raises ValueError for another activation or a gate after the
+    norm, which only `mamba_ssm` has.
     """
-    if seq_idx is not None or activation != "silu" or norm_before_gate or headdim is None:
+    if activation != "silu" or norm_before_gate or headdim is None:
         raise ValueError(
-            "the PyTorch scan serves unpacked sequences, silu, one D a head and a gate before the norm; "
-            "got something else: install mamba-ssm"
+            "the PyTorch scan serves silu, one D a head and a gate before the norm; got something else: "
+            "install mamba-ssm"
         )
+    sequence = None if seq_idx is None else seq_idx.t()
     inner = D.shape[0] * headdim
     state = (conv1d_weight.shape[0] - inner) // 2
     z, xBC, dt = zxbcdt.transpose(0, 1).split([inner, inner + 2 * state, D.shape[0]], dim=-1)
-    x, B, C = mamba.causal_conv(xBC, conv1d_weight, conv1d_bias).split([inner, state, state], dim=-1)
+    x, B, C = mamba.causal_conv(xBC, conv1d_weight, conv1d_bias, sequence).split([inner, state, state], dim=-1)
     y, _ = mamba.chunked_scan(
         x.unflatten(-1, (-1, headdim)),
         mamba.step_size(dt, dt_bias, dt_limit),
@@ -77,6 +79,7 @@ def mamba_split_conv1d_scan_combined(
         C.unflatten(-1, (ngroups, -1)),
         D,
         chunk_size,
+        sequence_LB=sequence,
     )
     return (y.flatten(2) * F.silu(z)).transpose(0, 1)
 
