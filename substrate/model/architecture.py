@@ -11,6 +11,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from megatron_evolve.substrate.frozen import nearest
+
 VOCAB_MULTIPLE = 16  # embedding rows split evenly over up to 16 tensor-parallel ranks
 
 
@@ -104,10 +106,40 @@ class Architecture(BaseModel):
         return type(self).model_validate(self.model_dump() | {"vocab_size": padded})
 
     def num_parameters(self) -> int:
-        """Trainable parameters of the whole model, the routing bias (a buffer) not counted."""
-        per_layer = {"M": self._mamba_parameters(), "*": self._attention_parameters(), "E": self._expert_parameters()}
-        layers = sum(per_layer[letter] + self.hidden_size for letter in self.pattern)  # + one norm per layer
+        """Trainable parameters of the whole model: both embedding tables, without the routing bias (a buffer).
+
+        Multi-token prediction heads are apart (`num_mtp_parameters`): they are left out at inference.
+        """
+        layers = sum(self.layer_parameters(letter) for letter in self.pattern)
         return layers + 2 * self.vocab_size * self.hidden_size + self.hidden_size
+
+    def num_active_parameters(self) -> int:
+        """Parameters that stand in one token's way: `num_parameters` with `top_k` of the routed experts.
+
+        Both embedding tables count whole, the input table too, of which a token reads one row (as in "A3B").
+        """
+        idle = (self.num_experts - self.top_k) * self.routed_expert_parameters()
+        return self.num_parameters() - self.pattern.count("E") * idle
+
+    def num_mtp_parameters(self) -> int:
+        """Parameters of the one head that every depth of multi-token prediction shares; 0 where there is none.
+
+        Its layers, three norms, and the projection of (hidden state, next embedding) to the hidden size. It reads the
+        model's own embedding tables.
+        """
+        if not self.mtp_depths:
+            return 0
+        layers = sum(self.layer_parameters(letter) for letter in self.mtp_pattern)
+        return layers + 2 * self.hidden_size**2 + 3 * self.hidden_size
+
+    def layer_parameters(self, letter: str) -> int:
+        """Parameters of one layer of this kind with its norm."""
+        per_layer = {"M": self._mamba_parameters, "*": self._attention_parameters, "E": self._expert_parameters}
+        return per_layer[letter]() + self.hidden_size
+
+    def routed_expert_parameters(self) -> int:
+        """Parameters of one routed expert: two matrices, at latent width where there is one."""
+        return 2 * self.expert_ffn_size * (self.latent_size or self.hidden_size)
 
     def _mamba_parameters(self) -> int:
         projections = (sum(self.mamba_projection_parts) + self.mamba_inner_size) * self.hidden_size
@@ -119,8 +151,9 @@ class Architecture(BaseModel):
         return heads * self.head_dim * self.hidden_size
 
     def _expert_parameters(self) -> int:
-        widths = self.num_experts * self.expert_ffn_size + self.shared_ffn_size
-        return self.num_experts * self.hidden_size + 2 * widths * self.hidden_size
+        # router and shared expert see the hidden width; latent experts share two projections, down to it and back up
+        every_token = self.num_experts + 2 * self.shared_ffn_size + 2 * (self.latent_size or 0)
+        return every_token * self.hidden_size + self.num_experts * self.routed_expert_parameters()
 
 
 NANO_CPU = Architecture(
@@ -145,4 +178,87 @@ NANO_CPU = Architecture(
     max_sequence_length=128,
 )
 
-PRESETS: Mapping[str, Architecture] = MappingProxyType({NANO_CPU.name: NANO_CPU})
+# The published sizes: Megatron-LM's `examples/post_training/modelopt/conf/nvidia/NVIDIA-Nemotron-3-*-BF16.sh` and the
+# config.json beside the weights. `dt_min` stays at Megatron's 0, with which they were trained.
+NEMOTRON3_NANO = Architecture(
+    name="nemotron3-nano",
+    pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    hidden_size=2688,
+    vocab_size=131072,
+    num_attention_heads=32,
+    num_query_groups=2,
+    head_dim=128,
+    mamba_num_heads=64,
+    mamba_head_dim=64,
+    mamba_state_dim=128,
+    mamba_num_groups=8,
+    mamba_chunk_size=128,
+    num_experts=128,
+    top_k=6,
+    expert_ffn_size=1856,
+    shared_ffn_size=3712,
+    topk_scaling_factor=2.5,
+    init_std=0.0173,
+    max_sequence_length=262144,
+)
+NEMOTRON3_SUPER = Architecture(
+    name="nemotron3-super",
+    pattern="MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+    hidden_size=4096,
+    vocab_size=131072,
+    num_attention_heads=32,
+    num_query_groups=2,
+    head_dim=128,
+    mamba_num_heads=128,
+    mamba_head_dim=64,
+    mamba_state_dim=128,
+    mamba_num_groups=8,
+    mamba_chunk_size=128,
+    num_experts=512,
+    top_k=22,
+    expert_ffn_size=2688,
+    shared_ffn_size=5376,
+    latent_size=1024,
+    topk_scaling_factor=5.0,
+    mtp_pattern="*E",
+    mtp_depths=2,
+    init_std=0.014,
+    max_sequence_length=262144,
+)
+NEMOTRON3_ULTRA = Architecture(
+    name="nemotron3-ultra",
+    pattern=(
+        "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+    ),
+    hidden_size=8192,
+    vocab_size=131072,
+    num_attention_heads=64,
+    num_query_groups=2,
+    head_dim=128,
+    mamba_num_heads=256,
+    mamba_head_dim=64,
+    mamba_state_dim=128,
+    mamba_num_groups=8,
+    mamba_chunk_size=128,
+    num_experts=512,
+    top_k=22,
+    expert_ffn_size=5120,
+    shared_ffn_size=10240,
+    latent_size=2048,
+    topk_scaling_factor=5.0,
+    mtp_pattern="*E",
+    mtp_depths=2,
+    init_std=0.0099,
+    max_sequence_length=262144,
+)
+
+PRESETS: Mapping[str, Architecture] = MappingProxyType(
+    {one.name: one for one in (NANO_CPU, NEMOTRON3_NANO, NEMOTRON3_SUPER, NEMOTRON3_ULTRA)}
+)
+
+
+def architecture(name: str) -> Architecture:
+    """The preset of this name. Raises ValueError with the nearest names."""
+    if name not in PRESETS:
+        raise ValueError(f"no architecture {name!r}{nearest(name, list(PRESETS))}")
+    return PRESETS[name]
