@@ -154,6 +154,7 @@ def _shapes(a: Architecture) -> dict[str, Any]:
         "num_moe_experts": a.num_experts,
         "moe_router_topk": a.top_k,
         "moe_ffn_hidden_size": a.expert_ffn_size,
+        "moe_latent_size": a.latent_size,
         "moe_shared_expert_intermediate_size": a.shared_ffn_size,
         "moe_router_topk_scaling_factor": a.topk_scaling_factor,
         "layernorm_epsilon": a.norm_eps,

@@ -32,6 +32,10 @@ EXPERTS = {
     "shared_experts.linear_fc1.weight": "shared_experts.up_proj.weight",
     "shared_experts.linear_fc2.weight": "shared_experts.down_proj.weight",
 }
+LATENT = {  # where the architecture has a latent size
+    "fc1_latent_proj.weight": "fc1_latent_proj.weight",
+    "fc2_latent_proj.weight": "fc2_latent_proj.weight",
+}
 
 
 def huggingface_config(architecture: Architecture) -> dict[str, Any]:
@@ -63,6 +67,7 @@ def huggingface_config(architecture: Architecture) -> dict[str, Any]:
         "norm_topk_prob": True,
         "moe_intermediate_size": a.expert_ffn_size,
         "moe_shared_expert_intermediate_size": a.shared_ffn_size,
+        "moe_latent_size": a.latent_size,
         "routed_scaling_factor": a.topk_scaling_factor,
         "layer_norm_epsilon": a.norm_eps,
         "initializer_range": a.init_std,
@@ -152,7 +157,7 @@ def _renamed(architecture: Architecture) -> Iterator[tuple[str, str]]:
     for ours, theirs in _layers(architecture, "*"):
         yield f"{ours}.self_attention.linear_proj.weight", f"{theirs}.mixer.o_proj.weight"
     for ours, theirs in _layers(architecture, "E"):
-        for name, other in EXPERTS.items():
+        for name, other in (EXPERTS | LATENT if architecture.latent_size else EXPERTS).items():
             yield f"{ours}.mlp.{name}", f"{theirs}.mixer.{other}"
 
 

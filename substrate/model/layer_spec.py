@@ -31,6 +31,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from megatron_evolve.substrate.model import latent
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.model.attention import CausalAttention
 from megatron_evolve.substrate.model.experts import GroupedExperts
@@ -80,8 +81,9 @@ class ClampedMambaMixer(MambaMixer):
 
 def hybrid_stack_spec(architecture: Architecture) -> ModuleSpec:
     """The spec that `HybridModel` builds its layers from."""
-    # Megatron names its final norm itself, outside the spec, and means Transformer Engine's.
+    # Megatron names its final norm and latent projections itself, outside the spec, and means Transformer Engine's.
     hybrid_block.TENorm = RMSNorm
+    latent.install()
     return ModuleSpec(
         module=HybridStack,
         submodules=HybridStackSubmodules(
