@@ -157,6 +157,9 @@ def _shapes(a: Architecture) -> dict[str, Any]:
         "moe_latent_size": a.latent_size,
         "moe_shared_expert_intermediate_size": a.shared_ffn_size,
         "moe_router_topk_scaling_factor": a.topk_scaling_factor,
+        "mtp_num_layers": a.mtp_depths or None,
+        "mtp_use_repeated_layer": True,  # one head for every depth
+        "mtp_loss_scaling_factor": 0.3,  # Nemotron 3 Super report; divided among the depths
         "layernorm_epsilon": a.norm_eps,
         "init_method_std": a.init_std,
     }
@@ -187,7 +190,7 @@ def build_model(architecture: Architecture, *, seed: int, **fields: Any) -> "Hyb
         hybrid_stack_spec=hybrid_stack_spec(architecture),
         vocab_size=architecture.vocab_size,
         max_sequence_length=architecture.max_sequence_length,
-        hybrid_layer_pattern="|".join(segments),
+        hybrid_layer_pattern="|".join(segments) + f"/{architecture.mtp_pattern}" * architecture.mtp_depths,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=False,

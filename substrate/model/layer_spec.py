@@ -22,6 +22,12 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -87,7 +93,10 @@ def hybrid_stack_spec(architecture: Architecture) -> ModuleSpec:
     return ModuleSpec(
         module=HybridStack,
         submodules=HybridStackSubmodules(
-            mamba_layer=_mamba_layer(architecture), attention_layer=_attention_layer(), moe_layer=_moe_layer()
+            mamba_layer=_mamba_layer(architecture),
+            attention_layer=_attention_layer(),
+            moe_layer=_moe_layer(),
+            mtp_block_spec=_prediction_heads(),
         ),
     )
 
@@ -132,5 +141,18 @@ def _moe_layer() -> ModuleSpec:
         module=MoETransformerLayer,
         submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=RMSNorm, mlp=partial(MoELayer, submodules=experts), mlp_bda=get_bias_dropout_add
+        ),
+    )
+
+
+def _prediction_heads() -> ModuleSpec:
+    """Multi-token prediction, built only where the pattern has it; its layers come from the stack's own specs."""
+    head = MultiTokenPredictionLayerSubmodules(
+        enorm=RMSNorm, hnorm=RMSNorm, eh_proj=ColumnParallelLinear, mtp_model_layer=None, layer_norm=RMSNorm
+    )
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock,
+        submodules=MultiTokenPredictionBlockSubmodules(
+            layer_specs=[ModuleSpec(module=MultiTokenPredictionLayer, submodules=head)]
         ),
     )
