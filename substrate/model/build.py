@@ -132,8 +132,9 @@ def transformer_config(architecture: Architecture, **fields: Any) -> "Transforme
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
         "sequence_parallel": tensor_parallel > 1,  # Megatron trains experts with tensor parallelism only so
-        "pipeline_dtype": torch.float32,
+        "pipeline_dtype": fields.get("params_dtype", torch.float32),
         "params_dtype": torch.float32,
+        "bf16": fields.get("params_dtype") == torch.bfloat16,
         "use_cpu_initialization": not torch.cuda.is_available(),
     }
     return TransformerConfig(**{**_shapes(architecture), **kind, **unfused, **layout, **fields})

@@ -74,9 +74,10 @@ def causal_conv(x_LBC: Tensor, weight_CK: Tensor, bias_C: Tensor, sequence_LB: T
     """silu of a depthwise causal convolution along L, tokens before the first taken as zero. Returns (L, B, C).
 
     As K shifted multiply-adds: torch's grouped conv1d takes seven times as long on a CPU, and L first makes each shift
-    one contiguous block.
+    one contiguous block. A bfloat16 input is summed in float32 and rounded once.
     """
-    return _CausalConv.apply(x_LBC, weight_CK, bias_C, sequence_LB)
+    wide = torch.promote_types(x_LBC.dtype, torch.float32)
+    return _CausalConv.apply(x_LBC.to(wide), weight_CK.to(wide), bias_C.to(wide), sequence_LB).to(x_LBC.dtype)
 
 
 class _WithinChunks(torch.autograd.Function):
@@ -139,7 +140,8 @@ def chunked_scan(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence above over L tokens. Returns y (L, B, H, P) and the state after the last token (B, H, P, N).
 
-    An initial state is the first sequence's, the state returned the last one's.
+    An initial state is the first sequence's, the state returned the last one's. Everything is summed in the dtype of
+    the step, float32 or wider; y is rounded to that of x, the state is not.
     `dt_LBH` is the step itself (see `step_size`); a token with step 0 leaves the state as it was, which is how padding
     is skipped. Chunks are made equal and at most `chunk_size` long: 56 tokens in chunks of 32 are 2 x 28, not 2 x 32
     with padding.
@@ -156,7 +158,7 @@ def chunked_scan(
 
     u = fold(x_LBHP * dt_LBH.unsqueeze(-1), H // G)
     s = fold((dt_LBH * A_H).unsqueeze(-1), H // G).cumsum(-2)
-    B, C = fold(B_LBGN, 1), fold(C_LBGN, 1)
+    B, C = fold(B_LBGN.to(u.dtype), 1), fold(C_LBGN.to(u.dtype), 1)
     resets = None if sequence_LB is None else _resets(sequence_LB, num_chunks, Q)
     y = _WithinChunks.apply(s, u, B, C, resets and resets.apart)
     end = s[..., -1:, :]
@@ -173,16 +175,18 @@ def chunked_scan(
         since = s.exp() if resets is None else s.exp().masked_fill(resets.since_start, 0.0)
         y = y + (C @ torch.stack(before).transpose(-1, -2)) * since
     y_LBHP = y.permute(0, 4, 1, 2, 3, 5).reshape(num_chunks * Q, batch, H, P)[:L]
-    return y_LBHP + x_LBHP * D_H.unsqueeze(-1), state.reshape(batch, H, P, N)
+    return (y_LBHP + x_LBHP * D_H.unsqueeze(-1)).to(x_LBHP.dtype), state.reshape(batch, H, P, N)
 
 
 def conv_step(x_BC: Tensor, state_KBC: Tensor, weight_CK: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
     """`causal_conv` for one token. `state_KBC` holds the K-1 inputs before it; returns (B, C) and the next state."""
     window = torch.cat([state_KBC, x_BC.unsqueeze(0)])
-    out_BC = torch.addcmul(bias_C, window[0], weight_CK[:, 0])
+    wide = torch.promote_types(x_BC.dtype, torch.float32)
+    taps_KC, inputs = weight_CK.t().to(wide), window.to(wide)
+    out_BC = torch.addcmul(bias_C.to(wide), inputs[0], taps_KC[0])
     for k in range(1, len(window)):
-        out_BC = torch.addcmul(out_BC, window[k], weight_CK[:, k])
-    return F.silu(out_BC), window[1:]
+        out_BC = torch.addcmul(out_BC, inputs[k], taps_KC[k])
+    return F.silu(out_BC).to(x_BC.dtype), window[1:]
 
 
 def scan_step(
@@ -192,9 +196,10 @@ def scan_step(
     u_BHP = x_BHP * dt_BH.unsqueeze(-1)
     state_BHPN.mul_((dt_BH * A_H).exp()[..., None, None])
     by_group = state_BHPN.unflatten(1, (B_BGN.shape[1], -1))
+    B_BGN, C_BGN = B_BGN.to(u_BHP.dtype), C_BGN.to(u_BHP.dtype)
     by_group.addcmul_(u_BHP.view(by_group.shape[:-1]).unsqueeze(-1), B_BGN[:, :, None, None])
     y = by_group.flatten(2, 3) @ C_BGN.unsqueeze(-1)
-    return torch.addcmul(y.view_as(x_BHP), x_BHP, D_H.unsqueeze(-1))
+    return torch.addcmul(y.view_as(x_BHP), x_BHP.to(y.dtype), D_H.unsqueeze(-1)).to(x_BHP.dtype)
 
 
 def group_rms_norm(x: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
