@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid import hybrid_block
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
@@ -85,13 +86,36 @@ class ClampedMambaMixer(MambaMixer):
         return self.norm(self.cp.post_conv_ssm(y.transpose(0, 1), packed_seq_params))
 
 
+class RecomputableStack(HybridStack):
+    """HybridStack whose layers keep their gradients under activation recompute when what lies before them is frozen.
+
+    Megatron's checkpoint gives no gradient to a layer none of whose inputs asks for one, its parameters
+    notwithstanding: adapters over a frozen embedding would silently not be trained.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        if config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules and not HAVE_TE:
+            # Megatron 0.19 asks Transformer Engine for its fp8 state there, fp8 or not, and fails with a NameError
+            raise ValueError(
+                f"recompute_modules may name core_attn, moe and shared_experts without Transformer Engine; "
+                f"got {config.recompute_modules}: leave layernorm out"
+            )
+        super().__init__(config, *args, **kwargs)
+
+    def forward(self, hidden_states: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """As the base class: (L, B, D) to (L, B, D); None where a pipeline stage was given its input before."""
+        if self.config.recompute_granularity and torch.is_tensor(hidden_states) and torch.is_grad_enabled():
+            hidden_states = hidden_states if hidden_states.requires_grad else hidden_states.detach().requires_grad_()
+        return super().forward(hidden_states, *args, **kwargs)
+
+
 def hybrid_stack_spec(architecture: Architecture) -> ModuleSpec:
     """The spec that `HybridModel` builds its layers from."""
     # Megatron names its final norm and latent projections itself, outside the spec, and means Transformer Engine's.
     hybrid_block.TENorm = RMSNorm
     latent.install()
     return ModuleSpec(
-        module=HybridStack,
+        module=RecomputableStack,
         submodules=HybridStackSubmodules(
             mamba_layer=_mamba_layer(architecture),
             attention_layer=_attention_layer(),
