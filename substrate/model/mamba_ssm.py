@@ -1,7 +1,7 @@
 """The `mamba_ssm` package as far as Megatron's MambaMixer needs it, served by `mamba`.
 
-Megatron imports three names from that package and refuses to build a mixer without them. `supply` gives it ours
-where the package is not installed, on any device.
+Megatron imports three names from that package and refuses to build a mixer without them. `supply` gives it ours, on any
+device, unless the package can serve: its kernels need a GPU and the package causal-conv1d.
 """
 
 import sys
@@ -91,8 +91,13 @@ def mamba_chunk_scan_combined(*_args: object, **_kwargs: object) -> Tensor:
     )
 
 
+def package_serves() -> bool:
+    """Whether Mamba layers of this process run on the kernels of `mamba_ssm` rather than on the scan of `mamba`."""
+    return torch.cuda.is_available() and all(find_spec(name) for name in ("mamba_ssm", "causal_conv1d"))
+
+
 def supply() -> None:
-    """Import Megatron's MambaMixer, with the names above standing in where `mamba_ssm` is not installed.
+    """Import Megatron's MambaMixer, with the names above standing in where `mamba_ssm` cannot serve.
 
     The stand-in leaves `sys.modules` again at once: transformers looks there too, and a parity test would otherwise
     compare this scan with itself. Idempotent. Raises RuntimeError if the mixer was imported before without either.
@@ -102,13 +107,15 @@ def supply() -> None:
         if not mixer.HAVE_MAMBA_SSM:
             raise RuntimeError("supply() must come before the first import of Megatron's mamba_mixer: move it up")
         return
-    stand_in = {} if find_spec("mamba_ssm") else _stand_in()
+    stand_in = {} if package_serves() else _stand_in()
+    hidden = {name: sys.modules[name] for name in stand_in if name in sys.modules}
     sys.modules.update(stand_in)
     try:
         import megatron.core.ssm.mamba_mixer  # noqa: F401
     finally:
         for name in stand_in:
             del sys.modules[name]
+        sys.modules.update(hidden)
 
 
 def _stand_in() -> dict[str, types.ModuleType]:
