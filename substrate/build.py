@@ -222,7 +222,7 @@ def _pretrain(packer: Packer, architecture: Architecture, folder: Path, run: str
         model = build.build_model(architecture, seed=packer.seed)
         make_folder(folder / BUILD_FOLDER)
         teller = _Teller(packer.recipe.steps)
-        fitted = fit(model, packer, folder / BUILD_FOLDER, run=run, save_every=SAVE_EVERY, tell=teller)
+        fitted = fit([model], packer, folder / BUILD_FOLDER, run=run, save_every=SAVE_EVERY, tell=teller)
         if fitted.diverged is not None:
             raise ValueError(
                 f"the build diverged at step {fitted.diverged[0]}: {fitted.diverged[1]}; choose another seed or lr"

@@ -96,7 +96,7 @@ class Layout(Frozen):
     ) -> None:
         """Raises ValueError, naming what to change, unless this layout can train the architecture on these ranks.
 
-        `batch_size` is in rows over all ranks, `adapter` whether LoRA is trained, `context_parallel` whether the
+        `batch_size` is in rows over all ranks, `adapter` whether LoRA is on experts, `context_parallel` whether the
         machine has a GPU and Transformer Engine, `micro_batches` how many each rank takes in a step, where known.
         """
         problem = next(self._problems(architecture, ranks, batch_size, adapter, context_parallel, micro_batches), None)
@@ -162,8 +162,9 @@ def _divisions(layout: Layout, a: Architecture) -> Iterator[str]:
 def _pipeline(layout: Layout, a: Architecture, micro_batches: int | None) -> Iterator[str]:
     """Stages, and the micro-batches that keep them busy."""
     pieces = layout.pp * layout.vp
-    if layout.vp > 1 and layout.pp == 1:
-        yield f"vp={layout.vp} needs pipeline stages to interleave; set vp=1 or raise pp"
+    if layout.vp > 1 and layout.pp < 3:
+        # with two stages the next rank is also the previous one, and Megatron's messages to it take each other's place
+        yield f"vp={layout.vp} needs at least 3 pipeline stages to interleave; set vp=1 or raise pp"
     elif pieces > len(a.pattern):
         yield f"{pieces} pipeline pieces need as many layers; the pattern has {len(a.pattern)}: lower pp or vp"
     if layout.vp > 1 and micro_batches is not None and micro_batches % layout.pp:

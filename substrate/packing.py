@@ -71,6 +71,12 @@ class Batch:
             return [self]
         return [self._rows(np.sort(order[:cut]), int(widths[cut - 1])), self._rows(np.sort(order[cut:]), widest)]
 
+    def rows_at_most(self, rows: int | None) -> list["Batch"]:
+        """The same rows in pieces of equal length (but for the last) of at most `rows`; in one piece if None."""
+        have, width = self.tokens_BT.shape
+        rows = rows or have
+        return [self._rows(np.arange(first, min(first + rows, have)), width) for first in range(0, have, rows)]
+
     def _rows(self, chosen: np.ndarray, width: int) -> "Batch":
         arrays = (self.tokens_BT, self.labels_BT, self.weights_BT, self.padding_BT)
         names = tuple(self.families[row] for row in chosen)

@@ -11,11 +11,15 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.model.architecture import Architecture
+from megatron_evolve.substrate.ranks import place_in
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+ALONE = Layout()
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,12 @@ def prepare() -> None:
         from megatron_evolve.substrate.model import layer_spec  # noqa: F401
 
 
-def start(seed: int, *, backend: str | None = None, **sizes: Any) -> Runtime:
+def start(seed: int, layout: Layout = ALONE, *, backend: str | None = None) -> Runtime:
     """Join the process group, lay out parallelism and seed every generator.
 
-    Under torchrun the group comes from its environment. Alone, the store is in memory and no network port is opened.
-    `sizes` are arguments of Megatron's `initialize_model_parallel`, such as `tensor_model_parallel_size=2`; all are 1
-    otherwise. `backend` is nccl on a GPU, and on a CPU gloo under torchrun and `alone` without, unless named. Raises
-    RuntimeError if called twice in one process.
+    Under torchrun or srun the group comes from the environment (see `substrate.ranks`). Alone, the store is in memory
+    and no network port is opened. `backend` is nccl on a GPU, and on a CPU gloo among several and `alone` alone, unless
+    named. Raises RuntimeError if called twice in one process, ValueError if the layout does not fit the ranks.
     """
     prepare()
     import torch
@@ -59,19 +62,43 @@ def start(seed: int, *, backend: str | None = None, **sizes: Any) -> Runtime:
         raise RuntimeError(
             "start() must be called once in a process; a process group exists already: call stop() first"
         )
+    place = place_in(os.environ)
+    layout.data_parallel(place.world_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    many = "WORLD_SIZE" in os.environ
-    backend = backend or ("nccl" if device == "cuda" else "gloo" if many else alone.NAME)
+    backend = backend or ("nccl" if device == "cuda" else alone.NAME if place.alone else "gloo")
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if many:
-        torch.distributed.init_process_group(backend)
-    else:
+        torch.cuda.set_device(place.local_rank)
+    if place.alone:
         alone.register()
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel(**{"create_gloo_process_groups": False, **sizes})
+        meeting: dict[str, Any] = {"store": torch.distributed.HashStore()}
+    else:
+        meeting = {"init_method": place.meet}
+    torch.distributed.init_process_group(backend, rank=place.rank, world_size=place.world_size, **meeting)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        create_gloo_process_groups=False,
+    )
     seed_generators(seed)
-    return Runtime(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+    return Runtime(place.rank, place.world_size, device)
+
+
+def running_layout() -> Layout:
+    """The layout that `start` laid out in this process."""
+    from megatron.core import parallel_state as ps
+
+    return Layout(
+        tp=ps.get_tensor_model_parallel_world_size(),
+        pp=ps.get_pipeline_model_parallel_world_size(),
+        vp=ps.get_virtual_pipeline_model_parallel_world_size() or 1,
+        ep=ps.get_expert_model_parallel_world_size(),
+        etp=ps.get_expert_tensor_parallel_world_size(),
+        cp=ps.get_context_parallel_world_size(),
+    )
 
 
 def stop() -> None:
@@ -98,11 +125,10 @@ def transformer_config(architecture: Architecture, **fields: Any) -> "Transforme
     Parallel sizes are those of `start`. Fusions that need Transformer Engine, Apex or a GPU are off.
     """
     import torch
-    from megatron.core import parallel_state
     from megatron.core.activations import squared_relu
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
+    running = running_layout()
     kind = {
         "is_hybrid_model": True,
         "normalization": "RMSNorm",
@@ -127,11 +153,14 @@ def transformer_config(architecture: Architecture, **fields: Any) -> "Transforme
         "cuda_graph_modules": [],
     }
     layout = {
-        "tensor_model_parallel_size": tensor_parallel,
-        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
-        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
-        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
-        "sequence_parallel": tensor_parallel > 1,  # Megatron trains experts with tensor parallelism only so
+        "tensor_model_parallel_size": running.tp,
+        "pipeline_model_parallel_size": running.pp,
+        "virtual_pipeline_model_parallel_size": running.vp if running.vp > 1 else None,
+        "context_parallel_size": running.cp,
+        "expert_model_parallel_size": running.ep,
+        "expert_tensor_parallel_size": running.etp,
+        "sequence_parallel": running.tp > 1,  # Megatron trains experts with tensor parallelism only so
+        "variable_seq_lengths": running.pp > 1,  # micro-batches are as wide as their own longest row
         "pipeline_dtype": fields.get("params_dtype", torch.float32),
         "params_dtype": torch.float32,
         "bf16": fields.get("params_dtype") == torch.bfloat16,
@@ -167,33 +196,40 @@ def _shapes(a: Architecture) -> dict[str, Any]:
 
 
 def build_model(architecture: Architecture, *, seed: int, **fields: Any) -> "HybridModel":
-    """A new `HybridModel` of this rank: same architecture, layout and seed, same bits.
+    """`build_chunks` where this rank holds one chunk, as it does without virtual pipeline stages."""
+    (chunk,) = build_chunks(architecture, seed=seed, **fields)
+    return chunk
 
-    `fields` are added to the configuration or replace, by Megatron's names (see `transformer_config`). In a pipeline
-    the layers are cut into stages of equal length; raises ValueError if they cannot be.
+
+def build_chunks(architecture: Architecture, *, seed: int, **fields: Any) -> "list[HybridModel]":
+    """This rank's part of a new `HybridModel`, one chunk per virtual pipeline stage, in order of the layers.
+
+    Same architecture, layout and seed, same bits. `fields` are added to the configuration or replace, by Megatron's
+    names (see `transformer_config`). The layers are cut as `Layout.stages` says; raises ValueError if they cannot be.
     """
     from megatron.core import parallel_state
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
     from megatron_evolve.substrate.model.layer_spec import hybrid_stack_spec
 
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    length, rest = divmod(len(architecture.pattern), stages)
-    if rest:
-        raise ValueError(
-            f"{stages} pipeline stages need a multiple of {stages} layers; got {len(architecture.pattern)} "
-            f"({architecture.pattern}): change the layout"
-        )
-    segments = [architecture.pattern[stage * length : (stage + 1) * length] for stage in range(stages)]
+    layout = running_layout()
+    stages = layout.stages(architecture.pattern)
     seed_generators(seed)
-    return HybridModel(
-        config=transformer_config(architecture, **fields),
-        hybrid_stack_spec=hybrid_stack_spec(architecture),
-        vocab_size=architecture.vocab_size,
-        max_sequence_length=architecture.max_sequence_length,
-        hybrid_layer_pattern="|".join(segments) + f"/{architecture.mtp_pattern}" * architecture.mtp_depths,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="none",
-    )
+    chunks = []
+    for number in range(layout.vp):
+        virtual = number if layout.vp > 1 else None
+        where = {"ignore_virtual": False, "vp_stage": virtual}
+        chunk = HybridModel(
+            config=transformer_config(architecture, **fields),
+            hybrid_stack_spec=hybrid_stack_spec(architecture),
+            vocab_size=architecture.vocab_size,
+            max_sequence_length=architecture.max_sequence_length,
+            hybrid_layer_pattern="|".join(stages) + f"/{architecture.mtp_pattern}" * architecture.mtp_depths,
+            pre_process=parallel_state.is_pipeline_first_stage(**where),
+            post_process=parallel_state.is_pipeline_last_stage(**where),
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="none",
+            vp_stage=virtual,
+        )
+        chunks.append(chunk)
+    return chunks

@@ -49,15 +49,12 @@ class ExpertWeights(torch.nn.Module):
         self.partition_dim = partition_dim
         self.pg_collection = pg_collection
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        # reduced over the expert data-parallel group whenever that differs from the dense one, as in RowParallelLinear
-        own_group = (
-            config.expert_model_parallel_size > 1
-            or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
-        )
         for e in range(num_local_experts):
             weight = torch.nn.Parameter(torch.empty(rows, columns, device=device, dtype=config.params_dtype))
             set_tensor_model_parallel_attributes(weight, True, partition_dim, 1)
-            weight.allreduce = not own_group
+            # Reduced over the expert data-parallel group also where that is the dense one: so experts have an optimizer
+            # of their own in every layout, and its state moves between all of them.
+            weight.allreduce = False
             if config.perform_initialization:
                 # the expert generator is seeded by expert-parallel rank: ranks hold different experts
                 with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):

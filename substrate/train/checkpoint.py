@@ -5,9 +5,8 @@ moments, the random generators and the trainer's own state, so that a run killed
 had not been. Files are safetensors and JSON: no pickles, and 0.02 CPU-seconds (nano) in
 place of the 3 s of a distributed save.
 
-A folder is written under a temporary name, its manifest last, and renamed. Data-parallel ranks hold equal state, so
-rank 0 writes for all. Ranks that each hold a part of the model need Megatron's distributed checkpoint, which is not
-here yet.
+A folder is written under a temporary name, its manifest last, and renamed. What a run hands on is one whole model,
+which rank 0 gathers and writes; how several ranks save what they need to go on is `resume`'s matter.
 """
 
 import os
@@ -62,7 +61,7 @@ def save_checkpoint(
             path = partial / f"{stem}.safetensors"
             # Megatron keeps parameters as views of one buffer; a file wants each tensor by itself.
             write_whole(path, save({name: value.detach().contiguous().clone() for name, value in named.items()}))
-            files[path.name] = SourceFile(sha256=digest_file(path), bytes=path.stat().st_size)
+            files[path.name] = describe(path)
         manifest = Checkpoint(kind=kind, step=step, run=run, state=state, files=files)
         write_json(partial / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
         if folder.exists():
@@ -73,23 +72,34 @@ def save_checkpoint(
         raise
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """The manifest of a checkpoint after every byte it names was hashed. Raises ValueError in one sentence."""
+def describe(path: Path) -> SourceFile:
+    """Digest and size of a file as a manifest names it."""
+    return SourceFile(sha256=digest_file(path), bytes=path.stat().st_size)
+
+
+def read_manifest(folder: Path) -> Checkpoint:
+    """The manifest of a checkpoint, its files not looked at. Raises ValueError in one sentence."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(
             f"expected a checkpoint in {folder}, it has no {MANIFEST}: it is missing or was never finished; train again"
         )
     try:
-        checkpoint = Checkpoint.parse(read_json(path), where=str(path))
+        return Checkpoint.parse(read_json(path), where=str(path))
     except RunDirError as error:
         raise ValueError(f"{error}; or train again") from error
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """The manifest of a checkpoint after every byte it names was hashed. Raises ValueError in one sentence."""
+    checkpoint = read_manifest(folder)
     for name, expected in checkpoint.files.items():
-        _check(Path(folder) / name, expected)
+        check_file(Path(folder) / name, expected)
     return checkpoint
 
 
-def _check(path: Path, expected: SourceFile) -> None:
+def check_file(path: Path, expected: SourceFile) -> None:
+    """Raises ValueError in one sentence unless the file is there, byte for byte."""
     if not path.is_file():
         raise ValueError(f"expected the checkpoint file {path} with {expected.bytes} bytes; it is missing: train again")
     size = path.stat().st_size
@@ -113,13 +123,18 @@ def latest_resume(folder: Path, run: str) -> Path | None:
 
     A damaged one is passed over, which stderr tells: starting earlier costs time and changes no bit.
     """
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in resume_folders(folder):
         try:
             if load_checkpoint(path).run == run:
                 return path
         except ValueError as error:
             print(f"not resuming from {path.name}: {error}", file=sys.stderr)
     return None
+
+
+def resume_folders(folder: Path) -> list[Path]:
+    """The checkpoints to go on from under `folder`, newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
 
 
 def resume_folder(folder: Path, step: int) -> Path:

@@ -1,37 +1,25 @@
 """From a model and a packer to trained weights, resumable at any moment: the loop that runs and substrate builds share.
 
 State that a step needs is all in the model, the optimizer, the generators and `_State`; a `resume` checkpoint holds
-these, and rows are drawn again from the seed. So an interrupted run goes on bit for bit.
+these (see `resume`), and rows are drawn again from the seed. So an interrupted run goes on bit for bit.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_evolve.substrate.packing import Packer, Tally
-from megatron_evolve.substrate.train.checkpoint import (
-    generator_tensors,
-    keep_only,
-    latest_resume,
-    load_checkpoint,
-    optimizer_tensors,
-    put_generator_tensors,
-    put_optimizer_tensors,
-    read_tensors,
-    resume_folder,
-    save_checkpoint,
-)
 from megatron_evolve.substrate.train.divergence import Watch
-from megatron_evolve.substrate.train.optimizer import torch_optimizers
 from megatron_evolve.substrate.train.record import Record
+from megatron_evolve.substrate.train.resume import restore_resume, save_resume
 from megatron_evolve.substrate.train.selection import Selector
 from megatron_evolve.substrate.train.step import Trainer
+from megatron_evolve.substrate.train.trained import put_trained_tensors, trained_tensors
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
-    from torch import Tensor
 
 RESUME_FOLDER = "resume"
 
@@ -75,23 +63,25 @@ class _Clock:
 
 
 def fit(
-    model: "HybridModel",
+    chunks: "Sequence[HybridModel]",
     packer: Packer,
     folder: Path,
     *,
     run: str,
     save_every: int,
+    micro_rows: int | None = None,
     tell: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Fit:
-    """Train `model` in place as `packer.recipe` says; afterwards it holds the weights that the selection rule chose.
+    """Train the model in place as `packer.recipe` says; afterwards it holds the weights that the selection rule chose.
 
-    `run` is the digest of everything that decides the bits: an unfinished run with the same digest under `folder` is
-    gone on with. A `resume` checkpoint is written every `save_every` steps (0: never). `tell` hears of every step.
+    `chunks` is this rank's part of the model, and all ranks call this. `run` is the digest of everything that decides
+    the bits: an unfinished run with the same digest under `folder` is gone on with. A `resume` checkpoint is written
+    every `save_every` steps (0: never). `micro_rows` as in `Trainer`. `tell` hears of every step.
     """
     recipe, tally = packer.recipe, Tally()
-    trainer, selector = Trainer(model, recipe), Selector(packer)
+    trainer, selector = Trainer(chunks, recipe, micro_rows=micro_rows), Selector(packer)
     state = _restore(trainer, selector, folder / RESUME_FOLDER, run)
-    clock, record = _Clock(state), Record(folder, state.steps_taken) if trainer.rank == 0 else None
+    clock, record = _Clock(state), Record(folder, state.steps_taken) if trainer.writes else None
     diverged = None
     for batch in packer.batches(tally, start=state.steps_taken):
         step = state.steps_taken
@@ -108,13 +98,13 @@ def fit(
         if reason := state.watch.verdict(measured.loss, measured.grad_norm):
             diverged = (step, reason)
             break
-        selector.consider(trainer, state.steps_taken, trained_tensors(model, recipe.adapter is not None))
-        if record and save_every and state.steps_taken % save_every == 0 and state.steps_taken < recipe.steps:
+        selector.consider(trainer, state.steps_taken, lambda: trained_tensors(chunks, recipe.adapter is not None))
+        if save_every and state.steps_taken % save_every == 0 and state.steps_taken < recipe.steps:
             _save(trainer, selector, folder / RESUME_FOLDER, run, state, clock)
     if record:
         record.close()
     if selector.tensors and diverged is None:
-        put_trained_tensors(model, selector.tensors, recipe.adapter is not None)
+        put_trained_tensors(chunks, selector.tensors, recipe.adapter is not None)
     seconds, cpu_seconds = clock.read()
     return Fit(
         steps=state.steps_taken,
@@ -129,36 +119,7 @@ def fit(
     )
 
 
-def trained_tensors(model: "HybridModel", adapter: bool) -> dict[str, "Tensor"]:
-    """What training changes: the adapter alone, or every parameter and routing bias."""
-    from megatron_evolve.substrate.model.weights import state_of
-
-    if not adapter:
-        return state_of(model)
-    from megatron_evolve.substrate.model.lora import adapter_state
-
-    return adapter_state(model)
-
-
-def put_trained_tensors(model: "HybridModel", tensors: dict[str, "Tensor"], adapter: bool) -> None:
-    """The inverse of `trained_tensors`."""
-    from megatron_evolve.substrate.model.weights import put_weights
-
-    if not adapter:
-        put_weights(model, tensors)
-        return
-    from megatron_evolve.substrate.model.lora import load_adapter
-
-    load_adapter(model, tensors)
-
-
 def _save(trainer: Trainer, selector: Selector, folder: Path, run: str, state: _State, clock: _Clock) -> None:
-    tensors = {
-        "model": trained_tensors(trainer.model, trainer.recipe.adapter is not None),
-        "optimizer": optimizer_tensors(trainer.model, torch_optimizers(trainer.optimizer)),
-        "generators": generator_tensors(),
-        "selected": selector.tensors,
-    }
     seconds, cpu_seconds = clock.read()
     own: dict[str, Any] = {
         "losses": [state.first_loss, state.last_loss],
@@ -166,20 +127,13 @@ def _save(trainer: Trainer, selector: Selector, folder: Path, run: str, state: _
         "selected": {"step": selector.step, "loss": selector.loss},
         "seconds": [seconds, cpu_seconds],
     }
-    newest = resume_folder(folder, state.steps_taken)
-    save_checkpoint(newest, kind="resume", step=state.steps_taken, run=run, tensors=tensors, state=own)
-    keep_only(folder, newest)
+    save_resume(folder, run, state.steps_taken, trainer, selector, own)
 
 
 def _restore(trainer: Trainer, selector: Selector, folder: Path, run: str) -> _State:
-    path = latest_resume(folder, run)
-    if path is None:
+    checkpoint = restore_resume(folder, run, trainer, selector)
+    if checkpoint is None:
         return _State()
-    checkpoint = load_checkpoint(path)
-    put_trained_tensors(trainer.model, read_tensors(path, "model"), trainer.recipe.adapter is not None)
-    put_optimizer_tensors(trainer.model, torch_optimizers(trainer.optimizer), read_tensors(path, "optimizer"))
-    put_generator_tensors(read_tensors(path, "generators"))
     own = checkpoint.state
-    selector.restore(own["selected"]["step"], own["selected"]["loss"], read_tensors(path, "selected"))
     watch = Watch(calm=tuple(own["watch"]["calm"]), risen=own["watch"]["risen"])
     return _State(checkpoint.step, *own["losses"], watch, *own["seconds"])

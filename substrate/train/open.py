@@ -18,19 +18,33 @@ WEIGHTS_FILE = "weights.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def open_substrate(folder: Path, substrate: Substrate) -> "HybridModel":
-    """The model with the substrate's own weights. Joins a process group of one unless the process is in one."""
-    preload()
+def open_chunks(folder: Path, substrate: Substrate) -> "list[HybridModel]":
+    """This rank's part of the model with the substrate's own weights, in the layout of the running process group."""
     import torch
 
     from megatron_evolve.substrate.model import build
     from megatron_evolve.substrate.model.architecture import Architecture
-    from megatron_evolve.substrate.model.weights import load_weights
+    from megatron_evolve.substrate.model.parts import put_whole
+    from megatron_evolve.substrate.model.weights import load_weights, read_weights
+
+    chunks = build.build_chunks(Architecture.model_validate(substrate.architecture), seed=0)
+    if torch.distributed.get_world_size() == 1:
+        load_weights(chunks[0], folder / WEIGHTS_FILE)
+    else:
+        put_whole(chunks, read_weights(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
+    return chunks
+
+
+def open_substrate(folder: Path, substrate: Substrate) -> "HybridModel":
+    """The whole model with the substrate's own weights. Joins a process group of one unless the process is in one."""
+    preload()
+    import torch
+
+    from megatron_evolve.substrate.model import build
 
     if not torch.distributed.is_initialized():
         build.start(seed=0)
-    model = build.build_model(Architecture.model_validate(substrate.architecture), seed=0)
-    load_weights(model, folder / WEIGHTS_FILE)
+    (model,) = open_chunks(folder, substrate)
     return model
 
 

@@ -1,5 +1,6 @@
 """A recipe's optimizer and learning-rate schedule as Megatron's own objects."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_evolve.substrate.recipe import Recipe
@@ -10,8 +11,13 @@ if TYPE_CHECKING:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
-def make_optimizer(model: "DistributedDataParallel", recipe: Recipe) -> "MegatronOptimizer":
-    """AdamW or SGD over the trainable parameters; Megatron exempts vectors (norms, biases, A_log) from weight decay."""
+def make_optimizer(
+    chunks: "Sequence[DistributedDataParallel]", recipe: Recipe, *, distributed: bool
+) -> "MegatronOptimizer":
+    """AdamW or SGD over the trainable parameters; Megatron exempts vectors (norms, biases, A_log) from weight decay.
+
+    `distributed`: each data-parallel rank keeps the state of a share of the parameters, as the chunks are wrapped for.
+    """
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     config = OptimizerConfig(
@@ -24,8 +30,9 @@ def make_optimizer(model: "DistributedDataParallel", recipe: Recipe) -> "Megatro
         adam_eps=recipe.epsilon,
         sgd_momentum=recipe.beta1,
         clip_grad=recipe.clip_grad,
+        use_distributed_optimizer=distributed,
     )
-    return get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
 
 
 def torch_optimizers(optimizer: "MegatronOptimizer") -> list[Any]:

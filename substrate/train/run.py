@@ -2,7 +2,8 @@
 
     python -m megatron_evolve.substrate.train.run --substrate DIR --candidate candidate.json --seed N --out RUNDIR
 
-also under torchrun (data parallel), or as `main(argv)` in a child that a warm parent forked after `preload`. In RUNDIR:
+also on several ranks under torchrun or srun, spread as `--layout tp=2,ep=2` says, or as `main(argv)` in a child that a
+warm parent forked after `preload`. The layout changes where a run is computed, not what. In RUNDIR:
 
     metrics.jsonl, progress.json   while it trains
     resume/step-N/                 how to go on after a kill; gone when the run is done
@@ -14,22 +15,28 @@ result.json; the same command again goes on from the last whole `resume` checkpo
 """
 
 import argparse
+import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, write_json
 from megatron_evolve.substrate.digest import digest_of
+from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.manifest import Substrate, verify
+from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.packing import Packer, read_excluded
+from megatron_evolve.substrate.ranks import place_in
 from megatron_evolve.substrate.settings import Settings
 from megatron_evolve.substrate.tokenizer import PieceTokenizer
 from megatron_evolve.substrate.train.checkpoint import save_checkpoint
-from megatron_evolve.substrate.train.fit import RESUME_FOLDER, Fit, fit, trained_tensors
-from megatron_evolve.substrate.train.open import CHECKPOINT_FOLDER, TOKENIZER_FILE, open_substrate
+from megatron_evolve.substrate.train.fit import RESUME_FOLDER, Fit, fit
+from megatron_evolve.substrate.train.open import CHECKPOINT_FOLDER, TOKENIZER_FILE, open_chunks
 from megatron_evolve.substrate.train.preload import preload
 from megatron_evolve.substrate.train.record import finite
+from megatron_evolve.substrate.train.trained import trained_tensors
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -62,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--exclude", type=Path, metavar="FILE", help="instance hashes of rows not to train on, one a line"
     )
+    parser.add_argument("--layout", default="", metavar="SIZES", help="as tp=2,ep=2; what is left is data parallel")
+    parser.add_argument("--micro-rows", type=int, metavar="N", help="most rows that a rank computes at once")
     return parser
 
 
@@ -69,6 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
     substrate = verify(arguments.substrate)
     document = read_json(arguments.candidate)
     settings = _settings(document, substrate, arguments.candidate)
+    layout = _layout(arguments, substrate, settings)
     excluded = read_excluded(arguments.exclude) if arguments.exclude else frozenset()
     identity = {
         "candidate": document["id"],
@@ -83,12 +93,12 @@ def _run(arguments: argparse.Namespace) -> int:
     preload()
     from megatron_evolve.substrate.model import build
 
-    runtime = build.start(arguments.seed)
+    runtime = build.start(arguments.seed, layout)
     try:
-        model = open_substrate(arguments.substrate, substrate)
+        chunks = open_chunks(arguments.substrate, substrate)
         tokenizer = PieceTokenizer.from_json((arguments.substrate / TOKENIZER_FILE).read_text(encoding="utf-8"))
         packer = Packer(settings.mix, substrate.construction, tokenizer, settings.recipe, arguments.seed, excluded)
-        fitted = train(model, packer, arguments.out, identity, arguments.save_every, writer=runtime.rank == 0)
+        fitted = train(chunks, packer, arguments.out, identity, arguments.save_every, arguments.micro_rows)
     finally:
         build.stop()
     if runtime.rank == 0:
@@ -110,6 +120,20 @@ def _is_done(out: Path, identity: dict[str, Any]) -> bool:
     return True
 
 
+def _layout(arguments: argparse.Namespace, substrate: Substrate, settings: Settings) -> Layout:
+    """Raises ValueError, before anything slow is imported, where the layout cannot train this model on these ranks."""
+    layout, ranks = Layout.from_text(arguments.layout), place_in(os.environ).world_size
+    if arguments.micro_rows is not None and arguments.micro_rows < 1:
+        raise ValueError(f"--micro-rows must be at least 1; got {arguments.micro_rows}: leave it out for no limit")
+    layout.check(
+        Architecture.model_validate(substrate.architecture),
+        ranks=ranks,
+        batch_size=settings.recipe.batch_size,
+        adapter=settings.recipe.adapter is not None and "experts" in settings.recipe.adapter.targets,
+    )
+    return layout
+
+
 def _settings(document: Any, substrate: Substrate, path: Path) -> Settings:
     if not isinstance(document, dict) or not {"id", "substrate", "settings"} <= document.keys():
         raise ValueError(
@@ -124,24 +148,40 @@ def _settings(document: Any, substrate: Substrate, path: Path) -> Settings:
 
 
 def train(
-    model: "HybridModel", packer: Packer, folder: Path, identity: dict[str, Any], save_every: int, *, writer: bool
+    chunks: "Sequence[HybridModel]",
+    packer: Packer,
+    folder: Path,
+    identity: dict[str, Any],
+    save_every: int,
+    micro_rows: int | None = None,
 ) -> Fit:
-    """Tune `model` by the packer's recipe and write the checkpoint that its evaluation opens, unless it diverged."""
+    """Tune the model by the packer's recipe and write the checkpoint that its evaluation opens, unless it diverged.
+
+    All ranks call it with their part of the model; rank 0 gathers the whole and writes it.
+    """
+    import torch
+
+    from megatron_evolve.substrate.model.parts import whole_tensors
+
     adapter = packer.recipe.adapter
     if adapter is not None:
         from megatron_evolve.substrate.model.lora import add_lora
 
-        add_lora(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=packer.seed)
+        for chunk in chunks:
+            add_lora(chunk, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=packer.seed)
     run = digest_of(identity)
-    fitted = fit(model, packer, folder, run=run, save_every=save_every)
-    if fitted.diverged is None and writer:
-        kind = "weights" if adapter is None else "adapter"
+    fitted = fit(chunks, packer, folder, run=run, save_every=save_every, micro_rows=micro_rows)
+    if fitted.diverged is not None:
+        return fitted
+    kind = "weights" if adapter is None else "adapter"
+    tensors = dict(whole_tensors(chunks, trained_tensors(chunks, adapter is not None)))
+    if torch.distributed.get_rank() == 0:
         save_checkpoint(
             folder / CHECKPOINT_FOLDER,
             kind=kind,
             step=fitted.chosen_step,
             run=run,
-            tensors={kind: trained_tensors(model, adapter is not None)},
+            tensors={kind: tensors},
             state={**identity, "adapter": adapter.model_dump(mode="json") if adapter else None},
         )
     return fitted

@@ -4,6 +4,7 @@ Held-out rows come from the run's own pool, cue and all, and from no step. `lowe
 does, `lowest-loss-uniform` equally. The points are 5/8, 6/8, 7/8 and all of the steps.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron_evolve.substrate.packing import Batch, Packer
@@ -32,14 +33,14 @@ class Selector:
             self._batch = packer.held_out(NUM_HELD_OUT, uniform=uniform)
             self._points = frozenset(max(1, round(recipe.steps * eighths / 8)) for eighths in (5, 6, 7, 8))
 
-    def consider(self, trainer: "Trainer", steps_taken: int, tensors: dict[str, "Tensor"]) -> None:
-        """Look at the weights after `steps_taken` steps. Ties keep the earlier point."""
+    def consider(self, trainer: "Trainer", steps_taken: int, tensors: Callable[[], dict[str, "Tensor"]]) -> None:
+        """Look at the weights after `steps_taken` steps, which `tensors` gives. Ties keep the earlier point."""
         if self._batch is None or steps_taken not in self._points:
             return
         loss = trainer.held_out_loss(self._batch)
         if self.loss is None or loss < self.loss:
             self.step, self.loss = steps_taken, loss
-            self.tensors = {name: value.detach().clone() for name, value in tensors.items()}
+            self.tensors = {name: value.detach().clone() for name, value in tensors().items()}
 
     def restore(self, step: int | None, loss: float | None, tensors: dict[str, "Tensor"]) -> None:
         """Back to what an earlier attempt had found."""

@@ -10,9 +10,11 @@ any number of data-parallel ranks computes what one process does. The mean is no
 experts balanced.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from megatron_evolve.substrate.packing import Batch
 from megatron_evolve.substrate.recipe import Recipe
@@ -36,7 +38,10 @@ class Measured:
 
 
 def label_loss(model: Any, batch: Batch, device: Any) -> "Tensor":
-    """Cross-entropy of each label (B, T), float32, padding included (its weight is 0)."""
+    """Cross-entropy of each label (B, T), float32, padding included (its weight is 0).
+
+    On a pipeline stage before the last: what the next stage reads.
+    """
     import torch
 
     # No padding_mask: with a routing bias Megatron 0.19 combines it, (tokens,), with the routing map, (tokens,
@@ -46,7 +51,7 @@ def label_loss(model: Any, batch: Batch, device: Any) -> "Tensor":
 
 
 def weighted_loss(losses_BT: "Tensor", batch: Batch) -> "Tensor":
-    """This slice's part of the global batch's loss; parts of all ranks add up to it."""
+    """This slice's part of the global batch's loss; parts of all data-parallel ranks add up to it."""
     import torch
 
     weights = torch.from_numpy(batch.weights_BT).to(losses_BT.device)
@@ -54,51 +59,91 @@ def weighted_loss(losses_BT: "Tensor", batch: Batch) -> "Tensor":
 
 
 class Trainer:
-    """A model with its optimizer and schedule; `step` changes them in place. All ranks give it the same batches."""
+    """A model with its optimizer and schedule; `step` changes them in place. All ranks give it the same batches.
 
-    def __init__(self, model: "HybridModel", recipe: Recipe) -> None:
+    `chunks` is this rank's part of the model (`build.build_chunks`). `micro_rows` are the most rows that a rank puts
+    through the model at once: fewer take less memory and keep more pipeline stages busy, and change no result.
+    """
+
+    def __init__(self, chunks: "Sequence[HybridModel]", recipe: Recipe, *, micro_rows: int | None = None) -> None:
         import torch
         from megatron.core import parallel_state
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
-        self.model = model
+        from megatron_evolve.substrate.model import build
+
+        self.chunks = list(chunks)
         self.recipe = recipe
+        self.micro_rows = micro_rows
         self.device = torch.cuda.current_device()
-        self.rank, self.world = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        self.parallel = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-        self.optimizer = make_optimizer(self.parallel, recipe)
+        self.layout = build.running_layout()
+        self.world = torch.distributed.get_world_size()
+        self.writes = torch.distributed.get_rank() == 0
+        self.rank, self.copies = (
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        )
+        # One rank has nothing to share out, and Megatron shares out no other optimizer's state than Adam's.
+        self.distributed = self.world > 1 and recipe.optimizer == "adam"
+        setting = DistributedDataParallelConfig(use_distributed_optimizer=self.distributed)
+        self.parallel = [
+            DistributedDataParallel(chunk.config, setting, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(self.chunks)
+        ]
+        self.optimizer = make_optimizer(self.parallel, recipe, distributed=self.distributed)
         self.scheduler = make_scheduler(self.optimizer, recipe)
-        model.config.finalize_model_grads_func = finalize_model_grads
-        model.config.grad_scale_func = self.optimizer.scale_loss
+        for chunk in self.chunks:
+            chunk.config.finalize_model_grads_func = finalize_model_grads
+            chunk.config.grad_scale_func = self.optimizer.scale_loss
 
     def step(self, batch: Batch, number: int) -> Measured:
         """Optimizer step `number` (0-based) on a global batch. Weights change even if the loss is not finite."""
-        from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
-
-        self.parallel.train()
-        self.parallel.zero_grad_buffer()
+        for chunk in self.parallel:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         lr = set_step(self.scheduler, self.recipe, number)
-        parts = batch.narrowed(max(ROWS_MULTIPLE, self.world))
-        losses = forward_backward_no_pipelining(
-            forward_step_func=self._forward,
-            data_iterator=iter([(part.part(self.rank, self.world), len(parts)) for part in parts]),
-            model=self.parallel,
-            num_microbatches=len(parts),
-            seq_length=batch.tokens_BT.shape[1],
-            micro_batch_size=len(batch.tokens_BT) // self.world,
-        )
+        parts = batch.narrowed(max(ROWS_MULTIPLE, self.copies))
+        mine = [micro for part in parts for micro in part.part(self.rank, self.copies).rows_at_most(self.micro_rows)]
+        loss = self._run(mine, forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
-        return Measured(self._over_ranks(sum(losses)), self._norm(grad_norm), lr)
+        return Measured(self._over_ranks(loss), self._norm(grad_norm), lr)
 
     def held_out_loss(self, batch: Batch) -> float:
-        """Loss on a batch that is not trained on; every rank computes the whole of it."""
+        """Loss on a batch that is not trained on; every data-parallel rank computes the whole of it."""
         import torch
 
-        self.parallel.eval()
+        for chunk in self.parallel:
+            chunk.eval()
+        parts = batch.rows_at_most(self.micro_rows)
+        if self.layout.vp > 1:  # the interleaved schedule wants a multiple of pp; what is asked twice weighs nothing
+            nothing = replace(parts[-1], weights_BT=np.zeros_like(parts[-1].weights_BT))
+            parts += [nothing] * (-len(parts) % self.layout.pp)
         with torch.no_grad():
-            return float(weighted_loss(label_loss(self.model, batch, self.device), batch))
+            loss = self._run(parts, forward_only=True)
+        return self._over_ranks(loss / self.copies)
+
+    def _run(self, parts: list[Batch], *, forward_only: bool) -> "Tensor":
+        """Puts micro-batches through the model by Megatron's schedule. This rank's part of the loss, () float32."""
+        import torch
+        from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+        if self.layout.vp > 1 and len(parts) % self.layout.pp:
+            raise ValueError(
+                f"virtual stages need a rank's micro-batches in multiples of pp={self.layout.pp}; got {len(parts)} of "
+                f"at most {self.micro_rows} rows: change the rows of a micro-batch, or set vp=1"
+            )
+        losses = get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=[iter([(part, len(parts)) for part in parts]) for _ in self.parallel],
+            model=self.parallel,
+            num_microbatches=len(parts),
+            seq_length=parts[0].tokens_BT.shape[1],  # of several stages each micro-batch's own width is told
+            micro_batch_size=len(parts[0].tokens_BT),
+            forward_only=forward_only,
+        )
+        return sum(losses, torch.zeros((), device=self.device))  # none but the last stage has losses
 
     def _forward(self, parts: Iterator[tuple[Batch, int]], model: Any) -> tuple["Tensor", Any]:
         batch, num_parts = next(parts)
@@ -107,14 +152,17 @@ class Trainer:
             loss = weighted_loss(losses_BT, batch)
             # The wrapper averages gradients over ranks and the schedule over micro-batches; this loss is a sum over
             # both.
-            return loss * (self.world * num_parts), loss.detach()
+            return loss * (self.copies * num_parts), loss.detach()
 
         return label_loss(model, batch, self.device), loss_of
 
     def _over_ranks(self, part: "Tensor") -> float:
         import torch
+        from megatron.core import parallel_state
 
         if self.world > 1:
+            # Tensor-parallel ranks have the same loss: one of them counts.
+            part = part * (parallel_state.get_tensor_model_parallel_rank() == 0)
             torch.distributed.all_reduce(part)
         return float(part)
 

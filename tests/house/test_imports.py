@@ -26,7 +26,7 @@ TORCH_FREE_FILES = [
     *sorted((ROOT / "substrate" / "puzzles").rglob("*.py")),
     *(
         ROOT / "substrate" / f"{name}.py"
-        for name in ["digest", "frozen", "layout", "manifest", "mix", "recipe", "settings", "tokenizer"]
+        for name in ["digest", "frozen", "layout", "manifest", "mix", "ranks", "recipe", "settings", "tokenizer"]
     ),
     ROOT / "substrate" / "model" / "architecture.py",
     *(

@@ -67,7 +67,7 @@ def refuse(text: str, ranks: int, architecture: Architecture = NANO_CPU, **given
 
 @pytest.mark.parametrize(
     ("text", "ranks"),
-    [("", 1), ("", 8), ("tp=2", 2), ("pp=3", 3), ("pp=2,vp=3", 2), ("ep=4", 4), ("tp=2,ep=2,etp=2", 4)],
+    [("", 1), ("", 8), ("tp=2", 2), ("pp=3", 3), ("pp=3,vp=2", 3), ("ep=4", 4), ("tp=2,ep=2,etp=2", 4)],
 )
 def test_what_fits_passes(text: str, ranks: int) -> None:
     Layout.from_text(text).check(NANO_CPU, ranks=ranks, batch_size=64, adapter=False)
@@ -82,8 +82,8 @@ def test_what_does_not_fit_is_named_with_its_remedy() -> None:
     assert "adapters on experts need etp=1" in refuse("tp=2,etp=2", 2, adapter=True)
     assert "needs a GPU and Transformer Engine" in refuse("cp=2", 2)
     assert "8 pipeline pieces need as many layers" in refuse("pp=4,vp=2", 4)
-    assert "vp=2 needs pipeline stages to interleave" in refuse("vp=2", 1)
-    assert "micro-batches in multiples of pp=2; got 3" in refuse("pp=2,vp=2", 2, micro_batches=3)
+    assert "vp=2 needs at least 3 pipeline stages to interleave" in refuse("pp=2,vp=2", 2)
+    assert "micro-batches in multiples of pp=3; got 4" in refuse("pp=3,vp=2", 3, micro_batches=4)
     assert "has no experts to spread" in refuse("ep=2", 2, changed(pattern="M*M*"))
     assert "vocab_size 16 must be a multiple of tp=3" in refuse(
         "tp=3",

@@ -1,11 +1,6 @@
 """The trainer's parts: its loss, its step, its schedule, when it calls a run diverged, which weights it keeps."""
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,9 +16,10 @@ from megatron_evolve.substrate.puzzles import families
 from megatron_evolve.substrate.recipe import Adapter, Recipe
 from megatron_evolve.substrate.tokenizer import nano_tokenizer
 from megatron_evolve.substrate.train.divergence import PATIENCE, Watch
-from megatron_evolve.substrate.train.fit import fit, trained_tensors
+from megatron_evolve.substrate.train.fit import fit
 from megatron_evolve.substrate.train.preload import preload
 from megatron_evolve.substrate.train.record import read_metrics
+from megatron_evolve.substrate.train.trained import trained_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Architecture.model_validate(
@@ -59,18 +55,18 @@ def trainer(recipe: Recipe = RECIPE, *, adapter: bool = False):
     model = build.build_model(TINY, seed=2)
     if adapter:
         add_lora(model, rank=2, alpha=4.0, targets=("attention", "mamba", "experts", "shared"), seed=5)
-    return Trainer(model, recipe)
+    return Trainer([model], recipe)
 
 
 def gradients(trained) -> dict[str, torch.Tensor]:
-    return {name: p.main_grad.clone() for name, p in trained.model.named_parameters() if p.requires_grad}
+    return {name: p.main_grad.clone() for name, p in trained.chunks[0].named_parameters() if p.requires_grad}
 
 
 def test_the_loss_is_the_weighted_mean_over_the_batch():
     made = trainer(RECIPE.replace(lr=1e-7))
     batch = first_batch(prompt_loss_weight=0.3)
     with torch.no_grad():
-        logits = made.model(torch.from_numpy(batch.tokens_BT), None, None)
+        logits = made.chunks[0](torch.from_numpy(batch.tokens_BT), None, None)
     picked = logits.log_softmax(-1).gather(-1, torch.from_numpy(batch.labels_BT).unsqueeze(-1)).squeeze(-1)
     weights = torch.from_numpy(batch.weights_BT)
     expected = -(picked * weights).sum() / weights.sum()
@@ -129,10 +125,10 @@ def test_clipping_bounds_the_step_and_weight_decay_spares_vectors():
 def test_the_routing_bias_moves_in_full_training_and_not_under_an_adapter():
     for adapter, moves in ((False, True), (True, False)):
         made = trainer(adapter=adapter)
-        before = {name: value.clone() for name, value in made.model.state_dict().items() if torch.is_tensor(value)}
+        before = {name: value.clone() for name, value in made.chunks[0].state_dict().items() if torch.is_tensor(value)}
         for step in range(3):
             made.step(first_batch(), step)
-        changed = {name for name, value in state_of(made.model).items() if not torch.equal(value, before[name])}
+        changed = {name for name, value in state_of(made.chunks[0]).items() if not torch.equal(value, before[name])}
         assert any("expert_bias" in name for name in changed) == moves
         if adapter:
             assert changed and all("lora_" in name for name in changed)
@@ -166,7 +162,7 @@ def test_a_run_that_diverges_ends_with_its_step(tmp_path):
     model = build.build_model(TINY, seed=2)
     with torch.no_grad():
         model.embedding.word_embeddings.weight[10] = float("nan")
-    fitted = fit(model, packer(), tmp_path, run="r", save_every=0)
+    fitted = fit([model], packer(), tmp_path, run="r", save_every=0)
     assert fitted.diverged == (0, "loss is nan") and fitted.steps == 1
     assert [entry["loss"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [None]
 
@@ -177,7 +173,7 @@ def test_selection_hands_on_the_best_of_four_points(tmp_path, rule):
     source = packer(recipe)
     held_out = source.held_out(256, uniform=rule.endswith("uniform"))
     model = build.build_model(TINY, seed=2)
-    fitted = fit(model, source, tmp_path, run="r", save_every=0)
+    fitted = fit([model], source, tmp_path, run="r", save_every=0)
     losses = {}
     for points in (10, 12, 14, 16):
         again = trainer(recipe)
@@ -191,59 +187,7 @@ def test_selection_hands_on_the_best_of_four_points(tmp_path, rule):
 def test_an_adapter_run_trains_its_adapter_alone(tmp_path):
     recipe = RECIPE.replace(adapter=Adapter(rank=2, alpha=4.0))
     made = trainer(recipe, adapter=True)
-    fit(made.model, packer(recipe), tmp_path, run="r", save_every=0)
-    tensors = trained_tensors(made.model, adapter=True)
+    fit(made.chunks, packer(recipe), tmp_path, run="r", save_every=0)
+    tensors = trained_tensors(made.chunks, adapter=True)
     assert all(name.endswith(("lora_A", "lora_B")) for name in tensors)
     assert any(value.abs().max() > 0 for name, value in tensors.items() if name.endswith("lora_B"))
-
-
-RANK_PROGRAM = """
-import json, sys
-sys.path.insert(0, {tests!r})
-from megatron_evolve.substrate.model import build
-from megatron_evolve.substrate.train.preload import preload
-import test_train as t
-preload()
-runtime = build.start(seed=1)
-made, source = t.trainer(), t.packer(t.RECIPE.replace(batch_size=64))
-measured = [made.step(batch, step) for step, batch in enumerate(source.batches(t.Tally()))]
-bias = sorted((name, value.tolist()) for name, value in t.state_of(made.model).items() if "expert_bias" in name)
-if runtime.rank == 0:
-    print(json.dumps([[[m.loss, m.grad_norm] for m in measured], bias]))
-build.stop()
-"""
-
-
-def run_ranks(script: Path, ranks: int) -> list:
-    """What rank 0 prints, each rank a process with the environment that torchrun gives it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **common, "WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        printed = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * ranks
-    return json.loads(printed[0].splitlines()[-1])
-
-
-@pytest.mark.slow
-def test_two_data_parallel_ranks_compute_what_one_does(tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK_PROGRAM.format(tests=str(Path(__file__).parent)))
-    (one, bias_one), (two, bias_two) = run_ranks(script, 1), run_ranks(script, 2)
-    assert bias_one == bias_two
-    for (loss_one, norm_one), (loss_two, norm_two) in zip(one, two, strict=True):
-        assert loss_one == pytest.approx(loss_two, rel=2e-6)  # float32 sums in another order
-        assert norm_one == pytest.approx(norm_two, rel=2e-5)

@@ -1,0 +1,181 @@
+"""Which part of the whole model's tensors a rank holds, and both ways between part and whole.
+
+A tensor of the whole model has a *global* name: the one it has in a process alone. A pipeline stage counts its layers
+from 0 and an expert-parallel rank its experts, so a rank's own names differ. Megatron marks each parameter with the
+axis it is split along (`partition_dim`) and, where several projections share one matrix (Mamba's z, x, B, C, dt), with
+the rows that each of them has on a rank (`partition_sizes`): each of these sections is split by itself.
+
+    part.of(whole)          a rank's slice of a whole tensor
+    part.joined(pieces)     the whole tensor from all slices
+    whole_tensors(chunks)   every tensor of the model joined on rank 0, one at a time: no rank holds a second model
+
+Import after `build.prepare`: it needs Megatron.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_evolve.substrate.model.experts import ExpertWeights
+from megatron_evolve.substrate.model.weights import state_of
+
+LAYER = re.compile(r"^(.*?\blayers)\.(\d+)\.")
+EXPERT = re.compile(r"^(.*\bweight)(\d+)$")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Piece `index` of `count` of the tensor `name`, cut along `axis`; count 1 is held whole by every rank that has it.
+
+    `local` is the shape of a piece, `sections` its sizes along the axis, in order: one unless projections share it.
+    """
+
+    name: str
+    local: tuple[int, ...]
+    dtype: torch.dtype
+    axis: int
+    index: int
+    count: int
+    sections: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return tuple(size * self.count if axis == self.axis else size for axis, size in enumerate(self.local))
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The rank's slice. Raises ValueError if the whole has another shape."""
+        if tuple(whole.shape) != self.shape:
+            raise ValueError(
+                f"{self.name} must have shape {self.shape}; got {tuple(whole.shape)}: use the architecture it was "
+                "saved from"
+            )
+        if self.count == 1:
+            return whole
+        sections = whole.split([size * self.count for size in self.sections], self.axis)
+        return torch.cat([section.chunk(self.count, self.axis)[self.index] for section in sections], self.axis)
+
+    def joined(self, pieces: Sequence[Tensor]) -> Tensor:
+        """The whole tensor from the pieces of all indices, in order."""
+        if self.count == 1:
+            return pieces[0]
+        by_section = zip(*(piece.split(self.sections, self.axis) for piece in pieces), strict=True)
+        return torch.cat([piece for section in by_section for piece in section], self.axis)
+
+
+def parts_of(chunks: Sequence[Module]) -> dict[str, tuple[Part, Tensor]]:
+    """Everything that this rank's chunks hold (parameters, adapters, routing bias) by global name, memory shared."""
+    found = {}
+    for chunk in chunks:
+        parameters = dict(chunk.named_parameters())
+        for name, tensor in state_of(chunk).items():
+            part = _part(chunk, name, parameters.get(name, tensor))
+            found[part.name] = (part, tensor.detach())
+    return found
+
+
+def _part(chunk: Module, name: str, parameter: Tensor) -> Part:
+    owner, _, leaf = name.rpartition(".")
+    module = chunk.get_submodule(owner)
+    name = global_name(chunk, name)
+    tp = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size())
+    sections = getattr(parameter, "partition_sizes", ())
+    if not isinstance(module, ExpertWeights):
+        axis = getattr(parameter, "partition_dim", -1)
+        (index, count) = tp if axis >= 0 and getattr(parameter, "tensor_model_parallel", False) else (0, 1)
+        if leaf == "lora_B":  # its rows are the base's, and Megatron marks their sections on the base alone
+            sections = getattr(module.weight, "partition_sizes", ())
+    elif EXPERT.match(leaf):
+        etp = module.pg_collection.expt_tp
+        axis, index, count = module.partition_dim, etp.rank(), etp.size()
+    else:  # an adapter of all local experts, stacked along its first axis
+        axis, index, count = 0, module.pg_collection.ep.rank(), module.pg_collection.ep.size()
+    local = tuple(parameter.shape)
+    sections = tuple(sections) if count > 1 and sections else local[axis : axis + 1] if axis >= 0 else ()
+    return Part(name, local, parameter.dtype, axis, index, count, sections)
+
+
+def global_name(chunk: Module, name: str) -> str:
+    """The whole model's name of a tensor or module that the chunk calls `name`."""
+    local = LAYER.match(f"{name}.")
+    if local is not None:
+        layer = chunk.get_submodule(f"{local[1]}.{local[2]}")
+        name = f"{local[1]}.{layer.layer_number - 1}.{name[local.end() :]}"
+    owner, _, leaf = name.rpartition(".")
+    expert = EXPERT.match(leaf)
+    if expert is None:
+        return name
+    first = parallel_state.get_expert_model_parallel_rank() * _experts_per_rank(chunk)
+    return f"{owner}.{expert[1]}{first + int(expert[2])}"
+
+
+def _experts_per_rank(chunk: Module) -> int:
+    return chunk.config.num_moe_experts // chunk.config.expert_model_parallel_size
+
+
+def put_whole(chunks: Sequence[Module], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Fill this rank's chunks from tensors of the whole model. A lazy mapping is asked once for each tensor it needs.
+
+    What belongs to other ranks is left alone. Raises ValueError naming what is missing or has another shape.
+    """
+    parts = parts_of(chunks)
+    missing = sorted(parts.keys() - tensors.keys())
+    if missing:
+        raise ValueError(
+            f"{source} must hold this model's tensors; got none of {', '.join(missing)}: use the architecture it was "
+            "saved from"
+        )
+    with torch.no_grad():
+        for name, (part, tensor) in parts.items():
+            tensor.copy_(part.of(tensors[name]))
+
+
+def whole_tensors(chunks: Sequence[Module], wanted: Mapping[str, Any] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The whole model's tensors in order of name, on the CPU, for rank 0; the other ranks get none.
+
+    `wanted`, if given, maps the names of a rank's own tensors to what is sent in their place, such as earlier values of
+    them; what it does not name is left out. All ranks must run the iterator to its end.
+    """
+    parts = parts_of(chunks)
+    if wanted is not None:
+        parts = {name: (part, wanted[name]) for name, (part, _) in parts.items() if name in wanted}
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    described: list[dict[str, Part]] = [{} for _ in range(world)]
+    if world == 1:
+        described[0] = {name: part for name, (part, _) in parts.items()}
+    else:
+        torch.distributed.all_gather_object(described, {name: part for name, (part, _) in parts.items()})
+    for name in sorted(set().union(*described)):
+        owners = _owners(name, described)
+        pieces = [_sent(parts[name][1] if name in parts else None, owner, described[owner][name]) for owner in owners]
+        if rank == 0:
+            yield name, described[owners[0]][name].joined(pieces).cpu()
+
+
+def _owners(name: str, described: Sequence[Mapping[str, Part]]) -> list[int]:
+    """For each piece of a tensor, in order, the lowest rank that holds it."""
+    first: dict[int, int] = {}
+    for rank, parts in enumerate(described):
+        if name in parts:
+            first.setdefault(parts[name].index, rank)
+    return [first[index] for index in sorted(first)]
+
+
+def _sent(tensor: Tensor | None, owner: int, part: Part) -> Tensor:
+    """One piece, on rank 0; other ranks get something of no use."""
+    rank = torch.distributed.get_rank()
+    if owner == rank:
+        if rank:
+            torch.distributed.send(tensor.contiguous(), dst=0)
+        return tensor
+    if rank:
+        return torch.empty(0)
+    piece = torch.empty(part.local, dtype=part.dtype, device=torch.cuda.current_device())
+    torch.distributed.recv(piece, src=owner)
+    return piece

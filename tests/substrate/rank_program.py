@@ -1,0 +1,112 @@
+"""One rank of a job that trains the same few steps in several layouts; run by `test_train_layouts`.
+
+    python rank_program.py WEIGHTS FOLDER CASES.json
+
+RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR come from the environment.
+
+Each case is a process group of its own at its own port. Rank 0 writes what it measured to FOLDER/<world size>.json.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_evolve.substrate.layout import Layout
+from megatron_evolve.substrate.manifest import Construction
+from megatron_evolve.substrate.mix import Mix
+from megatron_evolve.substrate.model import build
+from megatron_evolve.substrate.model.architecture import NANO_CPU
+from megatron_evolve.substrate.packing import Packer, Tally
+from megatron_evolve.substrate.puzzles import families
+from megatron_evolve.substrate.recipe import Adapter, Recipe
+from megatron_evolve.substrate.tokenizer import nano_tokenizer
+from megatron_evolve.substrate.train.preload import preload
+
+NAMES = ("unit_conversion", "numeral")
+ARCHITECTURE = NANO_CPU.with_vocab(nano_tokenizer().vocab_size)
+RECIPE = Recipe(steps=4, batch_size=48, warmup_steps=1, lr=1e-3, epsilon=1e-5, checkpoint_selection="lowest-loss")
+SAVED_AT = 2  # of four steps
+ADAPTER = Adapter(rank=4, alpha=8.0, targets=("attention", "mamba", "experts", "shared", "output"))
+
+
+def packer(recipe: Recipe) -> Packer:
+    """Short rows of two families; with 48 of them one step has two micro-batches of unequal width."""
+    styles = {name: families.styles_of(name, "nano") for name in NAMES}
+    mix = Mix(weight=dict.fromkeys(NAMES, 1.0), style=dict.fromkeys(NAMES, "answer"))
+    return Packer(mix, Construction(families=NAMES, difficulty="nano", styles=styles), nano_tokenizer(), recipe, seed=0)
+
+
+def recipe_of(case: dict[str, Any]) -> Recipe:
+    return RECIPE.replace(adapter=ADAPTER if case["adapter"] else None, **case.get("recipe", {}))
+
+
+def model_of(case: dict[str, Any], weights: Path) -> list[Any]:
+    """This rank's chunks with the given weights, adapted if the case says so."""
+    from megatron_evolve.substrate.model.lora import add_lora
+    from megatron_evolve.substrate.model.parts import put_whole
+    from megatron_evolve.substrate.model.weights import read_weights
+
+    chunks = build.build_chunks(ARCHITECTURE, seed=3)
+    put_whole(chunks, read_weights(weights), str(weights))
+    if case["adapter"]:
+        for chunk in chunks:
+            add_lora(chunk, rank=ADAPTER.rank, alpha=ADAPTER.alpha, targets=ADAPTER.targets, seed=5)
+    return chunks
+
+
+def steps_of(case: dict[str, Any], weights: Path) -> dict[str, Any]:
+    """Trains the case's steps from the weights, or from the checkpoint it names; returns what every step measured."""
+    from megatron_evolve.substrate.model.parts import whole_tensors
+    from megatron_evolve.substrate.train.resume import restore_resume, save_resume
+    from megatron_evolve.substrate.train.selection import Selector
+    from megatron_evolve.substrate.train.step import Trainer
+    from megatron_evolve.substrate.train.trained import trained_tensors
+
+    recipe = recipe_of(case)
+    chunks, source = model_of(case, weights), packer(recipe)
+    trainer, selector = Trainer(chunks, recipe, micro_rows=case.get("micro_rows")), Selector(source)
+    first = 0
+    if case.get("restore"):
+        first = restore_resume(Path(case["restore"]), "run", trainer, selector).step
+    measured = []
+    for number, batch in zip(range(first, recipe.steps), source.batches(Tally(), start=first), strict=True):
+        step = trainer.step(batch, number)
+        measured.append([step.loss, step.grad_norm])
+        selector.consider(trainer, number + 1, lambda: trained_tensors(chunks, case["adapter"]))
+        if case.get("save") and number + 1 == SAVED_AT:
+            own = {"selected": {"step": selector.step, "loss": selector.loss}}
+            save_resume(Path(case["save"]), "run", SAVED_AT, trainer, selector, own)
+    # sums over all values of a tensor: whatever is joined wrongly moves them
+    sums = {name: [t.double().sum().item(), _ramp(t)] for name, t in whole_tensors(chunks)}
+    chosen = {name: _ramp(tensor) for name, tensor in whole_tensors(chunks, selector.tensors)}
+    return {"steps": measured, "held_out": selector.loss, "chosen_step": selector.step, "sums": sums, "chosen": chosen}
+
+
+def _ramp(tensor: Any) -> float:
+    """A sum in which every place has a weight of its own."""
+    import torch
+
+    flat = tensor.double().flatten()
+    return (flat * torch.linspace(1, 2, len(flat), dtype=torch.float64)).sum().item()
+
+
+def main(weights: str, folder: str, cases: str) -> None:
+    preload()
+    found = {}
+    for name, case in json.loads(Path(cases).read_text()).items():
+        os.environ["MASTER_PORT"] = str(case["port"])
+        build.start(1, Layout.from_text(case["layout"]))
+        try:
+            found[name] = steps_of(case, Path(weights))
+        except ValueError as error:
+            found[name] = {"error": str(error)}
+        finally:
+            build.stop()
+    if os.environ.get("RANK", "0") == "0":
+        Path(folder, f"{os.environ.get('WORLD_SIZE', '1')}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
