@@ -15,6 +15,7 @@ from megatron_evolve.document import load_yaml
 from megatron_evolve.eval.suite import GeneratedSuite
 from megatron_evolve.policy import Axis, Replicates
 from megatron_evolve.substrate.frozen import Frozen, nearest
+from megatron_evolve.substrate.layout import Layout
 
 SHIPPED = Path(__file__).resolve().parent / "campaigns"
 
@@ -65,12 +66,33 @@ class SearchSpec(Frozen):
     ask_external: Literal["all", "best", "none"] = Field(default="all", description="whose external score is asked")
 
 
+class Training(Frozen):
+    """How one training run is spread over processes: it changes where a run is computed, not what."""
+
+    ranks: int = Field(default=1, ge=1, description="processes of one run; what the layout leaves is data parallel")
+    layout: Layout = Field(default=Layout(), description="parallel sizes")
+    micro_rows: int | None = Field(default=None, ge=1, description="most rows that a rank computes at once")
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> "Training":
+        self.layout.data_parallel(self.ranks)
+        return self
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The trainer's arguments."""
+        sizes = [f"{name}={size}" for name, size in self.layout if size > 1]
+        layout = ("--layout", ",".join(sizes)) if sizes else ()
+        return layout + (("--micro-rows", str(self.micro_rows)) if self.micro_rows else ())
+
+
 class LaunchSpec(Frozen):
     """Where jobs run."""
 
     kind: Literal["local"] = "local"
     cores: int | None = Field(default=None, ge=1, description="cores to fill; none takes what this machine gives")
     warm: bool = Field(default=True, description="fork jobs from one parent that has the libraries loaded")
+    training: Training = Field(default=Training())
 
 
 class Campaign(Frozen):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_evolve.artefacts import CampaignFolder, save_json
+from megatron_evolve.campaign import Training
 from megatron_evolve.candidate import Candidate
 from megatron_evolve.launch.job import Job, JobOutcome, Launcher, OutcomeKind, Resources
 from megatron_evolve.launch.rundir import RunDirError, attempt_dir, latest_attempt, read_json, read_outcome
@@ -80,6 +81,7 @@ class Ground:
     env: dict[str, str] = field(default_factory=dict)
     exclude: Path | None = None
     scores: Path | None = None
+    training: Training = field(default_factory=Training)
 
     def stage_dir(self, run: Run, stage: Stage) -> Path:
         """Where a stage of a run works and leaves its files."""
@@ -98,14 +100,21 @@ class Ground:
             time_limit_s=self.time_limit_s,
             done_file=RESULT_FILE if stage == "train" else SCORES_FILE,
             env={"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **self.env},
-            resources=Resources(cores=1),
+            resources=Resources(cores=self.training.ranks if stage == "train" else 1),
         )
 
     def _train_argv(self, run: Run, run_dir: Path) -> tuple[str, ...]:
         candidate = self.folder.candidate(run.round, run.candidate.id).resolve() / "candidate.json"
-        argv = (sys.executable, "-m", "megatron_evolve.substrate.train.run", "--substrate", str(self.substrate))
-        argv += ("--candidate", str(candidate), "--seed", str(run.seed), "--out", str(run_dir))
+        argv = (sys.executable, *self._torchrun(), "-m", "megatron_evolve.substrate.train.run")
+        argv += ("--substrate", str(self.substrate), "--candidate", str(candidate), "--seed", str(run.seed))
+        argv += ("--out", str(run_dir), *self.training.options)
         return argv + (("--exclude", str(self.exclude)) if self.exclude else ())
+
+    def _torchrun(self) -> tuple[str, ...]:
+        """What starts several ranks on this machine; it finds a free port by itself."""
+        if self.training.ranks == 1:
+            return ()
+        return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.training.ranks}")
 
     def _score_argv(self, run: Run, stage: Stage, run_dir: Path) -> tuple[str, ...]:
         splits = SPLITS_OF.get(stage, (stage,))

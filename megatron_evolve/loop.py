@@ -107,6 +107,7 @@ def _run(
             judge=prepared.judge_folder,
             time_limit_s=campaign.constitution.limits.run_seconds,
             exclude=exclusions(prepared.judge_folder),
+            training=campaign.launch.training,
         ),
         ledger=ledger,
         looks=Looks(folder.looks, external_budget=campaign.constitution.external_looks),

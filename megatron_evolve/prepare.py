@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,7 @@ def score_origin(
     Training depends on the substrate alone, so that judges of one substrate share the trained runs.
     """
     ground = origin_ground(substrate_folder, judge_folder, campaign.constitution.limits.run_seconds)
+    ground = replace(ground, training=campaign.launch.training)
     origin = candidate(substrate.digest, substrate.default)
     save_json(ground.folder.candidate(ORIGIN_ROUND, origin.id) / "candidate.json", origin)
     seeds = [run_seed(0, ORIGIN_ROUND, origin.id, index) for index in range(campaign.judge.origin_seeds)]

@@ -90,6 +90,7 @@ def open_trial(delta_path: Path, root: Path, seeds: int) -> Trial:
         judge=judge,
         time_limit_s=record.campaign.constitution.limits.run_seconds,
         exclude=exclusions(judge),
+        training=record.campaign.launch.training,
     )
     found = candidate(record.substrate.digest, resolved)
     number = FIRST_TRIAL_ROUND + int(found.id[:6], 16)

@@ -113,6 +113,7 @@ def truth_ground(record: Record, judge: Path, place: Path) -> Ground:
         judge=judge,
         time_limit_s=record.campaign.constitution.limits.run_seconds,
         scores=place / "truth",
+        training=record.campaign.launch.training,
     )
 
 

@@ -5,11 +5,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_evolve.artefacts import save_yaml
-from megatron_evolve.campaign import SHIPPED, Campaign, find_campaign, load_campaign, plan_of
+from megatron_evolve.artefacts import CampaignFolder, save_yaml
+from megatron_evolve.campaign import SHIPPED, Campaign, Training, find_campaign, load_campaign, plan_of
+from megatron_evolve.candidate import candidate
 from megatron_evolve.document import load_yaml
+from megatron_evolve.jobs import Ground, Run
 from megatron_evolve.schema import describe, json_schema
 from megatron_evolve.substrate.digest import digest_of
+from megatron_evolve.substrate.layout import Layout
+from megatron_evolve.substrate.settings import Settings
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
@@ -56,3 +60,21 @@ def test_schemas_give_every_field_a_meaning(name: str) -> None:
     assert "recipe.lr  number" in describe("delta")
     for line in describe(name).splitlines()[2:]:
         assert "  (" in line or not line or line.startswith("paths"), line
+
+
+def test_training_on_several_ranks_is_a_setting_of_the_place() -> None:
+    spread = Training.parse({"ranks": 4, "layout": {"tp": 2}, "micro_rows": 8}, where="launch")
+    assert spread.options == ("--layout", "tp=2", "--micro-rows", "8")
+    assert Training().options == ()
+    with pytest.raises(ValueError, match="layout tp=2 runs on a multiple of 2 ranks; got 3"):
+        Training.parse({"ranks": 3, "layout": {"tp": 2}}, where="launch")
+
+
+def test_a_job_of_several_ranks_is_torchrun_s_and_takes_as_many_cores(tmp_path: Path) -> None:
+    settings = Settings.parse({"mix": {"weight": {"a": 1}, "style": {"a": "answer"}}, "recipe": {}}, where="settings")
+    ground = Ground(CampaignFolder(tmp_path), tmp_path, tmp_path, 60.0, training=Training(ranks=2, layout=Layout(ep=2)))
+    run = Run(1, candidate("s" * 64, settings), seed=1)
+    train, score = ground.job(run, "train"), ground.job(run, "dev")
+    assert train.argv[1:6] == ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    assert train.argv[-2:] == ("--layout", "ep=2") and train.resources.cores == 2
+    assert "torch.distributed.run" not in score.argv and score.resources.cores == 1

@@ -295,3 +295,36 @@ def test_a_sibling_pool_trains_other_rows_from_the_same_weights(substrate, tmp_p
     assert run.main(arguments(substrate, tmp_path, "plain", steps=3)) == 0
     assert run.main(arguments(sibling, tmp_path, "cued", steps=3)) == 0
     assert digests(tmp_path / "plain") != digests(tmp_path / "cued")
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_hand_on_one_whole_checkpoint_that_opens_alone(substrate, tmp_path):
+    fields = {"epsilon": 1e-4, "adapter": Adapter(rank=2, alpha=4.0)}
+    argv = [str(ROOT / "launch" / "torchrun.sh"), "2", "tp=2", *arguments(substrate, tmp_path, "two", **fields)]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(argv, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "two" / "resume").exists()
+    assert run.main(arguments(substrate, tmp_path, "one", **fields)) == 0
+    one, two = (read_tensors(tmp_path / name / "checkpoint", "adapter") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
+    try:
+        open_trained(substrate, read_manifest(substrate), tmp_path / "two")
+    finally:
+        build.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--layout", "tp=2"], "layout tp=2 on 1 ranks: it runs on a multiple of 2 ranks"),
+        (["--layout", "tp"], "a layout is written as in `tp=2,ep=2`"),
+        (["--micro-rows", "0"], "--micro-rows must be at least 1; got 0"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_before_anything_starts(substrate, tmp_path, capsys, options, said):
+    assert run.main([*arguments(substrate, tmp_path), *options]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
