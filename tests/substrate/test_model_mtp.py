@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_evolve.substrate.model import build, decode, weights
+from megatron_evolve.substrate.model import build, decode, huggingface, weights
 from megatron_evolve.substrate.model.architecture import Architecture
 from tests.substrate.enlarged import SMALL, build_enlarged
 
@@ -101,6 +101,14 @@ def test_one_head_serves_every_depth_and_is_counted(model: torch.nn.Module) -> N
     heads = sum(p.numel() for p in model.mtp.parameters())
     assert heads == HEADED.num_mtp_parameters()
     assert sum(p.numel() for p in model.parameters()) == HEADED.num_parameters() + heads
+
+
+def test_the_weight_map_has_them_under_their_own_names(model: torch.nn.Module) -> None:
+    state = weights.state_of(model)
+    theirs = huggingface.to_huggingface(state, HEADED)
+    assert {name.split(".")[0] for name in theirs} == {"model", "lm_head", "mtp"}
+    back = huggingface.from_huggingface(theirs, HEADED)
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
 
 
 def test_heads_of_packed_sequences_do_not_see_each_other(
