@@ -9,8 +9,10 @@ from setuptools import setup
 FOLDERS = ("kernels", "launch", "substrate", "eval")
 SUBFOLDERS = (
     "substrate/model",
+    "substrate/plan",
     "substrate/puzzles",
     "substrate/train",
+    "eval/engines",
     "megatron_evolve/report",
     "megatron_evolve/workers",
     "megatron_evolve/worlds",

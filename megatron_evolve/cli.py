@@ -257,13 +257,14 @@ def substrate_import(
 def substrate_export(
     folder: Annotated[Path, typer.Argument(help="a frozen substrate", show_default=False)],
     out: Annotated[Path, typer.Option(help="new folder of the checkpoint")],
+    run: Annotated[Path | None, typer.Option(help="a run trained from it, whose weights or adapter to take")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a substrate as a Hugging Face checkpoint."""
+    """Write a substrate, or a run trained from it, as a Hugging Face checkpoint."""
     from megatron_evolve.substrate.exchange import export_hf
 
     def answer() -> None:
-        files = export_hf(folder, out)
+        files = export_hf(folder, out, run=run)
         emit({"files": files, "folder": str(out)}) if as_json else typer.echo(
             f"wrote {len(files)} weight files to {out}"
         )
@@ -291,6 +292,34 @@ def substrate_export_adapter(
         emit(written) if as_json else typer.echo(
             f"wrote the adapter to {out}" + (f" and {zip_file}" if zip_file else "")
         )
+
+    guarded(answer, as_json)
+
+
+@substrate_app.command("plan")
+def substrate_plan(
+    preset: Annotated[str, typer.Option(help="nemotron3-nano, nemotron3-super, nemotron3-ultra or nano-cpu")],
+    gpus: Annotated[int, typer.Option(help="GPUs of the job")],
+    seq: Annotated[int, typer.Option(help="tokens a row")],
+    mode: Annotated[str, typer.Option(help="lora or sft")] = "lora",
+    gpu_memory: Annotated[str, typer.Option(help="as on the GPU's label")] = "80GB",
+    micro_batch: Annotated[int, typer.Option(help="rows a rank takes at once")] = 1,
+    batch_size: Annotated[int, typer.Option(help="rows an optimizer step")] = 128,
+    recompute: Annotated[str, typer.Option(help="none, selective or full")] = "none",
+    optimizer_state: Annotated[str, typer.Option(help="full, or reduced: half precision")] = "full",
+    offload: Annotated[float, typer.Option(help="share of the optimizer's state in host memory")] = 0.0,
+    transformer_engine: Annotated[bool, typer.Option("--te", help="it is there: try context parallelism")] = False,
+    layout: Annotated[str | None, typer.Option(help="only this one, as in `tp=2,ep=8`")] = None,
+    as_json: Json = False,
+) -> None:
+    """Memory, arithmetic and traffic of every layout: those that fit, the best first, and why others do not."""
+    from megatron_evolve.planning import make_plan, show_plan
+
+    def answer() -> None:
+        job = {"mode": mode, "sequence_length": seq, "micro_batch": micro_batch, "batch_size": batch_size}
+        job |= {"recompute": recompute, "optimizer_state": optimizer_state, "offload": offload}
+        plan = make_plan(preset, gpus, gpu_memory, job, layout, transformer_engine)
+        emit(plan) if as_json else show_plan(plan)
 
     guarded(answer, as_json)
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from megatron_evolve.launch.rundir import make_folder, read_json, write_json
 from megatron_evolve.substrate.manifest import Substrate, verify
+from megatron_evolve.substrate.merged import trained_checkpoint
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.model.tensor_file import Entry, Outgoing, Range, read_header, write_tensors
 from megatron_evolve.substrate.model.weight_map import Mapped, Naming, Piece, check_names, to_huggingface
 from megatron_evolve.substrate.recipe import Adapter
-from megatron_evolve.substrate.train.checkpoint import load_checkpoint
 from megatron_evolve.substrate.train.open import CHECKPOINT_FOLDER
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -121,12 +121,7 @@ def adapter_map(architecture: Architecture, adapter: Adapter) -> Iterator[Mapped
 
 def _trained(run: Path, substrate: Substrate) -> tuple[Adapter, dict[str, Entry]]:
     folder = run / CHECKPOINT_FOLDER
-    checkpoint = load_checkpoint(folder)
-    if checkpoint.state.get("substrate") != substrate.digest:
-        raise ValueError(
-            f"{folder} was trained from substrate {str(checkpoint.state.get('substrate'))[:12]}, not from "
-            f"{substrate.digest[:12]}; give the substrate it was trained from"
-        )
+    checkpoint = trained_checkpoint(run, substrate)
     if checkpoint.kind != "adapter":
         raise ValueError(f"{folder} holds {checkpoint.kind}, no adapter; give a run whose recipe has an adapter")
     adapter = Adapter.parse(checkpoint.state["adapter"], where=str(folder))

@@ -30,6 +30,7 @@ from megatron_evolve.substrate.manifest import (
     verify,
     write_manifest,
 )
+from megatron_evolve.substrate.merged import DTYPES, trained_entries
 from megatron_evolve.substrate.mix import Mix
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.model.huggingface import architecture_of, huggingface_config
@@ -117,8 +118,9 @@ def _frozen(folder: Path, architecture: Architecture, naming: Naming, files: dic
     return substrate
 
 
-def export_hf(folder: Path, out: Path) -> list[str]:
-    """Write the substrate in `folder` as a Hugging Face checkpoint; gives the names of its weight files.
+def export_hf(folder: Path, out: Path, *, run: Path | None = None) -> list[str]:
+    """Write the substrate in `folder`, or what `run` trained from it, as a Hugging Face checkpoint; gives the names of
+    its weight files. An adapter is added into the matrices.
 
     An imported substrate keeps the names, the config and the companions that it came with; any other is written with
     the hub's names, which transformers 5 and vLLM read. Raises ValueError in one sentence before anything is written.
@@ -130,7 +132,9 @@ def export_hf(folder: Path, out: Path) -> list[str]:
     imported = substrate.build.get("imported")
     naming = Naming(**imported) if imported else HUB
     paths = substrate.weight_paths(folder)
-    stored = _merged(map(read_header, paths))
+    stored = _united(map(read_header, paths))
+    if run is not None:
+        stored = trained_entries(stored, run, substrate)
     _check_whole(stored, to_megatron(architecture, naming), f"the substrate in {folder}")
     outgoing = _converted(stored, to_huggingface(architecture, naming))
     make_folder(out)
@@ -140,7 +144,11 @@ def export_hf(folder: Path, out: Path) -> list[str]:
         placed = {tensor.name: file for file, (_, tensors) in shards.items() for tensor in tensors}
         total = sum(tensor.num_bytes for _, tensors in shards.values() for tensor in tensors)
         write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": placed})
-    write_json(out / CONFIG_FILE, _beside(folder, substrate, architecture, out))
+    config = _beside(folder, substrate, architecture, out)
+    if run is not None or not imported:
+        config.pop("torch_dtype", None)  # the older name of the same
+        config["dtype"] = DTYPES[stored["output_layer.weight"].dtype]
+    write_json(out / CONFIG_FILE, config)
     return list(shards)
 
 
@@ -155,7 +163,7 @@ def _beside(folder: Path, substrate: Substrate, architecture: Architecture, out:
     for file, document in exported(tokenizer).items():
         write_json(out / file, document)
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    return huggingface_config(architecture) | ids | {"dtype": "float32"}  # what this trainer writes
+    return huggingface_config(architecture) | ids
 
 
 def _kept_config(folder: Path, architecture: Architecture) -> dict[str, Any]:
@@ -189,7 +197,7 @@ def _stored(source: Path) -> dict[str, Entry]:
     placed = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(placed, dict) or not all(isinstance(f, str) and f == Path(f).name for f in placed.values()):
         raise ValueError(f"{source / INDEX_FILE}: expected a weight_map of tensor to file name: download it again")
-    stored = _merged(read_header(source / file) for file in sorted(set(placed.values())))
+    stored = _united(read_header(source / file) for file in sorted(set(placed.values())))
     for name, file in placed.items():
         if name not in stored or stored[name].path.name != file:
             raise ValueError(f"{INDEX_FILE} names {name} in {file}, which does not hold it: download both again")
@@ -199,13 +207,13 @@ def _stored(source: Path) -> dict[str, Entry]:
     return stored
 
 
-def _merged(headers: Iterable[dict[str, Entry]]) -> dict[str, Entry]:
-    merged: dict[str, Entry] = {}
+def _united(headers: Iterable[dict[str, Entry]]) -> dict[str, Entry]:
+    united: dict[str, Entry] = {}
     for name, entry in chain.from_iterable(header.items() for header in headers):
-        if name in merged:
-            raise ValueError(f"{name} stands in {merged[name].path.name} and in {entry.path.name}: keep one of them")
-        merged[name] = entry
-    return merged
+        if name in united:
+            raise ValueError(f"{name} stands in {united[name].path.name} and in {entry.path.name}: keep one of them")
+        united[name] = entry
+    return united
 
 
 def _paths(stored: dict[str, Entry]) -> set[Path]:

@@ -152,10 +152,22 @@ def _divisions(layout: Layout, a: Architecture) -> Iterator[str]:
         yield f"vocab_size {a.vocab_size} must be a multiple of tp={layout.tp}; lower tp to a divisor"
     if "E" not in has and layout.ep * layout.etp > 1:
         yield f"pattern {a.pattern} has no experts to spread; set ep=1 and etp=1"
-    if layout.cp > 1 and "M" in has and (a.mamba_num_groups // layout.tp) % layout.cp:
+    if layout.cp > 1 and "M" in has:
+        yield from _scan_in_context_parallel(layout, a)
+
+
+def _scan_in_context_parallel(layout: Layout, a: Architecture) -> Iterator[str]:
+    """The scan exchanges sequence for heads: every rank takes some, and whole groups or parts of one (repeated)."""
+    if a.mamba_num_heads % (layout.tp * layout.cp):
         yield (
-            f"mamba_num_groups {a.mamba_num_groups} must be a multiple of tp x cp = {layout.tp * layout.cp}; "
+            f"mamba_num_heads {a.mamba_num_heads} must be a multiple of tp x cp = {layout.tp * layout.cp}; "
             "lower one of them"
+        )
+    groups = a.mamba_num_groups // layout.tp
+    if groups and groups % layout.cp and layout.cp % groups:
+        yield (
+            f"the {groups} mamba groups of a tensor-parallel rank must divide cp={layout.cp} or be a multiple of it; "
+            "change cp"
         )
 
 

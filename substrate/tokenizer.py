@@ -32,7 +32,8 @@ _WORD = re.compile(" ?[a-z]{2,}")
 class PieceTokenizer:
     """Ids 0 and 1 are padding and end of sequence, then the pieces in order, then reserved ids up to a multiple of 16.
 
-    Pieces must be distinct and not empty. Two tokenizers with the same pieces are equal.
+    Pieces must be distinct and not empty. Two tokenizers with the same pieces are equal. `pattern` is the regular
+    expression that cuts text, for whoever writes this tokenizer in another program's format.
     """
 
     pad_id = 0

@@ -126,10 +126,10 @@ def write_tensors(path: Path, tensors: Sequence[Outgoing]) -> SourceFile:
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.tmp")  # one name: what a killed attempt left is written over
     digest = sha256()
     try:
-        with open(partial, "xb") as file:
+        with open(partial, "wb") as file:
             for data in _stream(text, ordered):
                 digest.update(data)
                 file.write(data)

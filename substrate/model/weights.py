@@ -5,18 +5,15 @@ Files hold whole tensors by global names, whatever the layout: `load_part` reads
 """
 
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from megatron_evolve.substrate.model.tensor_file import Entry, read_header
+from megatron_evolve.substrate.model.tensor_file import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
-
-EXPERT = re.compile(r"(.+\.experts\.linear_fc[12]\.weight)(\d+)")
 
 
 def state_of(model: "Module") -> dict[str, "Tensor"]:
@@ -52,13 +49,11 @@ def read_weights(path: Path | str) -> dict[str, "Tensor"]:
         raise ValueError(f"{path} must be a whole safetensors file; got {error}: copy or write it again") from error
 
 
-def load_weights(model: "Module", path: Path | str) -> None:
-    """Fill the model from `path`, in place. ValueError names every missing, unexpected or misshapen tensor."""
-    put_weights(model, read_weights(path), str(path))
-
-
 def put_weights(model: "Module", tensors: dict[str, "Tensor"], source: str = "the given tensors") -> None:
-    """`load_weights` from memory. The model is untouched if anything does not fit."""
+    """Fill the model, in place, from tensors in memory.
+
+    ValueError names every missing, unexpected or misshapen one; the model is untouched then.
+    """
     import torch
 
     state = state_of(model)
@@ -81,85 +76,34 @@ def put_weights(model: "Module", tensors: dict[str, "Tensor"], source: str = "th
             value.copy_(tensors[name])
 
 
-def load_part(model: "Module", paths: Iterable[Path]) -> None:
-    """Fill the model of this rank, in place, from files that together hold the whole model (`weights*.safetensors`).
+def load_part(chunks: Sequence["Module"], paths: Iterable[Path]) -> None:
+    """Fill this rank's chunks, in place, from files that together hold the whole model (`weights*.safetensors`).
 
-    Only this rank's layers, experts and slices are read, one file at a time: beside the model, memory is at most one
-    file. Values are converted to the model's dtype. Tensors of other ranks are passed over; raises ValueError, before
-    anything is copied, for each tensor that is missing or does not divide into this rank's shape.
+    Only the slices of this rank are read, one file at a time: beside the model, memory is at most one file. Values take
+    the model's dtype. Raises ValueError, before anything is copied, for each tensor that is missing or has another
+    shape, and on a rank that holds the whole model for each that is left over.
     """
+    import torch
     from safetensors import safe_open
 
+    from megatron_evolve.substrate.model.build import running_layout
+    from megatron_evolve.substrate.model.parts import parts_of
+
     stored = {name: entry for path in paths for name, entry in read_header(path).items()}
-    wanted = dict(_global_state(model))
-    problems = [f"{name} is missing" for name in sorted(wanted.keys() - stored.keys())]
-    parts: dict[Path, dict[str, list[tuple[slice, ...]]]] = {}
-    for name in wanted.keys() & stored.keys():
-        slices = _slices(name, wanted[name], stored[name])
-        if slices is None:
-            problems.append(f"{name} {stored[name].shape} does not divide into {tuple(wanted[name].shape)}")
-        parts.setdefault(stored[name].path, {})[name] = slices or []
+    parts = parts_of(chunks)
+    held = {name: stored[name] for name in parts if name in stored}
+    problems = [f"{name} is missing" for name in parts if name not in stored]
+    if running_layout().ranks == 1:
+        problems += [f"{name} is left over" for name in stored if name not in parts]
+    for name, entry in held.items():
+        if entry.shape != parts[name][0].shape:
+            problems.append(f"{name} is {entry.shape} for {parts[name][0].shape}")
     if problems:
-        raise ValueError(
-            f"weights must hold this rank's tensors; {'; '.join(sorted(problems))}: use their architecture"
-        )
-    for path, names in parts.items():
-        with safe_open(path, framework="pt") as file:
-            for name, slices in names.items():
-                _fill(wanted[name], [file.get_slice(name)[part] for part in slices])
-
-
-def _fill(target: Any, parts: list["Tensor"]) -> None:
-    """Copy `parts`, one after another along the split axis, into the target."""
-    import torch
-
-    with torch.no_grad():
-        target.copy_(parts[0] if len(parts) == 1 else torch.cat(parts, dim=target.partition_dim))
-
-
-def _global_state(model: "Module") -> Iterator[tuple[str, Any]]:
-    """(name in the whole model, tensor): a pipeline stage counts layers, an expert-parallel rank experts, from 0."""
-    import torch
-    from megatron.core import parallel_state
-
-    ranks = parallel_state.get_expert_model_parallel_world_size()
-    first = parallel_state.get_expert_model_parallel_rank() * ((model.config.num_moe_experts or 0) // ranks)
-    for name, value in model.state_dict(keep_vars=True).items():
-        if not torch.is_tensor(value):
-            continue
-        if layer := re.match(r"(decoder\.layers\.)(\d+)(\..+)", name):
-            stem, index, rest = layer.groups()
-            name = f"{stem}{model.get_submodule(stem + index).layer_number - 1}{rest}"
-        if expert := EXPERT.fullmatch(name):
-            name = f"{expert[1]}{first + int(expert[2])}"
-        yield name, value
-
-
-def _slices(name: str, local: Any, whole: Entry) -> list[tuple[slice, ...]] | None:
-    """The slices of a stored tensor that make up this rank's, or None if it cannot be cut so.
-
-    Megatron marks on each parameter the axis that tensor parallelism has split, and for one that packs several
-    projections (Mamba's) the rows of each: every projection is split by itself.
-    """
-    from megatron.core import parallel_state
-
-    shape = tuple(local.shape)
-    if whole.shape == shape:
-        return [(slice(None),)]
-    axis = getattr(local, "partition_dim", -1)
-    if axis < 0 or len(shape) != len(whole.shape):
-        return None
-    if EXPERT.fullmatch(name):
-        ranks = parallel_state.get_expert_tensor_parallel_world_size()
-        rank = parallel_state.get_expert_tensor_parallel_rank()
-    else:
-        ranks = parallel_state.get_tensor_model_parallel_world_size()
-        rank = parallel_state.get_tensor_model_parallel_rank()
-    if whole.shape != (*shape[:axis], shape[axis] * ranks, *shape[axis + 1 :]):
-        return None
-    slices, start = [], 0
-    for length in getattr(local, "partition_sizes", None) or [shape[axis]]:
-        before = (slice(None),) * axis
-        slices.append((*before, slice(start + rank * length, start + (rank + 1) * length)))
-        start += ranks * length
-    return slices
+        found = "; ".join(sorted(problems)[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"weights must hold this model's tensors; {found}: use the architecture they were saved from")
+    for path in sorted({entry.path for entry in held.values()}):
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            for name in sorted(name for name, entry in held.items() if entry.path == path):
+                part, tensor = parts[name]
+                pieces = [file.get_slice(name)[where] for where in part.slices()]
+                tensor.copy_(pieces[0] if len(pieces) == 1 else torch.cat(pieces, part.axis))

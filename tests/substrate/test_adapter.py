@@ -54,7 +54,7 @@ def trained(base, folder: Path, *, rank: int = 3, targets: tuple[str, ...] = ALL
 
     substrate_folder, substrate, _ = base
     model = build.build_model(NANO_CPU, seed=1).eval()
-    weights.load_part(model, substrate.weight_paths(substrate_folder))
+    weights.load_part([model], substrate.weight_paths(substrate_folder))
     add_lora(model, rank=rank, alpha=2.0 * rank, targets=targets, seed=5)
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -189,6 +189,35 @@ def test_each_target_alone_adapts_nothing_else(base, target, layout, peft, tmp_p
     assert (logits_of(adapted) - logits).abs().max() < CLOSE
     loaded = {name for name in adapted.state_dict() if ".lora_" in name}
     assert len(loaded) == len(load_file(tmp_path / "adapter" / TENSORS_FILE))  # no module got an untrained adapter
+
+
+def test_a_merged_export_computes_the_run(base, run, tmp_path):
+    """Every target, Mamba's output projection too, without PEFT."""
+    from transformers import NemotronHForCausalLM
+
+    export_hf(base[0], tmp_path / "hf", run=run[0])
+    model = NemotronHForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    assert (logits_of(model) - run[1]).abs().max() < CLOSE
+    names = {name for name, value in load_file(tmp_path / "hf" / "model.safetensors").items() if value.dim() == 3}
+    assert {name.rsplit(".", 1)[-1] for name in names} == {"weight", "up_proj", "down_proj"}  # the names it came with
+
+
+def test_a_fully_trained_run_is_exported_as_it_is(base, tmp_path):
+    folder, substrate, _ = base
+    model = build.build_model(NANO_CPU, seed=9).eval()
+    state = {name: value.detach().clone() for name, value in weights.state_of(model).items()}
+    save_checkpoint(
+        tmp_path / "run" / "checkpoint",
+        kind="weights",
+        step=1,
+        run="r",
+        tensors={"weights": state},
+        state={"substrate": substrate.digest},
+    )
+    export_hf(folder, tmp_path / "hf", run=tmp_path / "run")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float32"
+    back = huggingface.from_huggingface(load_file(tmp_path / "hf" / "model.safetensors"), NANO_CPU)
+    assert all(torch.equal(back[name], value) for name, value in state.items())
 
 
 def test_the_keys_are_those_of_vllm(each):

@@ -13,7 +13,6 @@ import pytest
 from megatron_evolve.substrate.chat import (
     END,
     THINK,
-    THOUGHT,
     TURN,
     chat_completion,
     chat_prompt,
@@ -26,6 +25,7 @@ from megatron_evolve.substrate.mix import Mix
 from megatron_evolve.substrate.packing import Packer, Tally
 from megatron_evolve.substrate.puzzles import families
 from megatron_evolve.substrate.recipe import Recipe
+from tests.substrate.chat_tokenizer import write_chat_tokenizer
 
 # nemo's formatter over the tokenizer of argv[1], for the dialogs on stdin: their tokens on stdout.
 NEMO = """
@@ -69,24 +69,8 @@ def test_a_puzzle_ends_with_its_box():
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
-    """A byte-level BPE with the format's special tokens, trained on puzzles, in place of a checkpoint's."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    rng = random.Random(0)
-    rows = [families.draw(family, rng, difficulty="challenge") for family in families.FAMILIES for _ in range(20)]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=800,
-        special_tokens=["</s>", TURN, END, THINK, THOUGHT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([row.prompt for row in rows], trainer)
     folder = tmp_path_factory.mktemp("bpe")
-    bpe.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, "pad_token": "</s>"}))
+    write_chat_tokenizer(folder)
     return folder
 
 

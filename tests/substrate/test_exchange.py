@@ -1,6 +1,7 @@
 """Checkpoints in and out: transformers' own files become a substrate and come back bit for bit; what is broken is
 refused in one sentence and leaves no file."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -9,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from megatron_evolve.cli import app
+from megatron_evolve.substrate.build import NANO, build_substrate
 from megatron_evolve.substrate.checkpoint_tokenizer import exported
 from megatron_evolve.substrate.exchange import export_hf, import_hf
 from megatron_evolve.substrate.manifest import read_manifest, verify
 from megatron_evolve.substrate.model import build, huggingface, weights
 from megatron_evolve.substrate.model.architecture import NANO_CPU, Architecture
+from megatron_evolve.substrate.recipe import Adapter
 from megatron_evolve.substrate.tokenizer import nano_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -71,7 +76,7 @@ def ours(imported):
     build.start(seed=0)
     substrate = verify(imported)
     model = build.build_model(Architecture.model_validate(substrate.architecture), seed=1)
-    weights.load_part(model, substrate.weight_paths(imported))
+    weights.load_part([model], substrate.weight_paths(imported))
     yield model.eval()
     build.stop()
 
@@ -112,44 +117,68 @@ def test_every_naming_and_bfloat16_survive(theirs, checkpoint, ours, prefix, sta
     export_hf(tmp_path / "substrate", tmp_path / "out")
     assert same(state, tensors_of(tmp_path / "out"))
     model = build.build_model(NANO_CPU, seed=3)
-    weights.load_part(model, [tmp_path / "substrate" / "weights.safetensors"])
+    weights.load_part([model], [tmp_path / "substrate" / "weights.safetensors"])
     expected = weights.state_of(ours)
     for name, value in weights.state_of(model).items():
         # 2^-8: bfloat16 keeps eight significant bits
         assert torch.allclose(value, expected[name], rtol=2**-8, atol=0)
 
 
-def test_a_built_substrate_loads_in_transformers(tmp_path):
-    """Not imported but trained here: hub names, and a config of our own making."""
+@pytest.fixture
+def alone():
+    """Outside the module's process group, which is joined again afterwards: builds and runs have their own."""
+    if torch.distributed.is_initialized():
+        build.stop()
+    yield
+    build.start(seed=0)
+
+
+def test_a_substrate_built_here_and_a_run_of_it_load_in_transformers(alone, tmp_path):
+    """Not imported: hub names, and a config and tokenizer of our own making. The run's adapter comes merged."""
     from transformers import NemotronHForCausalLM
 
-    from megatron_evolve.substrate.train.open import open_substrate
+    from megatron_evolve.substrate.train import run
+    from megatron_evolve.substrate.train.open import open_trained
 
-    substrate = _built(tmp_path / "substrate")
-    export_hf(tmp_path / "substrate", tmp_path / "out")
-    model = NemotronHForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
-    tokens = torch.randint(0, model.config.vocab_size, (2, 70), generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        got = model(tokens).logits
-        expected = open_substrate(tmp_path / "substrate", substrate).eval()(tokens, None, None)
-    assert (got - expected).abs().max() < CLOSE
-    with pytest.raises(ValueError, match="holds a checkpoint already"):
-        export_hf(tmp_path / "substrate", tmp_path / "out")
-
-
-def _built(folder: Path):
-    import dataclasses
-
-    from megatron_evolve.substrate.build import NANO, build_substrate
-
-    initialized = torch.distributed.is_initialized()
-    if initialized:
-        build.stop()
+    folder, tuned = tmp_path / "substrate", tmp_path / "run"
     pretraining = NANO.pretraining.replace(steps=3, warmup_steps=1, batch_size=8)
     substrate = build_substrate(dataclasses.replace(NANO, pretraining=pretraining), folder, seed=1)
-    if initialized:
-        build.start(seed=0)
-    return substrate
+    adapter = Adapter(rank=4, alpha=8.0)
+    recipe = substrate.default.recipe.replace(steps=4, warmup_steps=1, batch_size=8, lr=0.1, adapter=adapter)
+    settings = substrate.default.replace(recipe=recipe).model_dump(mode="json")
+    (tmp_path / "c.json").write_text(json.dumps({"id": "x", "substrate": substrate.digest, "settings": settings}))
+    paths = ["--substrate", str(folder), "--candidate", str(tmp_path / "c.json"), "--out", str(tuned)]
+    assert run.main([*paths, "--seed", "1"]) == 0
+    export_hf(folder, tmp_path / "plain")
+    export_hf(folder, tmp_path / "merged", run=tuned)
+    tokens = torch.randint(0, 90, (2, 70), generator=torch.Generator().manual_seed(2))
+    got, expected = {}, {}
+    with torch.no_grad():
+        for name, trained in (("plain", folder), ("merged", tuned)):
+            model = NemotronHForCausalLM.from_pretrained(tmp_path / name, attn_implementation="eager").eval()
+            got[name] = model(tokens).logits
+            expected[name] = open_trained(folder, substrate, trained)(tokens, None, None)
+            assert model.config.eos_token_id == nano_tokenizer().eos_id
+    build.stop()
+    for name, logits in got.items():
+        assert (logits - expected[name]).abs().max() < CLOSE
+    assert (got["plain"] - got["merged"]).abs().max() > 0.1  # the adapter does matter
+    with pytest.raises(ValueError, match="holds a checkpoint already"):
+        export_hf(folder, tmp_path / "plain")
+
+
+def test_the_commands(checkpoint, tmp_path):
+    runner = CliRunner()
+    folder, out = str(tmp_path / "substrate"), str(tmp_path / "out")
+    done = runner.invoke(app, ["substrate", "import-hf", str(checkpoint), "--out", folder, "--name", "x", "--json"])
+    assert json.loads(done.stdout)["digest"] == verify(tmp_path / "substrate").digest
+    assert read_manifest(tmp_path / "substrate").name == "x"
+    done = runner.invoke(app, ["substrate", "export-hf", folder, "--out", out])
+    assert done.exit_code == 0 and same(tensors_of(checkpoint), tensors_of(tmp_path / "out"))
+    argv = ["substrate", "export-adapter", str(tmp_path), "--substrate", folder, "--out", out + "2", "--experts", "3d"]
+    done = runner.invoke(app, argv)
+    assert done.exit_code == 1
+    assert done.stderr == "megatron-evolve: the layout of experts must be each or stacked; got '3d': choose one\n"
 
 
 def test_the_clamp_is_kept_or_replaced(checkpoint, tmp_path):

@@ -56,15 +56,16 @@ print(peak())
 RANK = f"""{PEAK}
 import json, sys
 import torch
+from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.model import build, weights
 from megatron_evolve.substrate.model.architecture import Architecture
 
 folder = Path(sys.argv[1])
-runtime = build.start(seed=0, expert_model_parallel_size=2)
+runtime = build.start(seed=0, layout=Layout(ep=2))
 architecture = Architecture.model_validate(json.loads((folder / "manifest.json").read_text())["architecture"])
 before = peak()
 model = build.build_model(architecture, seed=0, params_dtype=torch.bfloat16, perform_initialization=False)
-weights.load_part(model, sorted(folder.glob("*.safetensors")))
+weights.load_part([model], sorted(folder.glob("*.safetensors")))
 own = sum(t.numel() * t.element_size() for t in weights.state_of(model).values())
 Path(sys.argv[2], str(runtime.rank)).write_text(json.dumps(dict(before=before, own=own, peak=peak())))
 torch.distributed.barrier()

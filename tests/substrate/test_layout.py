@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_evolve.substrate.layout import SIZES, Layout
-from megatron_evolve.substrate.model.architecture import NANO_CPU, Architecture
+from megatron_evolve.substrate.model.architecture import NANO_CPU, PRESETS, Architecture
 
 sizes = st.sampled_from([1, 2, 3, 4, 8])
 
@@ -102,8 +102,18 @@ def test_what_does_not_fit_is_named_with_its_remedy() -> None:
 
 def test_context_parallelism_is_there_with_a_gpu_and_transformer_engine() -> None:
     Layout(cp=2).check(NANO_CPU, ranks=2, batch_size=64, adapter=False, context_parallel=True)
-    said = refuse("tp=2,cp=2", 4, context_parallel=True)
-    assert "mamba_num_groups 2 must be a multiple of tp x cp = 4" in said
+    said = refuse("cp=16", 16, context_parallel=True)
+    assert "mamba_num_heads 8 must be a multiple of tp x cp = 16" in said
+    said = refuse("cp=4", 4, changed(mamba_num_heads=12, mamba_num_groups=6), context_parallel=True)
+    assert "the 6 mamba groups of a tensor-parallel rank must divide cp=4 or be a multiple of it" in said
+
+
+def test_context_parallel_ranks_may_share_a_mamba_group() -> None:
+    """Megatron repeats B and C for them; NVIDIA trains Ultra, with 8 groups, at tp=2 and cp=8."""
+    Layout(tp=2, cp=2).check(NANO_CPU, ranks=4, batch_size=64, adapter=False, context_parallel=True)
+    Layout(tp=2, pp=6, ep=32, cp=8).check(
+        PRESETS["nemotron3-ultra"], ranks=192, batch_size=64, adapter=False, context_parallel=True
+    )
 
 
 def test_all_problems_are_listed() -> None:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from megatron_evolve.substrate.model import build, cpu, weights
-from megatron_evolve.substrate.model.architecture import NANO_CPU
+from megatron_evolve.substrate.model.architecture import NANO_CPU, PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,22 @@ def test_parameters_are_counted_and_all_trained(runtime: build.Runtime) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     _loss(model).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+class OnMeta(TorchFunctionMode):
+    """Every new tensor on the meta device: shapes without memory, also where Megatron names a device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = getattr(func, "__name__", "") in ("arange", "empty", "full", "ones", "rand", "tensor", "zeros")
+        return func(*args, **(kwargs or {}) | ({"device": "meta"} if made else {}))
+
+
+@pytest.mark.parametrize("name", ["nemotron3-nano"])
+def test_a_preset_is_as_large_as_it_says(name: str, runtime: build.Runtime) -> None:
+    with OnMeta():
+        model = build.build_model(PRESETS[name], seed=1, perform_initialization=False)
+    counted = sum(p.numel() for p in model.parameters())
+    assert counted == PRESETS[name].num_parameters() + PRESETS[name].num_mtp_parameters()
 
 
 def test_learns(runtime: build.Runtime) -> None:
@@ -97,7 +114,7 @@ import os
 import sys
 
 from megatron_evolve.substrate.model import build
-from megatron_evolve.substrate.model.architecture import NANO_CPU
+from megatron_evolve.substrate.model.architecture import NANO_CPU, PRESETS
 
 build.prepare()
 

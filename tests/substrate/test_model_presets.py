@@ -127,6 +127,8 @@ def test_sizes_in_billions(name: str, letters: tuple[int, int, int], total: floa
 def test_head_for_further_tokens_is_counted_apart_and_once() -> None:
     plain, ahead = PRESETS["nemotron3-nano"], PRESETS["nemotron3-super"]
     assert plain.num_mtp_parameters() == 0
+    # the elements that Megatron-Bridge counts in the checkpoint, with the routing biases of 41 expert layers
+    assert ahead.num_parameters() + ahead.num_mtp_parameters() + 41 * 512 == 123_611_033_088
     hidden = ahead.hidden_size
     attention, experts = ahead.layer_parameters("*"), ahead.layer_parameters("E")
     assert ahead.num_mtp_parameters() == attention + experts + 2 * hidden * hidden + 3 * hidden

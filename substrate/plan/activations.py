@@ -1,0 +1,128 @@
+"""Bytes that one micro-batch leaves on a rank between its forward and its backward pass, layer by layer.
+
+Counted tensor by tensor, as autograd keeps them: `float32` is this package's PyTorch path (scan in chunks, grouped
+experts), which a CPU runs and `docs/results/model.md` measures; `bf16` is the fused path of a GPU (mamba-ssm's scan
+keeps its input and output and computes the rest again; flash attention keeps no L x L matrix; norms keep their input).
+Experts are taken as evenly loaded.
+
+Letters: T tokens of a rank outside tensor parallelism, S = T / tp inside its sequence parallelism, R rows that reach
+this rank's experts.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from megatron_evolve.substrate.layout import Layout
+from megatron_evolve.substrate.model.architecture import Architecture
+from megatron_evolve.substrate.plan.job import Job
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of one layer and one micro-batch."""
+
+    kept: float  # from forward to backward
+    again: float  # computed again before the backward pass, on top of `kept`
+    working: float  # gradients and copies of the backward pass itself
+
+
+class Activations:
+    """The bytes of one architecture, layout and job."""
+
+    def __init__(self, architecture: Architecture, layout: Layout, job: Job) -> None:
+        self.a, self.layout, self.job = architecture, layout, job
+        self.x = job.weight_bytes
+        self.fused = job.precision == "bf16"
+        self.trained = job.mode == "sft"  # a frozen weight needs no input for its gradient
+        self.rows = job.micro_batch
+        self.length = job.sequence_length / layout.cp
+        self.T = self.rows * self.length
+        self.S = self.T / layout.tp
+
+    def layer(self, letter: str) -> Kept:
+        """One layer of this kind."""
+        a, job = self.a, self.job
+        inner, working = {"M": self._mamba, "*": self._attention, "E": self._experts}[letter]()
+        source = self.S * a.hidden_size * self.x  # the layer's input, which the norm keeps
+        norm = self._norm() - source
+        whole = source + norm + inner
+        if job.recompute == "full":
+            return Kept(source, whole - source, working)
+        if job.recompute == "selective":  # norms are computed again by Transformer Engine's modules only
+            lost = (norm if self.fused and letter != "M" else 0.0) + (inner if letter == "E" else 0.0)
+            return Kept(whole - lost, lost, working)
+        return Kept(whole, 0.0, working)
+
+    def head(self, depths: int) -> Kept:
+        """Final norm, output table and loss, with logits of the next token and of `depths` further ones."""
+        a = self.a
+        logits = self.T * a.vocab_size / self.layout.tp
+        kept = (1 + depths) * (logits * 4 + self._norm() + self.T * 8)
+        kept += depths * 2 * self.S * a.hidden_size * self.x  # input of the projection of state and embedding
+        copies = logits * self.x if self.fused else 0.0  # the product in bf16 beside its float32 copy
+        table = a.vocab_size * a.hidden_size / self.layout.tp * self.x if self.trained and not self.fused else 0.0
+        return Kept(kept, 0.0, copies + table + self.T * a.hidden_size * self.x)
+
+    def boundary(self) -> float:
+        """What a pipeline stage receives and sends for one micro-batch."""
+        return 2 * self.S * self.a.hidden_size * self.x if self.layout.pp > 1 else 0.0
+
+    def _norm(self) -> float:
+        """Input, one scale a token, and the output that the next product keeps; PyTorch keeps the scaled input too."""
+        wide = 2 if self.fused else 2 + self.trained
+        return self.S * (wide * self.a.hidden_size * self.x + 4)
+
+    def _adapted(self, target: str) -> int:
+        """Rank of the adapter on this target, of which each product keeps u = A x."""
+        return self.job.adapter.rank if not self.trained and target in self.job.adapter.targets else 0
+
+    def _mamba(self) -> tuple[float, float]:
+        a, tp = self.a, self.layout.tp
+        inner, heads, state = a.mamba_inner_size, a.mamba_num_heads, a.mamba_state_dim
+        projected = sum(a.mamba_projection_parts)
+        adapters = 2 * self._adapted("mamba") * self.T * self.x
+        if self.fused:
+            kept = self.T * ((projected + 2 * inner) * self.x + 4 * a.mamba_num_groups) / tp
+            return kept + adapters, self.T * (projected + 2 * inner) * self.x / tp
+        chunks = ceil(self.length / a.mamba_chunk_size)
+        chunk = ceil(self.length / chunks)
+        several = chunks > 1
+        a_token = (
+            projected
+            + 2 * a.mamba_conv_size  # sum and silu of the convolution
+            + 2 * a.mamba_num_groups * state  # B and C in chunks
+            + heads * (3 + 2 * chunk + state)  # step twice, exponent; decay and mixing; B for each head
+            + (7 + self.trained) * inner  # inside chunks 3, gate 2, norm 1 or 2, output 1
+            + a.mamba_num_groups
+        )
+        if several:
+            a_token += heads * (1 + state) + inner  # exponent, C for each head, and what earlier chunks add
+        states = self.rows * (2 * chunks if several else 1) * heads * a.mamba_head_dim * state
+        kept = (self.T * a_token + states) * self.x / tp
+        return kept + adapters, self.T * 4 * inner * self.x / tp
+
+    def _attention(self) -> tuple[float, float]:
+        a, tp = self.a, self.layout.tp
+        queries = a.num_attention_heads * a.head_dim / tp
+        groups = max(1, a.num_query_groups / tp)
+        qkv = queries + 2 * groups * a.head_dim
+        copied = 0 if self.fused or groups == 1 else queries  # PyTorch's kernel wants queries of several groups apart
+        a_token = (qkv + copied + queries) * self.x + 4 * a.num_attention_heads / tp
+        adapters = 2 * self._adapted("attention") * self.x
+        return self.T * (a_token + adapters), self.T * (2 * qkv + queries) * self.x
+
+    def _experts(self) -> tuple[float, float]:
+        a, layout = self.a, self.layout
+        width, ffn = a.latent_size or a.hidden_size, a.expert_ffn_size / layout.etp
+        rows = self.S * a.top_k * layout.etp
+        shared = 2 * self.T * (a.shared_ffn_size / layout.tp + self._adapted("shared")) * self.x
+        if self.fused:
+            routing = self.S * (a.num_experts * (4 + 4 + 1) + 4 * (2 * a.num_experts + 1) + 8 * a.top_k)
+        else:
+            routing = self.S * (4 * (a.num_experts + 1 + a.top_k) + 8 * 4 * a.top_k)
+        latent = self.S * (a.latent_size or 0) * self.x
+        routed = rows * ((width + 2 * ffn + 2 * self._adapted("experts")) * self.x + 4)
+        working = rows * (width + 2 * ffn) * self.x
+        if not self.fused and self.trained:  # the gradients of all local experts' matrices stand at once
+            working += a.num_experts / layout.ep * width * ffn * self.x
+        return shared + routing + latent + routed, working
