@@ -82,14 +82,14 @@ def apex() -> str:
 
 def operations(gpu: bool, packages: dict[str, str | None]) -> dict[str, dict[str, str]]:
     """Which path each operation takes here, and why."""
-    mamba = packages["mamba-ssm"] and gpu
+    lacking = [name for name in ("mamba-ssm", "causal-conv1d") if not packages[name]]
     why_cpu = "no GPU on this machine"
     return {
         "experts": path("eager", "plain PyTorch over sorted rows; the fused Triton path is not built in yet"),
-        "mamba scan": path("mamba-ssm", "installed, and a GPU is there")
-        if mamba
-        else path("pytorch", "mamba-ssm is not installed" if gpu else why_cpu),
-        "attention": path("megatron local", "Transformer Engine's is not wired in yet"),
+        "mamba scan": path("mamba-ssm", "installed with causal-conv1d, and a GPU is there")
+        if gpu and not lacking
+        else path("pytorch", f"{' and '.join(lacking)} not installed" if gpu else why_cpu),
+        "attention": path("pytorch", "packed sequences too; Transformer Engine's is not wired in yet"),
         "norm": path("pytorch RMSNorm", "Transformer Engine's is not wired in yet"),
         "optimizer": path(
             "torch AdamW, fused", "NVIDIA Apex is not used on CPU" if not gpu else "Apex is not wired in yet"
