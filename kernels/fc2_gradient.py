@@ -38,7 +38,7 @@ def _fc2_gradient(
     if e < 0:
         return
     m = first + tl.arange(0, BM)
-    # Beyond F, the half tile of 1856, W loads as zeros: da is zero there and dp stays clean.
+    # Beyond F, in the half tile of 1856, W and h load as zeros: dp takes nothing from there.
     da = add_product(tl.zeros([BM, BN], tl.float32), dy, m, live_M, W, e, f, BK)
     if BR > 0:
         da = add_product(da, u, m, live_M, B, e, f, BR)
@@ -49,7 +49,7 @@ def _fc2_gradient(
     if a_MF is not None:
         a = narrow(p_M[:, None] * r * r, a_MF.dtype.element_ty)
         tl.store(block_at(a_MF, first, f, W.rows, BM), a, mask=live)
-    rda = tl.where(live, r * da, 0.0)  # a row of NaN times a tail of zeros is NaN
+    rda = r * da
     tl.store(dp_NM + column.to(tl.int64) * num_rows + m, tl.sum(r * rda, 1), mask=live_M)
     dh = narrow(2.0 * p_M[:, None] * rda, dh_MF.dtype.element_ty)
     tl.store(block_at(dh_MF, first, f, W.rows, BM), dh, mask=live)

@@ -124,20 +124,24 @@ def compile_all(chip: str) -> list[Compiled]:
 
 
 def _experts(num_rows: int) -> None:
-    """Forward and backward: trained whole, into main gradients; and frozen, with adapters of rank 32."""
+    """By both doors: trained whole, into main gradients from tokens; and frozen, with adapters of rank 32."""
     T, K, E, H, F = num_rows // NANO_CHOSEN, NANO_CHOSEN, NUM_EXPERTS, NANO_WIDTH, NANO_HIDDEN
 
     def leaf(*shape: int, trained: bool = True) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.bfloat16, requires_grad=trained)
 
     plan = fused.route_plan(torch.empty(T, K, dtype=torch.int32), E)
-    x_TH, p_TK = leaf(T, H), torch.empty(T, K, requires_grad=True)
+    tokens = leaf(T, H), torch.empty(T, K, requires_grad=True), plan
+    rows = leaf(T * K, H), plan.counts_E, torch.empty(T * K, requires_grad=True)
+    trained = leaf(E, F, H), leaf(E, H, F)
     main_grads = torch.empty(E, F, H), torch.empty(E, H, F)
-    fused.routed_experts(x_TH, p_TK, plan, leaf(E, F, H), leaf(E, H, F), main_grads=main_grads).sum().backward()
+    fused.routed_experts(*tokens, *trained, main_grads=main_grads).sum().backward()
+    fused.grouped_experts(*rows, *trained).sum().backward()
 
     frozen = leaf(E, F, H, trained=False), leaf(E, H, F, trained=False)
     loras = [fused.GroupedLora(leaf(E, LORA_RANK, n), leaf(E, m, LORA_RANK), 1.0) for n, m in ((H, F), (F, H))]
-    fused.routed_experts(x_TH, p_TK, plan, *frozen, *loras).sum().backward()
+    fused.routed_experts(*tokens, *frozen, *loras).sum().backward()
+    fused.grouped_experts(*rows, *frozen, *loras).sum().backward()
 
 
 def _rest() -> None:
@@ -147,6 +151,7 @@ def _rest() -> None:
         W_EH = torch.empty(num_experts, width, dtype=torch.bfloat16)
         idx_TK, p_TK = fused.router_from_tokens(x_TH, W_EH, torch.empty(num_experts), num_chosen, 1.0)
         plan = fused.route_plan(idx_TK, num_experts)
+        tiles.tiling(plan.counts_E, idx_TK.numel())
         rows, _ = fused.permute(x_TH, p_TK, plan)
         fused.unpermute(rows, plan).sum().backward()
         logits_TE = torch.empty(256, num_experts, requires_grad=True)

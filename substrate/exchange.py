@@ -123,7 +123,7 @@ def export_hf(folder: Path, out: Path, *, run: Path | None = None) -> list[str]:
     its weight files. An adapter is added into the matrices.
 
     An imported substrate keeps the names, the config and the companions that it came with; any other is written with
-    the hub's names, which transformers 5 and vLLM read. Raises ValueError in one sentence before anything is written.
+    the hub's names, as transformers 5 itself writes them. Raises ValueError in one sentence before anything is written.
     """
     if (out / CONFIG_FILE).exists():
         raise ValueError(f"{out} holds a checkpoint already: choose another folder or remove it")

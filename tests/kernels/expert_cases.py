@@ -22,6 +22,7 @@ TILE_CASES = {
     "plain": (40, 4, 2, 64, 128, None),  # 20 rows per expert: tiles of 32
     "odd": (35, 7, 3, 97, 47, None),  # 15: tiles of 16; nothing divides by 16, so no wide loads either
     "a tile and a half": (24, 2, 1, 48, 192, None),  # F = 1856 is 14.5 tiles of 128; here 1.5
+    "one token": (1, 5, 2, 32, 48, None),
     "one choice": (33, 5, 1, 32, 48, None),
     "all chosen": (9, 4, 4, 32, 48, None),
     "empty experts": (40, 6, 2, 48, 32, (1, 3, 4)),

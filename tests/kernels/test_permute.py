@@ -43,3 +43,13 @@ def test_wide_rows():
     plan = fused.route_plan(torch.tensor([[0, 1], [1, 0], [1, 0]], device=DEVICE), 2)
     rows, _ = fused.permute(x, torch.ones(3, 2, device=DEVICE), plan)
     assert torch.equal(fused.unpermute(rows, plan), 2 * x)
+
+
+def test_rows_are_summed_in_float32_in_the_order_of_choice():
+    idx, _ = inputs("all chosen", torch.bfloat16, cases=TILE_CASES)
+    plan = fused.route_plan(idx, 4)
+    y = torch.randn(idx.numel(), 32, generator=torch.Generator().manual_seed(5)).to(DEVICE, torch.bfloat16)
+    want = torch.zeros(len(idx), 32, device=DEVICE)
+    for k in range(4):
+        want += y[plan.row_of_choice_TK[:, k]].float()
+    assert torch.equal(fused.unpermute(y, plan), want.bfloat16())
