@@ -46,8 +46,11 @@ def label_loss(model: Any, batch: Batch, device: Any) -> "Tensor":
 
     # No padding_mask: with a routing bias Megatron 0.19 combines it, (tokens,), with the routing map, (tokens,
     # experts), and raises. So padding counts in the experts' load; it comes after the row and reaches nothing else.
-    tokens, labels = torch.from_numpy(batch.tokens_BT).to(device), torch.from_numpy(batch.labels_BT).to(device)
-    return model(tokens, None, None, labels=labels)
+    tokens, labels, weights = (
+        torch.from_numpy(array).to(device) for array in (batch.tokens_BT, batch.labels_BT, batch.weights_BT)
+    )
+    # The mask is for prediction heads alone, which would otherwise be trained on padding; Megatron reads it nowhere else.
+    return model(tokens, None, None, labels=labels, loss_mask=weights)
 
 
 def weighted_loss(losses_BT: "Tensor", batch: Batch) -> "Tensor":
