@@ -52,7 +52,8 @@ from megatron_evolve.substrate.tokenizer import PieceTokenizer
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-COMPANIONS = ("generation_config.json", SETTINGS_FILE, "special_tokens_map.json", "chat_template.jinja")
+GENERATION_FILE = "generation_config.json"
+COMPANIONS = (GENERATION_FILE, SETTINGS_FILE, "special_tokens_map.json", "chat_template.jinja")
 SHARD_BYTES = 5_000_000_000  # files of the hub's usual size where no source sets one
 DIFFICULTY = "challenge"
 
@@ -163,6 +164,7 @@ def _beside(folder: Path, substrate: Substrate, architecture: Architecture, out:
     for file, document in exported(tokenizer).items():
         write_json(out / file, document)
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    write_json(out / GENERATION_FILE, {**ids, "do_sample": False})
     return huggingface_config(architecture) | ids
 
 

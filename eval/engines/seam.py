@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_evolve.eval.engines.versions import check_packages
+from megatron_evolve.substrate.chat import puzzle_prompt
+from megatron_evolve.substrate.checkpoint_tokenizer import CheckpointTokenizer
 from megatron_evolve.substrate.digest import digest_file
 from megatron_evolve.substrate.manifest import Substrate
-from megatron_evolve.substrate.puzzles.row import COMPLETION_MARK, question_text
+from megatron_evolve.substrate.puzzles.row import CHALLENGE_SUFFIX, COMPLETION_MARK, question_text
 from megatron_evolve.substrate.tokenizer import PieceTokenizer
 
 if TYPE_CHECKING:
@@ -33,9 +35,14 @@ class Prompt:
     message: str  # what a person would ask: the text without the mark that says where to answer
 
     @classmethod
-    def of(cls, prompt: str, difficulty: str, tokenizer: PieceTokenizer) -> "Prompt":
-        text = question_text(prompt, difficulty)
-        return cls(text, tuple(tokenizer.encode(text)), text.removesuffix(COMPLETION_MARK))
+    def of(cls, prompt: str, difficulty: str, tokenizer: PieceTokenizer | CheckpointTokenizer) -> "Prompt":
+        """The puzzle as the run was trained on it: in the chat format for a checkpoint that knows it."""
+        if isinstance(tokenizer, CheckpointTokenizer):
+            text, message = puzzle_prompt(prompt), prompt + CHALLENGE_SUFFIX
+        else:
+            text = question_text(prompt, difficulty)
+            message = text.removesuffix(COMPLETION_MARK)
+        return cls(text, tuple(tokenizer.encode(text)), message)
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,18 @@ class Examinee:
     substrate_folder: Path
     substrate: Substrate
     run: Path
-    tokenizer: PieceTokenizer
+    tokenizer: PieceTokenizer | CheckpointTokenizer
     work: Path
+
+    @property
+    def is_the_substrate(self) -> bool:
+        """Whether the substrate itself is asked, as it was frozen."""
+        return self.run.resolve() == self.substrate_folder.resolve()
 
     @cached_property
     def name(self) -> str:
         """Twelve digits that name the weights: of the checkpoint's manifest, or of the substrate itself."""
-        if self.run.resolve() == self.substrate_folder.resolve():
+        if self.is_the_substrate:
             return self.substrate.digest[:12]
         path = self.run / CHECKPOINT_MANIFEST
         if not path.is_file():

@@ -49,7 +49,7 @@ def label_loss(model: Any, batch: Batch, device: Any) -> "Tensor":
     tokens, labels, weights = (
         torch.from_numpy(array).to(device) for array in (batch.tokens_BT, batch.labels_BT, batch.weights_BT)
     )
-    # The mask is for prediction heads alone, which would otherwise be trained on padding; Megatron reads it nowhere else.
+    # The mask is for prediction heads alone, which would otherwise learn padding; Megatron reads it nowhere else.
     return model(tokens, None, None, labels=labels, loss_mask=weights)
 
 

@@ -41,6 +41,22 @@ def test_the_pieces_as_a_fast_tokenizer_are_the_same_tokens(difficulty, pieces, 
         assert asked == text
 
 
+@pytest.mark.parametrize("pieces", [nano_tokenizer(), challenge_tokenizer()], ids=["nano", "challenge"])
+def test_any_text_of_the_pieces_is_cut_alike_even_one_that_looks_special(pieces, tmp_path):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(write(tmp_path, exported(pieces)))
+    rng = random.Random(5)
+    single = [piece for piece in pieces.pieces if len(piece) == 1]
+    for case in range(1000):
+        text = "".join(rng.choice(pieces.pieces if case % 2 else single) for _ in range(rng.randint(1, 120)))
+        assert theirs(text)["input_ids"] == pieces.encode(text)
+        ids = [rng.randrange(2, pieces.vocab_size) for _ in range(60)]
+        assert theirs.decode(ids) == pieces.decode(ids)
+    if set("<eos>pad") <= set(single):
+        assert theirs("say <eos> or <pad>")["input_ids"] == pieces.encode("say <eos> or <pad>")
+
+
 def test_a_text_outside_the_pieces_is_an_error_there_too(tmp_path):
     fast = CheckpointTokenizer.read(write(tmp_path, exported(nano_tokenizer())))
     with pytest.raises(Exception, match="UNK"):
