@@ -20,8 +20,8 @@ from megatron_evolve.eval.metric import exact, extract, has_box, verify
 from megatron_evolve.eval.score import SCORES_FILE, ItemRows, split_scores, write_rows
 from megatron_evolve.eval.suite import Item, family_weights
 from megatron_evolve.launch.rundir import RunDirError, make_folder, write_json
+from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
 from megatron_evolve.substrate.manifest import read_manifest
-from megatron_evolve.substrate.tokenizer import PieceTokenizer
 
 ROWS_FILE = "scores.parquet"
 
@@ -57,7 +57,7 @@ def score(
     """Scores one run on the splits of a round and returns what `scores.json` says."""
     started = time.monotonic()
     judge, substrate = load_judge(judge_folder), read_manifest(substrate_folder)
-    tokenizer = PieceTokenizer.from_json((substrate_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = read_tokenizer(substrate_folder)
     drawn = {split: judge.items(split, round_number) for split in splits}
     make_folder(out)
     examinee = Examinee(substrate_folder, substrate, run, tokenizer, work=out)

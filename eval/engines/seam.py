@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_evolve.eval.engines.versions import check_packages
+from megatron_evolve.substrate.chat import puzzle_prompt
+from megatron_evolve.substrate.checkpoint_tokenizer import CheckpointTokenizer
 from megatron_evolve.substrate.digest import digest_file
 from megatron_evolve.substrate.manifest import Substrate
-from megatron_evolve.substrate.puzzles.row import COMPLETION_MARK, question_text
+from megatron_evolve.substrate.puzzles.row import CHALLENGE_SUFFIX, question_text
 from megatron_evolve.substrate.tokenizer import PieceTokenizer
 
 if TYPE_CHECKING:
     from megatron_evolve.eval.judge import AnyEngine
 
+AnyTokenizer = PieceTokenizer | CheckpointTokenizer
 CHECKPOINT_MANIFEST = "checkpoint/manifest.json"
 
 
@@ -30,12 +33,16 @@ class Prompt:
 
     text: str  # what the model reads, up to where it answers
     tokens: tuple[int, ...]  # the same, as the substrate's tokenizer cuts it
-    message: str  # what a person would ask: the text without the mark that says where to answer
+    message: str  # what a user says where the server knows the chat format
 
     @classmethod
-    def of(cls, prompt: str, difficulty: str, tokenizer: PieceTokenizer) -> "Prompt":
-        text = question_text(prompt, difficulty)
-        return cls(text, tuple(tokenizer.encode(text)), text.removesuffix(COMPLETION_MARK))
+    def of(cls, prompt: str, difficulty: str, tokenizer: AnyTokenizer) -> "Prompt":
+        """As rows are written to train on: in the chat format for a real checkpoint's tokenizer, plain otherwise."""
+        if isinstance(tokenizer, CheckpointTokenizer):
+            text, message = puzzle_prompt(prompt), prompt + CHALLENGE_SUFFIX
+        else:
+            text = message = question_text(prompt, difficulty)  # exported, its chat template is the message itself
+        return cls(text, tuple(tokenizer.encode(text)), message)
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,18 @@ class Examinee:
     substrate_folder: Path
     substrate: Substrate
     run: Path
-    tokenizer: PieceTokenizer
+    tokenizer: AnyTokenizer
     work: Path
+
+    @property
+    def is_substrate(self) -> bool:
+        """Whether it is the substrate's own model."""
+        return self.run.resolve() == self.substrate_folder.resolve()
 
     @cached_property
     def name(self) -> str:
         """Twelve digits that name the weights: of the checkpoint's manifest, or of the substrate itself."""
-        if self.run.resolve() == self.substrate_folder.resolve():
+        if self.is_substrate:
             return self.substrate.digest[:12]
         path = self.run / CHECKPOINT_MANIFEST
         if not path.is_file():

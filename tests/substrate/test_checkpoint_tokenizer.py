@@ -41,6 +41,14 @@ def test_the_pieces_as_a_fast_tokenizer_are_the_same_tokens(difficulty, pieces, 
         assert asked == text
 
 
+def test_text_that_looks_like_a_special_token_stays_text(tmp_path):
+    from transformers import AutoTokenizer
+
+    pieces = challenge_tokenizer()
+    theirs = AutoTokenizer.from_pretrained(write(tmp_path, exported(pieces)))
+    assert theirs("say <eos> or <pad>")["input_ids"] == pieces.encode("say <eos> or <pad>")
+
+
 def test_a_text_outside_the_pieces_is_an_error_there_too(tmp_path):
     fast = CheckpointTokenizer.read(write(tmp_path, exported(nano_tokenizer())))
     with pytest.raises(Exception, match="UNK"):
