@@ -123,7 +123,7 @@ def exported(tokenizer: PieceTokenizer) -> dict[str, dict[str, Any]]:
         "eos_token": EOS,
         "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "<eos>" in a prompt is five characters, as it is with the pieces
+        "split_special_tokens": True,  # "<eos>" in a prompt is text there too
         "chat_template": "{{ messages[-1]['content'] }}",
     }
     return {TOKENIZER_FILE: fast, SETTINGS_FILE: settings}

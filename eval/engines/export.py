@@ -1,7 +1,9 @@
 """A run as a folder that other people's servers load: its adapter, or the whole model with the adapter merged in.
 
-adapter_config.json  adapter_model.safetensors
-config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
+    adapter_config.json  adapter_model.safetensors
+    config.json  model*.safetensors  tokenizer.json  tokenizer_config.json
+
+And the merged weights in memory, for who decodes in this process.
 """
 
 import shutil
@@ -41,10 +43,10 @@ def write_adapter(examinee: Examinee, folder: Path) -> None:
 
 
 def write_model(examinee: Examinee, folder: Path) -> None:
-    """Writes the whole model, the adapter merged in. Raises ValueError if the checkpoint is damaged."""
+    """Writes the whole model, the adapter merged in, from file to file. Raises ValueError for a damaged checkpoint."""
     from megatron_evolve.substrate.exchange import export_hf
 
-    export_hf(examinee.substrate_folder, folder, run=None if examinee.is_the_substrate else examinee.run)
+    export_hf(examinee.substrate_folder, folder, run=None if examinee.is_substrate else examinee.run)
 
 
 def merged_state(examinee: Examinee) -> "tuple[Architecture, dict[str, Tensor]]":

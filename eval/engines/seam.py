@@ -17,12 +17,13 @@ from megatron_evolve.substrate.chat import puzzle_prompt
 from megatron_evolve.substrate.checkpoint_tokenizer import CheckpointTokenizer
 from megatron_evolve.substrate.digest import digest_file
 from megatron_evolve.substrate.manifest import Substrate
-from megatron_evolve.substrate.puzzles.row import CHALLENGE_SUFFIX, COMPLETION_MARK, question_text
+from megatron_evolve.substrate.puzzles.row import CHALLENGE_SUFFIX, question_text
 from megatron_evolve.substrate.tokenizer import PieceTokenizer
 
 if TYPE_CHECKING:
     from megatron_evolve.eval.judge import AnyEngine
 
+AnyTokenizer = PieceTokenizer | CheckpointTokenizer
 CHECKPOINT_MANIFEST = "checkpoint/manifest.json"
 
 
@@ -32,16 +33,15 @@ class Prompt:
 
     text: str  # what the model reads, up to where it answers
     tokens: tuple[int, ...]  # the same, as the substrate's tokenizer cuts it
-    message: str  # what a person would ask: the text without the mark that says where to answer
+    message: str  # what a user says where the server knows the chat format
 
     @classmethod
-    def of(cls, prompt: str, difficulty: str, tokenizer: PieceTokenizer | CheckpointTokenizer) -> "Prompt":
-        """The puzzle as the run was trained on it: in the chat format for a checkpoint that knows it."""
+    def of(cls, prompt: str, difficulty: str, tokenizer: AnyTokenizer) -> "Prompt":
+        """As rows are written to train on: in the chat format for a real checkpoint's tokenizer, plain otherwise."""
         if isinstance(tokenizer, CheckpointTokenizer):
             text, message = puzzle_prompt(prompt), prompt + CHALLENGE_SUFFIX
         else:
-            text = question_text(prompt, difficulty)
-            message = text.removesuffix(COMPLETION_MARK)
+            text = message = question_text(prompt, difficulty)  # exported, its chat template is the message itself
         return cls(text, tuple(tokenizer.encode(text)), message)
 
 
@@ -73,18 +73,18 @@ class Examinee:
     substrate_folder: Path
     substrate: Substrate
     run: Path
-    tokenizer: PieceTokenizer | CheckpointTokenizer
+    tokenizer: AnyTokenizer
     work: Path
 
     @property
-    def is_the_substrate(self) -> bool:
-        """Whether the substrate itself is asked, as it was frozen."""
+    def is_substrate(self) -> bool:
+        """Whether it is the substrate's own model."""
         return self.run.resolve() == self.substrate_folder.resolve()
 
     @cached_property
     def name(self) -> str:
         """Twelve digits that name the weights: of the checkpoint's manifest, or of the substrate itself."""
-        if self.is_the_substrate:
+        if self.is_substrate:
             return self.substrate.digest[:12]
         path = self.run / CHECKPOINT_MANIFEST
         if not path.is_file():

@@ -19,13 +19,19 @@ from megatron_evolve.eval.freeze import engine_of
 from megatron_evolve.eval.judge import freeze_judge, load_judge
 from megatron_evolve.eval.score import ItemRows, read_rows
 from megatron_evolve.eval.suite import GeneratedSuite
+from megatron_evolve.substrate.chat import puzzle_prompt
+from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
 from megatron_evolve.substrate.digest import digest_file
+from megatron_evolve.substrate.exchange import import_hf
 from megatron_evolve.substrate.manifest import read_manifest
-from megatron_evolve.substrate.puzzles.row import question_text
+from megatron_evolve.substrate.model.architecture import NANO_CPU
+from megatron_evolve.substrate.model.huggingface import huggingface_config
+from megatron_evolve.substrate.puzzles.row import CHALLENGE_SUFFIX, question_text
 from megatron_evolve.substrate.recipe import Adapter, Recipe
 from tests.eval.engines import fake_endpoint
 from tests.eval.engines.fake_endpoint import FakeEndpoint
 from tests.megatron_evolve.tiny import environment
+from tests.substrate.chat_tokenizer import VOCAB_SIZE, write_chat_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -80,8 +86,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def scoring(trained: Trained, root: Path, engine: dict[str, Any], **more: Any) -> str:
     """Scores the run by a judge with this engine, as a job does it."""
+    difficulty = read_manifest(trained.substrate).construction.difficulty
     shares = {family: {"weight": 1} for family in FAMILIES}
-    suite = GeneratedSuite(difficulty="nano", families=shares, items_per_family={"dev-a": 2, "dev-b": 5}, seed=3)
+    items = {"dev-a": 2, "dev-b": 5} if difficulty == "nano" else {"dev-a": 1, "dev-b": 1}
+    suite = GeneratedSuite(difficulty=difficulty, families=shares, items_per_family=items, seed=3)
     frozen = engine_of({**engine, "version": "0.1.0"})
     freeze_judge(root / "judge", dev=suite, external=None, engine=frozen, secret="a secret of the tests")
     argv = ["--judge", root / "judge", "--substrate", trained.substrate, "--run", trained.run, "--round", 1]
@@ -182,3 +190,31 @@ def test_an_item_without_an_answer_leaves_no_score(trained: Trained, tmp_path: P
         said = scoring(trained, tmp_path, engine, status=1)
     assert said.splitlines()[-1].startswith("item 31 of 42 has no answer from http://127.0.0.1:")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_imported_checkpoint_is_asked_in_its_chat_format(tmp_path: Path) -> None:
+    """By three engines alike: ours and transformers' write the same tokens, and a server is told the same question."""
+    pytest.importorskip("openai", reason="the endpoint's client is the [llm] extra")
+    from transformers import NemotronHConfig, NemotronHForCausalLM, set_seed
+
+    set_seed(0)
+    shapes = NANO_CPU.model_copy(update={"vocab_size": VOCAB_SIZE, "max_sequence_length": 1024, "init_std": 0.1})
+    model = NemotronHForCausalLM(NemotronHConfig(**huggingface_config(shapes)))
+    model.save_pretrained(tmp_path / "hub")
+    write_chat_tokenizer(tmp_path / "hub")
+    substrate = import_hf(tmp_path / "hub", tmp_path / "substrate")
+    whole = Trained(tmp_path / "substrate", tmp_path / "substrate")
+    ours, theirs = (score(whole, tmp_path / name, ENGINES[name])[1] for name in ("megatron", "transformers"))
+    assert len(ours) == 12
+    for column in ("item_id", "prediction", "num_tokens", "truncated"):
+        assert getattr(theirs, column).tolist() == getattr(ours, column).tolist(), column
+    for form in ("tokens", "chat"):
+        with FakeEndpoint(substrate.digest[:12]) as fake:
+            score(whole, tmp_path / form, {"kind": "openai", "url": fake.url, "prompt": form})
+        item = load_judge(tmp_path / form / "judge").items("dev-a", 1)[0]
+        asked = [one["messages"][0]["content"] if form == "chat" else one["prompt"] for one in fake.requests[1:]]
+        wanted = {
+            "tokens": read_tokenizer(tmp_path / "substrate").encode(puzzle_prompt(item.prompt)),
+            "chat": item.prompt + CHALLENGE_SUFFIX,
+        }
+        assert wanted[form] in asked
