@@ -3,6 +3,7 @@
 Two layouts of the same matrices. `each` has two tensors per expert and projection, as vLLM's NemotronH and models with
 one module per expert read them; it is what a submission needs. `stacked` is for transformers 5 with PEFT, which hold
 the experts of a layer in one parameter: A as (experts x rank, in), B as (out, rank x experts) with the expert fastest.
+transformers 5 has no prediction head, so that layout leaves the head's adapters out.
 
 Query, key and value share one A here and have one each there: A is written three times, B is cut by rows.
 """
@@ -59,7 +60,8 @@ def export_adapter(run: Path, folder: Path, out: Path, *, layout: str = "each", 
     architecture = Architecture.model_validate(substrate.architecture)
     tensors = list(adapter_map(architecture, adapter))
     check_names(stored, {piece.source for tensor in tensors for piece in tensor.pieces}, f"the adapter of {run}")
-    outgoing = [_copied(stored, tensor) for tensor in tensors if layout == "each" or ".experts." not in tensor.name]
+    kept = [tensor for tensor in tensors if layout == "each" or not re.search(r"\.(experts|mtp)\.", tensor.name)]
+    outgoing = [_copied(stored, tensor) for tensor in kept]
     if layout == "stacked" and "experts" in adapter.targets:
         outgoing += _stacked(stored, architecture)
     if zip_file is not None:
