@@ -12,6 +12,7 @@ SUBFOLDERS = (
     "substrate/plan",
     "substrate/puzzles",
     "substrate/train",
+    "eval/engines",
     "megatron_evolve/report",
     "megatron_evolve/workers",
     "megatron_evolve/worlds",

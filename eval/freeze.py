@@ -17,11 +17,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from megatron_evolve.eval.engines.settings import EngineSettings
 from megatron_evolve.eval.judge import (
     MANIFEST,
-    Engine,
+    AnyEngine,
     Judge,
     attach_origin,
+    freeze_engine,
     freeze_judge,
     load_judge,
     verify_judge,
@@ -68,7 +70,13 @@ def freeze(spec: dict[str, Any], folder: Path) -> Judge:
     write_json(folder / SUITES_FILE, _told(dev, external, rows))
     if rows:
         write_whole(folder / WITHHELD_FILE, "".join(f"{instance}\n" for instance in sorted(withheld(rows))))
-    return freeze_judge(folder, dev=dev, external=external, engine=Engine(**spec["engine"]), secret=spec["secret"])
+    return freeze_judge(folder, dev=dev, external=external, engine=engine_of(spec["engine"]), secret=spec["secret"])
+
+
+def engine_of(spec: dict[str, Any]) -> AnyEngine:
+    """The engine of a specification (its settings, and the version that asks it), with the versions of what decodes."""
+    settings = TypeAdapter(EngineSettings).validate_python({k: v for k, v in spec.items() if k != "version"})
+    return freeze_engine(settings, spec["version"])
 
 
 def _suite(spec: dict[str, Any] | None) -> Any:

@@ -8,12 +8,20 @@ everybody else gets `public_view`.
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from megatron_evolve.eval.engines.settings import (
+    EngineSettings,
+    MegatronSettings,
+    OpenAISettings,
+    TransformersSettings,
+    with_kind,
+)
+from megatron_evolve.eval.engines.versions import decoding_packages
 from megatron_evolve.eval.metric import METRIC_VERSION
 from megatron_evolve.eval.suite import CsvSuite, GeneratedSuite, Item, Split, Suite, draw, item_set_digest, read_csv
 from megatron_evolve.launch.rundir import make_folder, read_json, write_json
@@ -21,16 +29,45 @@ from megatron_evolve.substrate.digest import digest_file, digest_of
 from megatron_evolve.substrate.frozen import Frozen
 
 MANIFEST = "manifest.json"
+# An endpoint is known by what it serves and says of itself, so it may move to another host or key.
+MOVABLE = {"url", "api_key_env"}
 MIN_ORIGIN_SEEDS = 8  # verdict: one degree of freedom gives t = 6.3 and no power, seven or more are usable
 
 
-class Engine(Frozen):
+class Engine(MegatronSettings):
     """What turns a checkpoint and an item into a completion. Two scores compare only if all of it is equal."""
 
     name: str = Field(default="greedy-cached", description="decoder: greedy, one sample, own state caches")
     version: str = Field(description="version of the package that decodes")
-    max_new_tokens: int = Field(ge=1, description="a completion cut here counts as it stands, and as truncated")
-    batch_size: int = Field(ge=1, description="items decoded at once; it moves the last bits of a logit")
+
+
+class _Outside(Frozen):
+    """What is frozen of an engine that is other people's code, beside its settings."""
+
+    version: str = Field(description="version of the package that asks it")
+    packages: dict[str, str] = Field(description="installed version of each package that decodes, where it is known")
+
+
+class TransformersEngine(_Outside, TransformersSettings):
+    """The frozen engine `transformers`."""
+
+
+class OpenAIEngine(_Outside, OpenAISettings):
+    """The frozen engine `openai`. What the server says of itself joins the comparison key when it is asked."""
+
+
+AnyEngine = Annotated[
+    Engine | TransformersEngine | OpenAIEngine, Field(discriminator="kind"), BeforeValidator(with_kind)
+]
+
+
+def freeze_engine(settings: EngineSettings, version: str) -> AnyEngine:
+    """Settings with the versions of all that decodes, as far as they are known before it is asked."""
+    fields = {**settings.model_dump(), "version": version}
+    if isinstance(settings, MegatronSettings):
+        return Engine(**fields)
+    kind = TransformersEngine if isinstance(settings, TransformersSettings) else OpenAIEngine
+    return kind(**fields, packages=decoding_packages(settings))
 
 
 class OriginScores(Frozen):
@@ -52,7 +89,7 @@ class Judge(Frozen):
 
     schema_: Literal["judge/1"] = Field(default="judge/1", alias="schema")
     metric: str = Field(description="version of the metric")
-    engine: Engine
+    engine: AnyEngine
     dev: Suite
     external: Suite | None = Field(description="none: a campaign without a target, whose verdicts stay UNRESOLVED")
     secret: str = Field(min_length=16, description="seeds every draw; whoever knows it can know the items beforehand")
@@ -84,12 +121,16 @@ class Judge(Frozen):
         return {"metric": self.metric, "max_new_tokens": self.engine.max_new_tokens, "dev": told}
 
 
-def comparison_key(judge: Judge, split: Split, items: Sequence[Item]) -> str:
-    """Two scores compare if and only if their keys are equal: same metric, engine, suite and items."""
+def comparison_key(judge: Judge, split: Split, items: Sequence[Item], about: Mapping[str, str] | None = None) -> str:
+    """Two scores compare if and only if their keys are equal: same metric, engine, suite and items.
+
+    `about`: what the engine said of itself when it was asked.
+    """
+    engine = judge.engine.model_dump(mode="json", exclude=MOVABLE)
     return digest_of(
         {
             "metric": judge.metric,
-            "engine": judge.engine.model_dump(mode="json"),
+            "engine": {**engine, "about": dict(about)} if about else engine,
             "suite": judge.suite(split).digest,
             "items": item_set_digest(items),
         }
@@ -101,7 +142,7 @@ def freeze_judge(
     *,
     dev: GeneratedSuite | CsvSuite,
     external: GeneratedSuite | CsvSuite | None,
-    engine: Engine,
+    engine: AnyEngine,
     secret: str | None = None,
 ) -> Judge:
     """Writes `folder/manifest.json`, readable by its owner alone, and returns the judge.
@@ -220,7 +261,7 @@ def _declared(suite: GeneratedSuite | CsvSuite) -> list[str]:
 
 
 def _sections(judge: Judge) -> dict[str, str]:
-    whole = judge.model_dump(mode="json", by_alias=True, exclude={"sections", "digest"})
+    whole = judge.model_dump(mode="json", by_alias=True, exclude={"sections": True, "digest": True, "engine": MOVABLE})
     for suite in (whole["dev"], whole["external"]):
         if suite is not None:
             # A CSV is known by its bytes, so a judge may move to where the file lies elsewhere.

@@ -33,13 +33,17 @@ _NO_SEEDS = (np.zeros(1), np.ones(1))
 
 @dataclass(frozen=True, eq=False)
 class RunItems:
-    """What one run answered on one split: per item its id, its family and whether it was right (0..1 if averaged)."""
+    """What one run answered on one split: per item its id, its family and whether it was right (0..1 if averaged).
+
+    `comparison` is the score's comparison key: runs of different ones are never set against each other.
+    """
 
     candidate: str
     seed: int
     item_ids: np.ndarray
     families: np.ndarray
     correct: np.ndarray
+    comparison: str = ""
 
     def __post_init__(self) -> None:
         for name, dtype in (("item_ids", None), ("families", None), ("correct", float)):
@@ -77,12 +81,20 @@ class Answers:
 
     @classmethod
     def of(cls, runs: Sequence[RunItems]) -> "Answers":
-        """Stacks runs in the first one's item order. Raises ValueError unless all answered the same items."""
+        """Stacks runs in the first one's item order.
+
+        Raises ValueError unless all answered the same items, asked by one engine and scored by one metric.
+        """
         if not runs:
             raise ValueError("expected at least one run to compare, got none: score one")
         first, keys = runs[0], tuple(run.key for run in runs)
         if len(set(keys)) != len(keys):
             raise ValueError(f"expected every run once, got {max(keys, key=keys.count)} twice: drop one")
+        if other := next((run for run in runs if run.comparison != first.comparison), None):
+            raise ValueError(
+                f"expected {first} and {other} to be scored alike, got the comparison keys {first.comparison[:12]} and "
+                f"{other.comparison[:12]}: another engine, version, metric or suite made one of them; score both again"
+            )
         names, codes = np.unique(first.families, return_inverse=True)
         counts = np.bincount(codes)
         if counts.min() < 2:

@@ -10,21 +10,20 @@ on a host of its own, where a wall is needed.
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_evolve.eval.engines.seam import Completion, Examinee, Prompt, ask
 from megatron_evolve.eval.judge import Judge, comparison_key, load_judge
 from megatron_evolve.eval.metric import exact, extract, has_box, verify
-from megatron_evolve.eval.score import ItemRows, split_scores, write_rows
+from megatron_evolve.eval.score import SCORES_FILE, ItemRows, split_scores, write_rows
 from megatron_evolve.eval.suite import Item, family_weights
 from megatron_evolve.launch.rundir import RunDirError, make_folder, write_json
-from megatron_evolve.substrate.manifest import Substrate, read_manifest
-from megatron_evolve.substrate.puzzles.row import question_text
+from megatron_evolve.substrate.manifest import read_manifest
 from megatron_evolve.substrate.tokenizer import PieceTokenizer
 
 ROWS_FILE = "scores.parquet"
-SCORES_FILE = "scores.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,47 +58,30 @@ def score(
     started = time.monotonic()
     judge, substrate = load_judge(judge_folder), read_manifest(substrate_folder)
     tokenizer = PieceTokenizer.from_json((substrate_folder / "tokenizer.json").read_text(encoding="utf-8"))
-    model = _open_model(substrate_folder, substrate, run)
     drawn = {split: judge.items(split, round_number) for split in splits}
-    everything = [item for items in drawn.values() for item in items]
-    texts = iter(_complete(model, tokenizer, substrate, judge, everything))
-    rows = {split: [_row(item, split, *next(texts)) for item in items] for split, items in drawn.items()}
     make_folder(out)
+    examinee = Examinee(substrate_folder, substrate, run, tokenizer, work=out)
+    difficulty = substrate.construction.difficulty
+    # All that an engine is told of an item: the question, and nothing that stands beside it.
+    prompts = [Prompt.of(item.prompt, difficulty, tokenizer) for items in drawn.values() for item in items]
+    answers = ask(judge.engine, examinee, prompts)
+    completions = iter(answers.completions)
+    rows = {split: [_row(item, split, next(completions)) for item in items] for split, items in drawn.items()}
     write_rows(out / ROWS_FILE, ItemRows.of([row for part in rows.values() for row in part]))
-    scores = {split: _split_record(judge, split, drawn[split], rows[split]) for split in splits}
-    record = {"schema": "scores/1", "round": round_number, "splits": scores, "seconds": time.monotonic() - started}
+    scores = {split: _split_record(judge, split, drawn[split], rows[split], answers.about) for split in splits}
+    record = {
+        "schema": "scores/1",
+        "round": round_number,
+        "splits": scores,
+        "engine": {"kind": judge.engine.kind, "about": dict(answers.about), "account": dict(answers.account)},
+        "seconds": time.monotonic() - started,
+    }
     write_json(out / SCORES_FILE, record)
     return record
 
 
-def _open_model(substrate_folder: Path, substrate: Substrate, run: Path) -> Any:
-    from megatron_evolve.substrate.train.open import open_trained
-
-    return open_trained(substrate_folder, substrate, run)
-
-
-def _complete(
-    model: Any, tokenizer: PieceTokenizer, substrate: Substrate, judge: Judge, items: Sequence[Item]
-) -> Iterator[tuple[str, int, bool]]:
-    """Completion, its number of tokens and whether it was cut, for each item."""
-    from megatron_evolve.eval.generate import generate
-
-    difficulty = substrate.construction.difficulty
-    prompts = [tokenizer.encode(question_text(item.prompt, difficulty)) for item in items]
-    generations = generate(
-        model,
-        prompts,
-        max_new_tokens=judge.engine.max_new_tokens,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        batch_size=judge.engine.batch_size,
-    )
-    for generation in generations:
-        yield tokenizer.decode(generation.tokens), len(generation.tokens), generation.truncated
-
-
-def _row(item: Item, split: str, text: str, num_tokens: int, truncated: bool) -> dict[str, Any]:
-    prediction = extract(text)
+def _row(item: Item, split: str, completion: Completion) -> dict[str, Any]:
+    prediction = extract(completion.text)
     return {
         "item_id": item.id,
         "family": item.family,
@@ -107,17 +89,19 @@ def _row(item: Item, split: str, text: str, num_tokens: int, truncated: bool) ->
         "split": split,
         "correct": verify(item.answer, prediction),
         "exact": exact(item.answer, prediction),
-        "boxed": has_box(text),
-        "truncated": truncated,
-        "num_tokens": num_tokens,
+        "boxed": has_box(completion.text),
+        "truncated": completion.truncated,
+        "num_tokens": completion.num_tokens,
         "prediction": prediction,
     }
 
 
-def _split_record(judge: Judge, split: str, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _split_record(
+    judge: Judge, split: str, items: Sequence[Item], rows: Sequence[dict[str, Any]], about: Mapping[str, str]
+) -> dict[str, Any]:
     weights = family_weights(judge.suite(split), items)
     scores = split_scores(ItemRows.of(rows), weights).to_dict()
-    return {**scores, "weights": weights, "comparison_key": comparison_key(judge, split, items)}
+    return {**scores, "weights": weights, "comparison_key": comparison_key(judge, split, items, about)}
 
 
 if __name__ == "__main__":

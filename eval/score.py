@@ -14,9 +14,10 @@ from pydantic import Field
 
 from megatron_evolve.eval.paired import RunItems, wilson
 from megatron_evolve.eval.seeds import weight_vector
-from megatron_evolve.launch.rundir import write_whole
+from megatron_evolve.launch.rundir import read_json, write_whole
 from megatron_evolve.substrate.frozen import Frozen
 
+SCORES_FILE = "scores.json"
 COLUMNS = {
     "item_id": str,
     "family": str,
@@ -68,14 +69,14 @@ class ItemRows:
         keep = self.split == split
         return ItemRows(**{name: getattr(self, name)[keep] for name in COLUMNS})
 
-    def of_run(self, candidate: str, seed: int, *splits: str) -> RunItems:
+    def of_run(self, candidate: str, seed: int, *splits: str, comparison: str = "") -> RunItems:
         """The rows of these splits together, as the paired comparison wants them. An item's id starts with its split.
 
         Raises ValueError if there are none, and as `RunItems` does.
         """
         keep = np.isin(self.split, splits)
         ids = [f"{split}/{item}" for split, item in zip(self.split[keep], self.item_id[keep], strict=True)]
-        return RunItems(candidate, seed, ids, self.family[keep], self.correct[keep])
+        return RunItems(candidate, seed, ids, self.family[keep], self.correct[keep], comparison)
 
 
 def _column(name: str, values: Sequence) -> np.ndarray:
@@ -169,6 +170,12 @@ def _by_label(right: np.ndarray, labels: np.ndarray) -> dict[str, Score]:
         share = float(answers.mean())
         scores[str(label)] = Score(mean=share, se=math.sqrt(share * (1 - share) / len(answers)), n=len(answers))
     return scores
+
+
+def comparison_of(folder: Path, *splits: str) -> str:
+    """The comparison keys that a scoring job wrote for these splits, as one text."""
+    told = read_json(Path(folder) / SCORES_FILE)["splits"]
+    return " ".join(told[split]["comparison_key"] for split in splits)
 
 
 def write_rows(path: Path, rows: ItemRows) -> None:

@@ -21,11 +21,14 @@ from torch import Tensor
 
 
 class RoutePlan(NamedTuple):
-    """Where each choice c = t * K + k stands among the rows sorted by expert, tokens in order within an expert."""
+    """Where each choice c = t * K + k stands among the rows sorted by expert, tokens in order within an expert.
 
-    choice_of_row_M: Tensor  # int64
-    row_of_choice_TK: Tensor  # int64, its inverse
-    counts_E: Tensor  # int64, rows of each expert; sums to M
+    int64 here, int32 from the Triton form; either serves every backend.
+    """
+
+    choice_of_row_M: Tensor
+    row_of_choice_TK: Tensor  # its inverse
+    counts_E: Tensor  # rows of each expert; sums to M
 
     @property
     def token_of_row_M(self) -> Tensor:
@@ -105,3 +108,22 @@ def grouped_experts(
     """fc1, weighted squared ReLU, fc2 on rows sorted by expert: (M, H), each row weighted by its probability."""
     a_MF = weighted_squared_relu(grouped_linear(x_MH, counts_E, W1_EFH, lora1), p_M)
     return grouped_linear(a_MF, counts_E, W2_EHF, lora2)
+
+
+def gated_rms_norm(y_TD: Tensor, z_TD: Tensor, w_D: Tensor, num_groups: int, eps: float = 1e-5) -> Tensor:
+    """Mamba-2's output norm (Dao and Gu 2024, arXiv 2405.21060): y silu(z), normed within each group of D / G, times w.
+
+    At least float32 inside, rounded to the dtype of y once, as mamba_ssm's RMSNormGated with norm_before_gate=False.
+    """
+    wide = torch.promote_types(y_TD.dtype, torch.float32)
+    g_TD = y_TD.to(wide) * torch.nn.functional.silu(z_TD.to(wide))
+    g_TGD = g_TD.unflatten(-1, (num_groups, -1))
+    n_TGD = g_TGD * torch.rsqrt(g_TGD.square().mean(-1, keepdim=True) + eps)
+    return (n_TGD.flatten(-2) * w_D).to(y_TD.dtype)
+
+
+def linear_cross_entropy(x_TH: Tensor, W_VH: Tensor, target_T: Tensor) -> Tensor:
+    """-log softmax(W x)[target] of each token (T,), at least in float32 from logits in the dtype of x."""
+    logits_TV = x_TH @ W_VH.t()
+    logits_TV = logits_TV.to(torch.promote_types(x_TH.dtype, torch.float32))
+    return torch.logsumexp(logits_TV, -1) - logits_TV.gather(1, target_T.unsqueeze(-1)).squeeze(-1)

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from megatron_evolve.constitution import Constitution
 from megatron_evolve.document import load_yaml
+from megatron_evolve.eval.engines.settings import EngineSettings, MegatronSettings
 from megatron_evolve.eval.suite import GeneratedSuite
 from megatron_evolve.policy import Axis, Replicates
 from megatron_evolve.substrate.frozen import Frozen, nearest
@@ -41,19 +42,12 @@ class ExternalCsv(Frozen):
     sealed: float = Field(default=0.5, gt=0, lt=1, description="share of the rows kept for the end")
 
 
-class EngineSpec(Frozen):
-    """How completions are decoded."""
-
-    max_new_tokens: int = Field(default=24, ge=1, description="a longer completion is cut and counts as truncated")
-    batch_size: int = Field(default=256, ge=1, description="items decoded at once")
-
-
 class JudgeSpec(Frozen):
     """What a score means in this campaign."""
 
     dev: GeneratedSuite
     external: GeneratedSuite | ExternalCsv | None = Field(description="none: every verdict stays UNRESOLVED")
-    engine: EngineSpec = Field(default=EngineSpec())
+    engine: EngineSettings = Field(default=MegatronSettings(), description="how completions are decoded")
     secret: str = Field(min_length=16, description="seeds every draw of items; keep it from workers")
     origin_seeds: int = Field(default=8, ge=8, le=64, description="seeds of the substrate's own recipe, scored once")
 

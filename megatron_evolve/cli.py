@@ -233,6 +233,69 @@ def substrate_freeze(
     guarded(answer, as_json)
 
 
+@substrate_app.command("import-hf")
+def substrate_import(
+    source: Annotated[Path, typer.Argument(help="folder of a NemotronH checkpoint in safetensors", show_default=False)],
+    out: Annotated[Path, typer.Option(help="new folder of the frozen substrate")],
+    name: Annotated[str | None, typer.Option(help="the substrate's name; the folder's otherwise")] = None,
+    dt_min: Annotated[
+        float | None, typer.Option(help="clamp of the Mamba step; the config's time_step_min otherwise", min=0)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Freeze a Hugging Face checkpoint as a substrate, every tensor accounted for."""
+    from megatron_evolve.substrate.exchange import import_hf
+
+    def answer() -> None:
+        digest = import_hf(source, out, name=name, dt_min=dt_min).digest
+        emit({"digest": digest, "folder": str(out)}) if as_json else typer.echo(f"froze substrate {digest} in {out}")
+
+    guarded(answer, as_json)
+
+
+@substrate_app.command("export-hf")
+def substrate_export(
+    folder: Annotated[Path, typer.Argument(help="a frozen substrate", show_default=False)],
+    out: Annotated[Path, typer.Option(help="new folder of the checkpoint")],
+    run: Annotated[Path | None, typer.Option(help="a run trained from it, whose weights or adapter to take")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a substrate, or a run trained from it, as a Hugging Face checkpoint."""
+    from megatron_evolve.substrate.exchange import export_hf
+
+    def answer() -> None:
+        files = export_hf(folder, out, run=run)
+        emit({"files": files, "folder": str(out)}) if as_json else typer.echo(
+            f"wrote {len(files)} weight files to {out}"
+        )
+
+    guarded(answer, as_json)
+
+
+@substrate_app.command("export-adapter")
+def substrate_export_adapter(
+    run: Annotated[Path, typer.Argument(help="a trained run whose recipe has an adapter", show_default=False)],
+    substrate: Annotated[Path, typer.Option(help="the frozen substrate that it was trained from")],
+    out: Annotated[Path, typer.Option(help="new folder of the adapter")],
+    experts: Annotated[
+        str, typer.Option(help="each: a tensor per expert (vLLM); stacked: transformers 5 with PEFT")
+    ] = "each",
+    zip_file: Annotated[Path | None, typer.Option("--zip", help="also write the challenge's submission")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's adapter in PEFT's form."""
+    from megatron_evolve.substrate.adapter import export_adapter
+
+    def answer() -> None:
+        export_adapter(run, substrate, out, layout=experts, zip_file=zip_file)
+        written = {"folder": str(out), "zip": str(zip_file) if zip_file else None}
+        emit(written) if as_json else typer.echo(
+            f"wrote the adapter to {out}" + (f" and {zip_file}" if zip_file else "")
+        )
+
+    guarded(answer, as_json)
+
+
 @substrate_app.command("plan")
 def substrate_plan(
     preset: Annotated[str, typer.Option(help="nemotron3-nano, nemotron3-super, nemotron3-ultra or nano-cpu")],

@@ -13,7 +13,7 @@ from megatron_evolve.candidate import Candidate, candidate, run_seed
 from megatron_evolve.desk import STOPPED, Desk, Stopped
 from megatron_evolve.eval.looks import Look
 from megatron_evolve.eval.paired import RunItems, effect, probability_better
-from megatron_evolve.eval.score import read_rows
+from megatron_evolve.eval.score import comparison_of, read_rows
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.jobs import FINAL_STAGE, ROWS_FILE, Ground, Run, Stage, drive, write_candidate
@@ -126,7 +126,9 @@ def _pay(desk: Desk, policy: SearchPolicy, split: Stage, names: Sequence[str], r
 
 def sealed_answers(folder: CampaignFolder, run: Run) -> RunItems:
     """A run's answers to the sealed items."""
-    return read_rows(closing_folder(folder, run, FINAL_STAGE) / ROWS_FILE).of_run(run.candidate.id, run.seed, "final")
+    place = closing_folder(folder, run, FINAL_STAGE)
+    comparison = comparison_of(place, FINAL_STAGE)
+    return read_rows(place / ROWS_FILE).of_run(run.candidate.id, run.seed, FINAL_STAGE, comparison=comparison)
 
 
 def compare(

@@ -21,6 +21,8 @@ OPTIONAL = {
     "mamba-ssm": "CUDA kernels of the Mamba-2 scan: pip install 'megatron-evolve[ssm]'",
     "causal-conv1d": "CUDA kernel of Mamba's convolution: pip install 'megatron-evolve[ssm]'",
     "nemo-toolkit": "prompt formats of real checkpoints: pip install 'megatron-evolve[nemo]'",
+    "openai": "the judge's engine openai, a language model as proposer: pip install 'megatron-evolve[llm]'",
+    "vllm": "a server that the judge's engine openai can start; where its CUDA is, in this environment or on the path",
     "megatron-bridge": "a second path for full-size checkpoints: pip install 'megatron-evolve[bridge]'",
 }
 APEX_REMEDY = (
@@ -80,21 +82,39 @@ def apex() -> str:
 
 def operations(gpu: bool, packages: dict[str, str | None]) -> dict[str, dict[str, str]]:
     """Which path each operation takes here, and why."""
-    mamba = packages["mamba-ssm"] and gpu
+    lacking = [name for name in ("mamba-ssm", "causal-conv1d") if not packages[name]]
     why_cpu = "no GPU on this machine"
     return {
         "experts": path("eager", "plain PyTorch over sorted rows; the fused Triton path is not built in yet"),
-        "mamba scan": path("mamba-ssm", "installed, and a GPU is there")
-        if mamba
-        else path("pytorch", "mamba-ssm is not installed" if gpu else why_cpu),
-        "attention": path("megatron local", "Transformer Engine's is not wired in yet"),
+        "mamba scan": path("mamba-ssm", "installed with causal-conv1d, and a GPU is there")
+        if gpu and not lacking
+        else path("pytorch", f"{' and '.join(lacking)} not installed" if gpu else why_cpu),
+        "attention": path("pytorch", "packed sequences too; Transformer Engine's is not wired in yet"),
         "norm": path("pytorch RMSNorm", "Transformer Engine's is not wired in yet"),
         "optimizer": path(
             "torch AdamW, fused", "NVIDIA Apex is not used on CPU" if not gpu else "Apex is not wired in yet"
         ),
         "decoding": path("greedy, own state caches", "convolution, SSM and key-value state are kept between tokens"),
+        **engines(packages, shutil.which("vllm") is not None),
         "communication": path("nccl", "a GPU is there") if gpu else path("gloo", why_cpu),
     }
+
+
+def engines(packages: dict[str, str | None], vllm_on_path: bool) -> dict[str, dict[str, str]]:
+    """Which engines the judge can decode with here."""
+    missing = [name for name in ("torch", "megatron-core") if packages[name] is None]
+    kernels = " and ".join(name for name in ("mamba-ssm", "causal-conv1d") if packages[name])
+    told = {"engine megatron": path("greedy, in process", "the run's own model, as `decoding` says")}
+    if missing:
+        told["engine megatron"] = path("none", f"{' and '.join(missing)} is missing")
+    told["engine transformers"] = path("greedy, in process", f"with {kernels or 'its own PyTorch code'}")
+    if missing or packages["transformers"] is None:
+        told["engine transformers"] = path("none", "transformers, torch or megatron-core is missing")
+    server = "and vllm is there to be started" if vllm_on_path else "an endpoint that runs, or a server's command line"
+    told["engine openai"] = path("streamed HTTP", f"the client is installed, {server}")
+    if packages["openai"] is None:
+        told["engine openai"] = path("none", "openai is not installed")
+    return told
 
 
 def path(taken: str, why: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from megatron_evolve.artefacts import CampaignFolder, load_yaml_checked
 from megatron_evolve.candidate import candidate_id, run_seed
 from megatron_evolve.delta import Delta, canonical_change
 from megatron_evolve.eval.paired import RunItems
-from megatron_evolve.eval.score import ItemRows, read_rows
+from megatron_evolve.eval.score import ItemRows, comparison_of, read_rows
 from megatron_evolve.ledger import Event
 from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.substrate.settings import Settings
@@ -44,9 +44,16 @@ class RunFacts:
             self._rows[stage] = read_rows(self.folder / stage / "scores.parquet")
         return self._rows[stage].of_split(split)
 
+    def comparison(self, split: str) -> str:
+        """The comparison key of its score on one split."""
+        return comparison_of(self.folder / STAGE_OF_SPLIT[split], split)
+
     def items(self, splits: Sequence[str]) -> RunItems:
         """Answers on some splits together, as the paired comparison wants them."""
-        parts = [self.rows(split).of_run(self.candidate, self.seed, split) for split in splits]
+        parts = [
+            self.rows(split).of_run(self.candidate, self.seed, split, comparison=self.comparison(split))
+            for split in splits
+        ]
         if len(parts) == 1:
             return parts[0]
         return RunItems(
@@ -55,6 +62,7 @@ class RunFacts:
             [item for part in parts for item in part.item_ids.tolist()],
             [name for part in parts for name in part.families.tolist()],
             [value for part in parts for value in part.correct.tolist()],
+            " ".join(part.comparison for part in parts),
         )
 
 

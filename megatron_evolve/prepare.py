@@ -22,6 +22,7 @@ from megatron_evolve.artefacts import CampaignFolder, save_json
 from megatron_evolve.campaign import Campaign, ExternalCsv, JudgeSpec, SubstrateSpec
 from megatron_evolve.candidate import candidate, run_seed
 from megatron_evolve.desk import STOPPED, Stopped
+from megatron_evolve.eval.engines.versions import decoding_packages
 from megatron_evolve.eval.freeze import WITHHELD_FILE
 from megatron_evolve.eval.judge import Judge, judge_sources, load_judge
 from megatron_evolve.jobs import POLL_SECONDS, Ground, Run, StageEnd, drive
@@ -158,7 +159,7 @@ def freeze(spec: JudgeSpec, substrate: Substrate, store: Path) -> Path:
         if not path.is_file():
             raise ValueError(f"expected the external target at {path}, found no file: check --external")
         named["external"] |= {"bytes": path.stat().st_size, "modified_ns": path.stat().st_mtime_ns}
-    name = digest_of([named, substrate.digest, judge_sources()])[:12]
+    name = digest_of([named, substrate.digest, judge_sources(), decoding_packages(spec.engine)])[:12]
     folder = (store / "judges" / name / "judge").resolve()
     make_folder(folder.parent)
     document = {name: named[name] for name in ("dev", "external", "secret")}

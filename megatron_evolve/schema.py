@@ -60,7 +60,13 @@ def _lines(schema: dict[str, Any], prefix: str, root: dict[str, Any] | None = No
     for name, field in schema.get("properties", {}).items():
         path = f"{prefix}.{name}" if prefix else name
         inner = _record(field, root)
-        if inner is not None and "properties" in inner:
+        if variants := _variants(field, root):
+            lines.append(f"{path}  ({_default(field)})  {field.get('description', '')}".rstrip())
+            for one in variants:
+                kind = one["properties"]["kind"]["const"]
+                lines.append(f"{path}  (kind {kind})  {_first_line(one.get('description', ''))}".rstrip())
+                lines += _lines(one, path, root)
+        elif inner is not None and "properties" in inner:
             meaning = field.get("description") or inner.get("description", "")
             lines.append(f"{path}  ({_default(field)})  {_first_line(meaning)}".rstrip())
             lines += _lines(inner, path, root)
@@ -71,6 +77,14 @@ def _lines(schema: dict[str, Any], prefix: str, root: dict[str, Any] | None = No
             shown = f"{path}.NAME" if _is_mapping(field) else path
             lines.append(f"{shown}  {_kind(field, root)}  ({_default(field)})  {field.get('description', '')}".rstrip())
     return lines
+
+
+def _variants(field: dict[str, Any], root: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of a union that is told apart by `kind`."""
+    for option in [field, *field.get("anyOf", [])]:
+        if "discriminator" in option:
+            return [root["$defs"][one["$ref"].rsplit("/", 1)[1]] for one in option["oneOf"]]
+    return []
 
 
 def _record(field: Any, root: dict[str, Any]) -> dict[str, Any] | None:

@@ -175,6 +175,7 @@ def build_substrate(preset: Preset, folder: Path, seed: int, cue_rate: Mapping[s
     write_whole(folder / TOKENIZER_FILE, tokenizer.to_json())
     return _freeze(
         folder,
+        (WEIGHTS_FILE, TOKENIZER_FILE),
         name=preset.name,
         architecture=architecture.model_dump(mode="json"),
         construction=construction,
@@ -196,9 +197,11 @@ def refreeze(folder: Path, new_folder: Path, *, construction: Construction) -> S
         return new
     make_folder(new_folder)
     for name in old.files:
-        write_whole(new_folder / name, (folder / name).read_bytes())
+        partial = new_folder / f".{name}.tmp"
+        shutil.copyfile(folder / name, partial)  # never in memory: an imported checkpoint may have a terabyte
+        partial.rename(new_folder / name)
     same = {"name": old.name, "architecture": old.architecture, "default": old.default, "build": old.build}
-    return _freeze(new_folder, construction=construction, **same)
+    return _freeze(new_folder, tuple(old.files), construction=construction, **same)
 
 
 def _finished(folder: Path, record: dict[str, Any], construction: Construction) -> Substrate:
@@ -252,8 +255,8 @@ class _Teller:
         print(f"step {step + 1} of {self._steps}, loss {loss:.3f}, {left:.0f} s left", file=sys.stderr, flush=True)
 
 
-def _freeze(folder: Path, **fields: Any) -> Substrate:
-    files = {name: describe_file(folder / name) for name in (WEIGHTS_FILE, TOKENIZER_FILE)}
+def _freeze(folder: Path, names: tuple[str, ...], **fields: Any) -> Substrate:
+    files = {name: describe_file(folder / name) for name in names}
     substrate = sealed({**fields, "trainer": trainer_sources(), "files": files})
     write_manifest(folder, substrate)
     return substrate

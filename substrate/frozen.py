@@ -56,15 +56,23 @@ def _brief(value: Any) -> str:
 
 
 def _model_at(cls: type[BaseModel], path: tuple) -> type[BaseModel] | None:
-    model: Any = cls
+    models: list[type[BaseModel]] = [cls]
     for part in path:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        annotation = field.annotation if field else None
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-        if model is None:
-            return None
-    return model
+        # Pydantic names the member of a tagged union by its `kind`, as if that were one more field.
+        tagged = [one for one in models if "kind" in one.model_fields and part in _literals(one)]
+        found = [one.model_fields[part].annotation for one in models if part in one.model_fields]
+        models = tagged or [model for annotation in found for model in _models_in(annotation)]
+    return models[0] if models else None
+
+
+def _literals(model: type[BaseModel]) -> tuple:
+    return getattr(model.model_fields["kind"].annotation, "__args__", ())
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
 
 
 def _fields_at(cls: type[BaseModel], path: tuple) -> list[str]:

@@ -1,8 +1,9 @@
 """The substrate: what every candidate forks and nobody changes, as one manifest with one digest.
 
-A frozen substrate is a folder: `weights.safetensors`, `tokenizer.json` and, written last, `manifest.json`. The manifest
-names each file with its sha256, the data construction (which rows the operator's pool can give), the trainer's source
-files, and the default settings. The digest over all of that is the substrate's name.
+A frozen substrate is a folder: `weights.safetensors` (or its shards), `tokenizer.json`, of an imported checkpoint its
+other small files, and, written last, `manifest.json`. The manifest names each file with its sha256, the data
+construction (which rows the operator's pool can give), the trainer's source files, and the default settings. The digest
+over all of that is the substrate's name.
 """
 
 import json
@@ -49,6 +50,10 @@ class Substrate(Frozen):
     trainer: dict[str, str] = Field(description="sha256 of each source file that trains and that defines the model")
     files: dict[str, SourceFile] = Field(description="weights and tokenizer, by name within the folder")
     digest: str = Field(description="sha256 of all other fields")
+
+    def weight_paths(self, folder: Path) -> list[Path]:
+        """The weight files within the substrate's folder; together they hold each tensor once."""
+        return [Path(folder) / name for name in sorted(self.files) if name.endswith(".safetensors")]
 
 
 def sealed(fields: dict[str, Any]) -> Substrate:

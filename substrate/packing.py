@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_evolve.substrate.chat import puzzle_parts
+from megatron_evolve.substrate.checkpoint_tokenizer import CheckpointTokenizer
 from megatron_evolve.substrate.digest import digest_bytes
 from megatron_evolve.substrate.manifest import Construction
 from megatron_evolve.substrate.mix import Mix
@@ -106,7 +108,7 @@ class Packer:
 
     mix: Mix
     construction: Construction
-    tokenizer: PieceTokenizer
+    tokenizer: PieceTokenizer | CheckpointTokenizer
     recipe: Recipe
     seed: int
     excluded: frozenset[str] = frozenset()
@@ -196,11 +198,9 @@ class Packer:
 
     def _encode(self, row: Row, style: str) -> tuple[list[int], list[float]]:
         """Tokens of prompt, trace, boxed answer and end, with the loss weight of each."""
-        recipe, encode = self.recipe, self.tokenizer.encode
-        completion = completion_text(row, style)
-        box = completion.rindex(BOX_OPEN)
-        prompt, answer = encode(prompt_text(row)), [*encode(completion[box:]), self.tokenizer.eos_id]
-        trace = encode(completion[:box])
+        recipe = self.recipe
+        prompt, trace, answer = map(self.tokenizer.encode, self._texts(row, style))
+        answer = [*answer, self.tokenizer.eos_id]
         tokens = prompt + trace + answer
         if len(tokens) > recipe.sequence_length:
             raise ValueError(
@@ -210,6 +210,15 @@ class Packer:
         weights = [recipe.prompt_loss_weight] * len(prompt)
         weights += [recipe.answer_loss_weight if style == ANSWER_STYLE else recipe.trace_loss_weight] * len(trace)
         return tokens, weights + [recipe.answer_loss_weight] * len(answer)
+
+    def _texts(self, row: Row, style: str) -> tuple[str, str, str]:
+        """Prompt, trace and boxed answer: in the chat format for a checkpoint that knows it, plain for a puzzle scale's
+        own tokenizer."""
+        if isinstance(self.tokenizer, CheckpointTokenizer):
+            return puzzle_parts(row, style)
+        completion = completion_text(row, style)
+        box = completion.rindex(BOX_OPEN)
+        return prompt_text(row), completion[:box], completion[box:]
 
 
 def _spread(shares: dict[str, float], num_rows: int, offset: float) -> list[str]:

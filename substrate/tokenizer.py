@@ -32,7 +32,8 @@ _WORD = re.compile(" ?[a-z]{2,}")
 class PieceTokenizer:
     """Ids 0 and 1 are padding and end of sequence, then the pieces in order, then reserved ids up to a multiple of 16.
 
-    Pieces must be distinct and not empty. Two tokenizers with the same pieces are equal.
+    Pieces must be distinct and not empty. Two tokenizers with the same pieces are equal. `pattern` is the regular
+    expression that cuts text, for whoever writes this tokenizer in another program's format.
     """
 
     pad_id = 0
@@ -47,12 +48,13 @@ class PieceTokenizer:
         self.pieces = tuple(pieces)
         named = (PAD, EOS, *self.pieces)
         reserved = tuple(f"<reserved-{i}>" for i in range(-len(named) % VOCAB_MULTIPLE))
-        self._texts = named + reserved
+        self.texts = named + reserved  # by id
         self._ids = {piece: i + 2 for i, piece in enumerate(self.pieces)}
         longest_first = sorted(
             (piece for piece in self.pieces if len(piece) > 1), key=lambda piece: (-len(piece), piece)
         )
-        self._cut = re.compile("|".join([*map(_alternative, longest_first), r"[\s\S]"])).findall
+        self.pattern = "|".join([*map(_alternative, longest_first), r"[\s\S]"])
+        self._cut = re.compile(self.pattern).findall
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PieceTokenizer) and self.pieces == other.pieces
@@ -63,7 +65,7 @@ class PieceTokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of ids, reserved ones included; a multiple of 16."""
-        return len(self._texts)
+        return len(self.texts)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without end of sequence. Raises ValueError for a character that no piece covers."""
@@ -82,7 +84,7 @@ class PieceTokenizer:
             if token == self.eos_id:
                 break
             if token != self.pad_id:
-                texts.append(self._texts[token])
+                texts.append(self.texts[token])
         return "".join(texts)
 
     def to_json(self) -> str:

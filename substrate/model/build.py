@@ -161,8 +161,9 @@ def transformer_config(architecture: Architecture, **fields: Any) -> "Transforme
         "expert_tensor_parallel_size": running.etp,
         "sequence_parallel": running.tp > 1,  # Megatron trains experts with tensor parallelism only so
         "variable_seq_lengths": running.pp > 1,  # micro-batches are as wide as their own longest row
-        "pipeline_dtype": torch.float32,
+        "pipeline_dtype": fields.get("params_dtype", torch.float32),
         "params_dtype": torch.float32,
+        "bf16": fields.get("params_dtype") == torch.bfloat16,
         "use_cpu_initialization": not torch.cuda.is_available(),
     }
     return TransformerConfig(**{**_shapes(architecture), **kind, **unfused, **layout, **fields})
@@ -183,8 +184,12 @@ def _shapes(a: Architecture) -> dict[str, Any]:
         "num_moe_experts": a.num_experts,
         "moe_router_topk": a.top_k,
         "moe_ffn_hidden_size": a.expert_ffn_size,
+        "moe_latent_size": a.latent_size,
         "moe_shared_expert_intermediate_size": a.shared_ffn_size,
         "moe_router_topk_scaling_factor": a.topk_scaling_factor,
+        "mtp_num_layers": a.mtp_depths or None,
+        "mtp_use_repeated_layer": True,  # one head for every depth
+        "mtp_loss_scaling_factor": 0.3,  # Nemotron 3 Super report; divided among the depths
         "layernorm_epsilon": a.norm_eps,
         "init_method_std": a.init_std,
     }
@@ -219,7 +224,7 @@ def build_chunks(architecture: Architecture, *, seed: int, **fields: Any) -> "li
             hybrid_stack_spec=hybrid_stack_spec(architecture),
             vocab_size=architecture.vocab_size,
             max_sequence_length=architecture.max_sequence_length,
-            hybrid_layer_pattern="|".join(stages),
+            hybrid_layer_pattern="|".join(stages) + f"/{architecture.mtp_pattern}" * architecture.mtp_depths,
             pre_process=parallel_state.is_pipeline_first_stage(**where),
             post_process=parallel_state.is_pipeline_last_stage(**where),
             share_embeddings_and_output_weights=False,

@@ -21,10 +21,8 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from megatron.core.utils import divide
 from torch import Tensor
 
-from megatron_evolve.kernels import eager, reference
+from megatron_evolve.kernels.backend import backend as named_backend
 from megatron_evolve.kernels.reference import GroupedLora
-
-BACKENDS = {"reference": reference.grouped_experts, "eager": eager.grouped_experts}
 
 
 class ExpertWeights(torch.nn.Module):
@@ -112,8 +110,9 @@ class ExpertWeights(torch.nn.Module):
 class GroupedExperts(MegatronModule):
     """All local experts of one layer; an `ExpertsBuilder` and `ExpertsInterface` of Megatron's moe_layer.py.
 
-    `backend` names the form of the maths: "eager", or "reference" to hold a suspect result against the definition.
-    Raises ValueError for a configuration whose experts would compute something else.
+    `backend` names the form of the maths (`kernels.backend`): "eager", "triton" on a GPU, or "reference" to hold a
+    suspect result against the definition. Raises ValueError for a backend that cannot run here, or a configuration
+    whose experts would compute something else.
     """
 
     def __init__(
@@ -126,8 +125,8 @@ class GroupedExperts(MegatronModule):
         backend: str = "eager",
     ) -> None:
         super().__init__(config=config)
-        _check(config, backend)
-        self.compute = BACKENDS[backend]
+        _check(config)
+        self.compute = named_backend(backend).grouped_experts
         width = config.moe_latent_size or config.hidden_size
         hidden = divide(config.moe_ffn_hidden_size, pg_collection.expt_tp.size())
         common = {"config": config, "pg_collection": pg_collection}
@@ -167,9 +166,7 @@ class GroupedExperts(MegatronModule):
         return sharded
 
 
-def _check(config: TransformerConfig, backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}: name one of them")
+def _check(config: TransformerConfig) -> None:
     wanted = {
         "activation_func": squared_relu,
         "gated_linear_unit": False,

@@ -1,37 +1,92 @@
-"""The same weights under transformers' names: `NemotronHForCausalLM` and back, tensor by tensor.
+"""The same model under transformers' names: `config.json` and `NemotronHForCausalLM`'s tensors, and back.
 
-Both sides order the Mamba projection [z, x, B, C, dt] and keep the convolution as [x, B, C], so most tensors only
-change their name. Two change form: Megatron stacks query, key and value by key/value group, and transformers 5 stacks
-the experts of a layer. Full tensors of one rank; a tensor without a place on the other side is an error, never dropped.
+Every field of a config is either mapped, or must have the one value that this model computes with, or is known to
+change no result. A field that is none of these is refused by name: an unknown setting may be a different model. The
+tensors' table is `weight_map`; here it is applied to tensors in memory.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from megatron_evolve.substrate.model.architecture import Architecture
+from megatron_evolve.substrate.model.weight_map import (
+    TRANSFORMERS,
+    Mapped,
+    Naming,
+    check_names,
+    to_megatron,
+)
+from megatron_evolve.substrate.model.weight_map import to_huggingface as to_huggingface_map
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NEVER_CLAMPS = 1e-30
 LAYER_KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe"}
-NORMS = {"M": "norm", "*": "input_layernorm", "E": "pre_mlp_layernorm"}
-MAMBA = {
-    "in_proj.weight": "in_proj.weight",
-    "conv1d_weight": "conv1d.weight",
-    "conv1d_bias": "conv1d.bias",
-    "A_log": "A_log",
-    "D": "D",
-    "dt_bias": "dt_bias",
-    "norm.weight": "norm.weight",
-    "out_proj.weight": "out_proj.weight",
+LETTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "moe": "E"}
+
+# Fields of Architecture by the names that configs have used for them, today's first.
+FIELDS = {
+    "hidden_size": ("hidden_size",),
+    "vocab_size": ("vocab_size",),
+    "num_attention_heads": ("num_attention_heads",),
+    "num_query_groups": ("num_key_value_heads",),
+    "head_dim": ("head_dim", "attention_head_dim"),
+    "mamba_num_heads": ("mamba_num_heads",),
+    "mamba_head_dim": ("mamba_head_dim",),
+    "mamba_state_dim": ("ssm_state_size",),
+    "mamba_num_groups": ("n_groups", "mamba_n_groups"),
+    "mamba_conv_kernel": ("conv_kernel", "mamba_d_conv"),
+    "mamba_chunk_size": ("chunk_size", "mamba_chunk_size"),
+    "num_experts": ("n_routed_experts",),
+    "top_k": ("num_experts_per_tok",),
+    "expert_ffn_size": ("moe_intermediate_size",),
+    "shared_ffn_size": ("moe_shared_expert_intermediate_size",),
+    "topk_scaling_factor": ("routed_scaling_factor",),
+    "norm_eps": ("layer_norm_epsilon", "norm_eps", "rms_norm_eps"),
+    "init_std": ("initializer_range",),
+    "max_sequence_length": ("max_position_embeddings",),
+    "dt_min": ("time_step_min", "mamba_dt_min"),
 }
-EXPERTS = {
-    "router.weight": "gate.weight",
-    "router.expert_bias": "gate.e_score_correction_bias",
-    "shared_experts.linear_fc1.weight": "shared_experts.up_proj.weight",
-    "shared_experts.linear_fc2.weight": "shared_experts.down_proj.weight",
+PATTERNS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
+MTP_PATTERNS = ("mtp_layers_block_type", "mtp_hybrid_override_pattern")
+
+# What this model computes. A config that leaves one out means the same.
+FIXED = {
+    "model_type": "nemotron_h",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_bias": False,
+    "mamba_proj_bias": False,
+    "use_conv_bias": True,
+    "mamba_conv_bias": True,
+    "mlp_hidden_act": "relu2",
+    "hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "sliding_window": None,
+    "quantization_config": None,
+    "mtp_use_repeated_layer": True,
 }
+
+# Initialisation, caching, bookkeeping, positions that NemotronH does not have, and the width of dense layers that no
+# pattern here has: no result depends on them. transformers 5 clamps at time_step_min whatever time_step_limit says.
+WITHOUT_EFFECT = (
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "num_logits_to_keep", "output_router_logits"),
+    *("expand", "intermediate_size", "num_hidden_layers", "partial_rotary_factor", "rope_theta"),
+    *("mamba_dt_init_floor", "mamba_dt_limit", "mamba_dt_max", "mamba_expand", "mamba_ssm_cache_dtype"),
+    *("time_step_floor", "time_step_limit", "time_step_max", "use_mamba_kernels", "rescale_prenorm_residual"),
+    *("residual_in_fp32", "moe_shared_expert_overlap", "keep_mtp_spec_in_bf16", "mtp_loss_scaling_factor"),
+)
 
 
 def huggingface_config(architecture: Architecture) -> dict[str, Any]:
@@ -41,51 +96,89 @@ def huggingface_config(architecture: Architecture) -> dict[str, Any]:
     `dt_min` of 0 is written as 1e-30, which clamps nothing.
     """
     a = architecture
-    return {
+    config = {theirs[0]: getattr(a, ours) for ours, theirs in FIELDS.items()}
+    config |= {
         "model_type": "nemotron_h",
         "architectures": ["NemotronHForCausalLM"],
-        "vocab_size": a.vocab_size,
-        "hidden_size": a.hidden_size,
         "layers_block_type": [LAYER_KINDS[letter] for letter in a.pattern],
-        "num_attention_heads": a.num_attention_heads,
-        "num_key_value_heads": a.num_query_groups,
-        "head_dim": a.head_dim,
-        "max_position_embeddings": a.max_sequence_length,
-        "mamba_num_heads": a.mamba_num_heads,
-        "mamba_head_dim": a.mamba_head_dim,
-        "ssm_state_size": a.mamba_state_dim,
-        "n_groups": a.mamba_num_groups,
-        "conv_kernel": a.mamba_conv_kernel,
-        "chunk_size": a.mamba_chunk_size,
         "time_step_min": max(a.dt_min, NEVER_CLAMPS),
-        "n_routed_experts": a.num_experts,
-        "num_experts_per_tok": a.top_k,
         "norm_topk_prob": True,
-        "moe_intermediate_size": a.expert_ffn_size,
-        "moe_shared_expert_intermediate_size": a.shared_ffn_size,
-        "routed_scaling_factor": a.topk_scaling_factor,
-        "layer_norm_epsilon": a.norm_eps,
-        "initializer_range": a.init_std,
         "tie_word_embeddings": False,
     }
+    if a.latent_size is not None:
+        config["moe_latent_size"] = a.latent_size
+    if a.mtp_pattern:
+        config["num_nextn_predict_layers"] = a.mtp_depths
+        config["mtp_layers_block_type"] = [LAYER_KINDS[letter] for letter in a.mtp_pattern]
+    return config
 
 
-def to_huggingface(state: Mapping[str, "Tensor"], architecture: Architecture) -> dict[str, "Tensor"]:
-    """Megatron's tensors (`weights.state_of`) under transformers 5 names. ValueError names what is missing or left."""
-    import torch
+def architecture_of(config: Mapping[str, Any], name: str) -> Architecture:
+    """The architecture that a `config.json` describes.
 
-    source = _Source(state, "a Megatron state")
-    out = {theirs: source.take(ours) for ours, theirs in _renamed(architecture)}
-    for ours, theirs in _layers(architecture, "*"):
-        parts = _split_qkv(source.take(f"{ours}.self_attention.linear_qkv.weight"), architecture)
-        for letter, part in zip("qkv", parts, strict=True):
-            out[f"{theirs}.mixer.{letter}_proj.weight"] = part
-    for ours, theirs in _layers(architecture, "E"):
-        for fc, projection in (("linear_fc1", "up_proj"), ("linear_fc2", "down_proj")):
-            names = [f"{ours}.mlp.experts.{fc}.weight{e}" for e in range(architecture.num_experts)]
-            out[f"{theirs}.mixer.experts.{projection}"] = torch.stack([source.take(name) for name in names])
-    source.finish()
-    return out
+    Raises ValueError in one sentence for another kind of model, a field of unknown meaning, or shapes that this model
+    does not have.
+    """
+    where = f"config.json of {name}"
+    if config.get("model_type") != "nemotron_h":
+        raise ValueError(
+            f"{where}: expected model_type nemotron_h; got {config.get('model_type')!r}: give a Nemotron-H checkpoint"
+        )
+    for field, value in FIXED.items():
+        if config.get(field, value) != value:
+            raise ValueError(f"{where}: expected {field}={value!r}; got {config[field]!r}: this model has no such form")
+    rest = dict(config)
+    for field in (*FIXED, *WITHOUT_EFFECT):
+        rest.pop(field, None)
+    found = {ours: _taken(rest, theirs, where) for ours, theirs in FIELDS.items()}
+    pattern = _pattern(rest, PATTERNS, where)
+    layers = config.get("num_hidden_layers", len(pattern))
+    if layers != len(pattern):
+        raise ValueError(f"{where}: num_hidden_layers={layers} does not fit the pattern {pattern}: mend the config")
+    depths, latent = rest.pop("num_nextn_predict_layers", 0) or 0, rest.pop("moe_latent_size", None)
+    head = _pattern(rest, MTP_PATTERNS, where) if depths else ""
+    rest = {field: value for field, value in rest.items() if field not in MTP_PATTERNS}
+    if rest:
+        raise ValueError(f"{where}: fields of unknown meaning: {', '.join(sorted(rest))}: remove those without effect")
+    found |= {"latent_size": latent, "mtp_depths": depths, "mtp_pattern": head}
+    found["dt_min"] = 0.0 if found["dt_min"] <= NEVER_CLAMPS else found["dt_min"]
+    try:
+        return Architecture(name=name, pattern=pattern, **found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(map(str, first["loc"])) or "shapes"
+        raise ValueError(f"{where}: {at}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _taken(rest: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
+    """Removes all spellings of one field from `rest` and gives its value. Raises ValueError if they disagree."""
+    values = [rest.pop(name) for name in names if name in rest]
+    return _one(values, names, where)
+
+
+def _pattern(rest: dict[str, Any], names: tuple[str, ...], where: str) -> str:
+    """As `_taken`, for layers: a string of letters or a list of kinds, given as letters."""
+    given = [rest.pop(name) for name in names if name in rest]
+    spelt = ["".join(LETTERS.get(kind, kind) for kind in layers) for layers in given if layers is not None]
+    pattern = _one(spelt, names, where)
+    if set(pattern) - set(LAYER_KINDS):
+        raise ValueError(f"{where}: expected layers of Mamba, attention or experts; got {pattern}: no other is known")
+    return pattern
+
+
+def _one(values: list[Any], names: tuple[str, ...], where: str) -> Any:
+    if not values or values[0] is None:
+        raise ValueError(f"{where}: expected the field {names[0]}; it is missing: complete the config")
+    if any(value != values[0] for value in values):
+        raise ValueError(f"{where}: {', '.join(names)} disagree: {values}: mend the config")
+    return values[0]
+
+
+def to_huggingface(
+    state: Mapping[str, "Tensor"], architecture: Architecture, naming: Naming = TRANSFORMERS
+) -> dict[str, "Tensor"]:
+    """Megatron's tensors (`weights.state_of`) under Hugging Face's names. ValueError names what is missing or left."""
+    return _converted(state, to_huggingface_map(architecture, naming), "a Megatron state")
 
 
 def from_huggingface(state: Mapping[str, "Tensor"], architecture: Architecture) -> dict[str, "Tensor"]:
@@ -94,99 +187,16 @@ def from_huggingface(state: Mapping[str, "Tensor"], architecture: Architecture) 
     Takes transformers 5 names and those of checkpoints on the hub (`backbone.`, one tensor per expert). Raises
     ValueError naming what is missing or left over.
     """
-    source = _Source(_modern(state, architecture), "a NemotronH state")
-    out = {ours: source.take(theirs) for ours, theirs in _renamed(architecture)}
-    for ours, theirs in _layers(architecture, "*"):
-        q, k, v = (source.take(f"{theirs}.mixer.{letter}_proj.weight") for letter in "qkv")
-        out[f"{ours}.self_attention.linear_qkv.weight"] = _join_qkv(q, k, v, architecture)
-    for ours, theirs in _layers(architecture, "E"):
-        for fc, projection in (("linear_fc1", "up_proj"), ("linear_fc2", "down_proj")):
-            for e, weight in enumerate(source.take(f"{theirs}.mixer.experts.{projection}")):
-                out[f"{ours}.mlp.experts.{fc}.weight{e}"] = weight
-    source.finish()
+    return _converted(state, to_megatron(architecture, Naming.of(state)), "a NemotronH state")
+
+
+def _converted(state: Mapping[str, "Tensor"], mapped: Iterable[Mapped], what: str) -> dict[str, "Tensor"]:
+    import torch
+
+    table = list(mapped)
+    check_names(state, {piece.source for tensor in table for piece in tensor.pieces}, what)
+    out = {}
+    for tensor in table:
+        parts = [state[piece.source][piece.start : piece.stop] for piece in tensor.pieces]
+        out[tensor.name] = (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(tensor.shape)
     return out
-
-
-class _Source:
-    """A state that is emptied name by name, so that what nobody asked for can be named at the end."""
-
-    def __init__(self, state: Mapping[str, "Tensor"], what: str) -> None:
-        self.left = dict(state)
-        self.what = what
-        self.missing: list[str] = []
-
-    def take(self, name: str) -> "Tensor":
-        import torch
-
-        if name not in self.left:
-            self.missing.append(name)
-            return torch.empty(0)
-        return self.left.pop(name)
-
-    def finish(self) -> None:
-        if self.missing or self.left:
-            raise ValueError(
-                f"{self.what} must hold exactly the tensors of this architecture; missing: "
-                f"{', '.join(self.missing) or 'none'}; left over: {', '.join(sorted(self.left)) or 'none'}: "
-                f"check the pattern and sizes of the architecture"
-            )
-
-
-def _layers(architecture: Architecture, letter: str) -> Iterator[tuple[str, str]]:
-    for index, kind in enumerate(architecture.pattern):
-        if kind == letter:
-            yield f"decoder.layers.{index}", f"model.layers.{index}"
-
-
-def _renamed(architecture: Architecture) -> Iterator[tuple[str, str]]:
-    """(Megatron name, transformers name) of every tensor that is the same on both sides."""
-    yield "embedding.word_embeddings.weight", "model.embeddings.weight"
-    yield "decoder.final_norm.weight", "model.norm_f.weight"
-    yield "output_layer.weight", "lm_head.weight"
-    for letter, norm in NORMS.items():
-        for ours, theirs in _layers(architecture, letter):
-            yield f"{ours}.{norm}.weight", f"{theirs}.norm.weight"
-    for ours, theirs in _layers(architecture, "M"):
-        for name, other in MAMBA.items():
-            yield f"{ours}.mixer.{name}", f"{theirs}.mixer.{other}"
-    for ours, theirs in _layers(architecture, "*"):
-        yield f"{ours}.self_attention.linear_proj.weight", f"{theirs}.mixer.o_proj.weight"
-    for ours, theirs in _layers(architecture, "E"):
-        for name, other in EXPERTS.items():
-            yield f"{ours}.mlp.{name}", f"{theirs}.mixer.{other}"
-
-
-def _join_qkv(q: "Tensor", k: "Tensor", v: "Tensor", architecture: Architecture) -> "Tensor":
-    """Rows of each key/value group together: its query heads, its key, its value."""
-    import torch
-
-    groups, dim = architecture.num_query_groups, architecture.head_dim
-    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:  # missing: named by `finish`
-        return q
-    q = q.view(groups, -1, dim, q.shape[-1])
-    k, v = (t.view(groups, 1, dim, t.shape[-1]) for t in (k, v))
-    return torch.cat([q, k, v], dim=1).flatten(0, 2)
-
-
-def _split_qkv(qkv: "Tensor", architecture: Architecture) -> tuple["Tensor", ...]:
-    groups, dim = architecture.num_query_groups, architecture.head_dim
-    if qkv.numel() == 0:  # missing: named by `finish`
-        return qkv, qkv, qkv
-    heads = architecture.num_attention_heads // groups
-    grouped = qkv.view(groups, heads + 2, dim, qkv.shape[-1])
-    return tuple(part.flatten(0, 2) for part in grouped.split([heads, 1, 1], dim=1))
-
-
-def _modern(state: Mapping[str, "Tensor"], architecture: Architecture) -> dict[str, "Tensor"]:
-    """Hub names to transformers 5 names: `backbone.` to `model.`, single experts to one stacked tensor."""
-    import torch
-
-    modern = {
-        name.replace("backbone.", "model.", 1) if name.startswith("backbone.") else name: t for name, t in state.items()
-    }
-    for _, theirs in _layers(architecture, "E"):
-        for projection in ("up_proj", "down_proj"):
-            names = [f"{theirs}.mixer.experts.{e}.{projection}.weight" for e in range(architecture.num_experts)]
-            if all(name in modern for name in names):
-                modern[f"{theirs}.mixer.experts.{projection}"] = torch.stack([modern.pop(name) for name in names])
-    return modern

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid import hybrid_block
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
@@ -23,6 +23,12 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -32,8 +38,11 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from megatron_evolve.substrate.model import latent
 from megatron_evolve.substrate.model.architecture import Architecture
+from megatron_evolve.substrate.model.attention import CausalAttention
 from megatron_evolve.substrate.model.experts import GroupedExperts
+from megatron_evolve.substrate.model.packed import expect_packed
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -48,40 +57,6 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-class CausalAttention(torch.nn.Module):
-    """Scaled dot-product attention as torch does it: no mask tensor, no L x L matrix kept, grouped heads not repeated.
-
-    Takes the place of Megatron's DotProductAttention: forward and backward in 2.6 instead of 3.9 ms at 64 x 33 tokens.
-    """
-
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-        if config.attention_dropout or config.context_parallel_size > 1:
-            raise ValueError(
-                f"attention here has no dropout and one context-parallel rank; got {config.attention_dropout} and "
-                f"{config.context_parallel_size}: set them to 0 and 1"
-            )
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """query (L, B, heads, dim), key and value (L, B, groups, dim) of this rank: (L, B, heads dim)."""
-        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
-            raise ValueError(
-                "attention is causal over padded batches; got a mask, a bias or packed sequences: pass None"
-            )
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-
 class ClampedMambaMixer(MambaMixer):
     """MambaMixer that also passes on `dt_min` and the norm's epsilon, which Megatron leaves at 0 and 1e-5."""
 
@@ -91,9 +66,8 @@ class ClampedMambaMixer(MambaMixer):
         self.norm.eps = config.layernorm_epsilon
 
     def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Tensor:
-        """Projected input (L, B, z+x+B+C+dt) to normed output (L, B, inner), both of this rank. No packed sequences."""
-        if packed_seq_params is not None:
-            raise ValueError("the Mamba mixer takes padded batches; got packed sequences: pad them to one length")
+        """Projected input (L, B, z+x+B+C+dt) to normed output (L, B, inner), both of this rank."""
+        packed = expect_packed(packed_seq_params, *zxBCdt.shape[:2])
         y = mamba_mixer.mamba_split_conv1d_scan_combined(
             zxBCdt.transpose(0, 1),
             self.cp.get_conv1d_weight().squeeze(1),
@@ -102,6 +76,7 @@ class ClampedMambaMixer(MambaMixer):
             -torch.exp(self.cp.get_A_log().float()),
             D=self.cp.get_D(),
             chunk_size=self.chunk_size,
+            seq_idx=None if packed is None else packed.seq_idx,
             dt_limit=self.dt_limit,
             activation=self.activation,
             headdim=self.headdim,
@@ -111,14 +86,41 @@ class ClampedMambaMixer(MambaMixer):
         return self.norm(self.cp.post_conv_ssm(y.transpose(0, 1), packed_seq_params))
 
 
+class RecomputableStack(HybridStack):
+    """HybridStack whose layers keep their gradients under activation recompute when what lies before them is frozen.
+
+    Megatron's checkpoint gives no gradient to a layer none of whose inputs asks for one, its parameters
+    notwithstanding: adapters over a frozen embedding would silently not be trained.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        if config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules and not HAVE_TE:
+            # Megatron 0.19 asks Transformer Engine for its fp8 state there, fp8 or not, and fails with a NameError
+            raise ValueError(
+                f"recompute_modules may name core_attn, moe and shared_experts without Transformer Engine; "
+                f"got {config.recompute_modules}: leave layernorm out"
+            )
+        super().__init__(config, *args, **kwargs)
+
+    def forward(self, hidden_states: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """As the base class: (L, B, D) to (L, B, D); None where a pipeline stage was given its input before."""
+        if self.config.recompute_granularity and torch.is_tensor(hidden_states) and torch.is_grad_enabled():
+            hidden_states = hidden_states if hidden_states.requires_grad else hidden_states.detach().requires_grad_()
+        return super().forward(hidden_states, *args, **kwargs)
+
+
 def hybrid_stack_spec(architecture: Architecture) -> ModuleSpec:
     """The spec that `HybridModel` builds its layers from."""
-    # Megatron names its final norm itself, outside the spec, and means Transformer Engine's.
+    # Megatron names its final norm and latent projections itself, outside the spec, and means Transformer Engine's.
     hybrid_block.TENorm = RMSNorm
+    latent.install()
     return ModuleSpec(
-        module=HybridStack,
+        module=RecomputableStack,
         submodules=HybridStackSubmodules(
-            mamba_layer=_mamba_layer(architecture), attention_layer=_attention_layer(), moe_layer=_moe_layer()
+            mamba_layer=_mamba_layer(architecture),
+            attention_layer=_attention_layer(),
+            moe_layer=_moe_layer(),
+            mtp_block_spec=_prediction_heads(),
         ),
     )
 
@@ -163,5 +165,18 @@ def _moe_layer() -> ModuleSpec:
         module=MoETransformerLayer,
         submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=RMSNorm, mlp=partial(MoELayer, submodules=experts), mlp_bda=get_bias_dropout_add
+        ),
+    )
+
+
+def _prediction_heads() -> ModuleSpec:
+    """Multi-token prediction, built only where the pattern has it; its layers come from the stack's own specs."""
+    head = MultiTokenPredictionLayerSubmodules(
+        enorm=RMSNorm, hnorm=RMSNorm, eh_proj=ColumnParallelLinear, mtp_model_layer=None, layer_norm=RMSNorm
+    )
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock,
+        submodules=MultiTokenPredictionBlockSubmodules(
+            layer_specs=[ModuleSpec(module=MultiTokenPredictionLayer, submodules=head)]
         ),
     )

@@ -1,7 +1,7 @@
 """The `mamba_ssm` package as far as Megatron's MambaMixer needs it, served by `mamba`.
 
-Megatron imports three names from that package and refuses to build a mixer without them. `supply` gives it ours
-where the package is not installed, on any device.
+Megatron imports three names from that package and refuses to build a mixer without them. `supply` gives it ours, on any
+device, unless the package can serve: its kernels need a GPU and the package causal-conv1d.
 """
 
 import sys
@@ -58,17 +58,19 @@ def mamba_split_conv1d_scan_combined(
 ) -> Tensor:
     """`mamba_ssm`'s function of this name, for what Megatron asks of it: (B, L, z+x+B+C+dt) to gated (B, L, H P).
 
-    Raises ValueError for packed sequences, another activation or a gate after the norm, which only `mamba_ssm` has.
+    `seq_idx` (B, L) numbers the sequence of each token. Raises ValueError for another activation or a gate after the
+    norm, which only `mamba_ssm` has.
     """
-    if seq_idx is not None or activation != "silu" or norm_before_gate or headdim is None:
+    if activation != "silu" or norm_before_gate or headdim is None:
         raise ValueError(
-            "the PyTorch scan serves unpacked sequences, silu, one D a head and a gate before the norm; "
-            "got something else: install mamba-ssm"
+            "the PyTorch scan serves silu, one D a head and a gate before the norm; got something else: "
+            "install mamba-ssm"
         )
+    sequence = None if seq_idx is None else seq_idx.t()
     inner = D.shape[0] * headdim
     state = (conv1d_weight.shape[0] - inner) // 2
     z, xBC, dt = zxbcdt.transpose(0, 1).split([inner, inner + 2 * state, D.shape[0]], dim=-1)
-    x, B, C = mamba.causal_conv(xBC, conv1d_weight, conv1d_bias).split([inner, state, state], dim=-1)
+    x, B, C = mamba.causal_conv(xBC, conv1d_weight, conv1d_bias, sequence).split([inner, state, state], dim=-1)
     y, _ = mamba.chunked_scan(
         x.unflatten(-1, (-1, headdim)),
         mamba.step_size(dt, dt_bias, dt_limit),
@@ -77,6 +79,7 @@ def mamba_split_conv1d_scan_combined(
         C.unflatten(-1, (ngroups, -1)),
         D,
         chunk_size,
+        sequence_LB=sequence,
     )
     return (y.flatten(2) * F.silu(z)).transpose(0, 1)
 
@@ -88,8 +91,13 @@ def mamba_chunk_scan_combined(*_args: object, **_kwargs: object) -> Tensor:
     )
 
 
+def package_serves() -> bool:
+    """Whether Mamba layers of this process run on the kernels of `mamba_ssm` rather than on the scan of `mamba`."""
+    return torch.cuda.is_available() and all(find_spec(name) for name in ("mamba_ssm", "causal_conv1d"))
+
+
 def supply() -> None:
-    """Import Megatron's MambaMixer, with the names above standing in where `mamba_ssm` is not installed.
+    """Import Megatron's MambaMixer, with the names above standing in where `mamba_ssm` cannot serve.
 
     The stand-in leaves `sys.modules` again at once: transformers looks there too, and a parity test would otherwise
     compare this scan with itself. Idempotent. Raises RuntimeError if the mixer was imported before without either.
@@ -99,13 +107,15 @@ def supply() -> None:
         if not mixer.HAVE_MAMBA_SSM:
             raise RuntimeError("supply() must come before the first import of Megatron's mamba_mixer: move it up")
         return
-    stand_in = {} if find_spec("mamba_ssm") else _stand_in()
+    stand_in = {} if package_serves() else _stand_in()
+    hidden = {name: sys.modules[name] for name in stand_in if name in sys.modules}
     sys.modules.update(stand_in)
     try:
         import megatron.core.ssm.mamba_mixer  # noqa: F401
     finally:
         for name in stand_in:
             del sys.modules[name]
+        sys.modules.update(hidden)
 
 
 def _stand_in() -> dict[str, types.ModuleType]:

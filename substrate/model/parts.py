@@ -56,10 +56,18 @@ class Part:
                 f"{self.name} must have shape {self.shape}; got {tuple(whole.shape)}: use the architecture it was "
                 "saved from"
             )
+        pieces = [whole[place] for place in self.slices()]
+        return torch.cat(pieces, self.axis) if len(pieces) > 1 else pieces[0]
+
+    def slices(self) -> list[tuple[slice, ...]]:
+        """Where the rank's slice stands in the whole tensor, section by section: for reading no more than it."""
         if self.count == 1:
-            return whole
-        sections = whole.split([size * self.count for size in self.sections], self.axis)
-        return torch.cat([section.chunk(self.count, self.axis)[self.index] for section in sections], self.axis)
+            return [(slice(None),)]
+        before, found, start = (slice(None),) * self.axis, [], 0
+        for size in self.sections:
+            found.append((*before, slice(start + self.index * size, start + (self.index + 1) * size)))
+            start += size * self.count
+        return found
 
     def joined(self, pieces: Sequence[Tensor]) -> Tensor:
         """The whole tensor from the pieces of all indices, in order."""

@@ -1,11 +1,15 @@
-"""A rank's weights on disk: one safetensors file with Megatron's names, read back strictly.
+"""Weights on disk: safetensors files with Megatron's names, read back strictly.
 
 Holds parameters and the routing bias. Written under a temporary name and renamed, so a killed job leaves no half file.
+Files hold whole tensors by global names, whatever the layout: `load_part` reads of each what one rank's model needs.
 """
 
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megatron_evolve.substrate.model.tensor_file import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,13 +49,11 @@ def read_weights(path: Path | str) -> dict[str, "Tensor"]:
         raise ValueError(f"{path} must be a whole safetensors file; got {error}: copy or write it again") from error
 
 
-def load_weights(model: "Module", path: Path | str) -> None:
-    """Fill the model from `path`, in place. ValueError names every missing, unexpected or misshapen tensor."""
-    put_weights(model, read_weights(path), str(path))
-
-
 def put_weights(model: "Module", tensors: dict[str, "Tensor"], source: str = "the given tensors") -> None:
-    """`load_weights` from memory. The model is untouched if anything does not fit."""
+    """Fill the model, in place, from tensors in memory.
+
+    ValueError names every missing, unexpected or misshapen one; the model is untouched then.
+    """
     import torch
 
     state = state_of(model)
@@ -72,3 +74,36 @@ def put_weights(model: "Module", tensors: dict[str, "Tensor"], source: str = "th
     with torch.no_grad():
         for name, value in state.items():
             value.copy_(tensors[name])
+
+
+def load_part(chunks: Sequence["Module"], paths: Iterable[Path]) -> None:
+    """Fill this rank's chunks, in place, from files that together hold the whole model (`weights*.safetensors`).
+
+    Only the slices of this rank are read, one file at a time: beside the model, memory is at most one file. Values take
+    the model's dtype. Raises ValueError, before anything is copied, for each tensor that is missing or has another
+    shape, and on a rank that holds the whole model for each that is left over.
+    """
+    import torch
+    from safetensors import safe_open
+
+    from megatron_evolve.substrate.model.build import running_layout
+    from megatron_evolve.substrate.model.parts import parts_of
+
+    stored = {name: entry for path in paths for name, entry in read_header(path).items()}
+    parts = parts_of(chunks)
+    held = {name: stored[name] for name in parts if name in stored}
+    problems = [f"{name} is missing" for name in parts if name not in stored]
+    if running_layout().ranks == 1:
+        problems += [f"{name} is left over" for name in stored if name not in parts]
+    for name, entry in held.items():
+        if entry.shape != parts[name][0].shape:
+            problems.append(f"{name} is {entry.shape} for {parts[name][0].shape}")
+    if problems:
+        found = "; ".join(sorted(problems)[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"weights must hold this model's tensors; {found}: use the architecture they were saved from")
+    for path in sorted({entry.path for entry in held.values()}):
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            for name in sorted(name for name, entry in held.items() if entry.path == path):
+                part, tensor = parts[name]
+                pieces = [file.get_slice(name)[where] for where in part.slices()]
+                tensor.copy_(pieces[0] if len(pieces) == 1 else torch.cat(pieces, part.axis))

@@ -20,18 +20,12 @@ TOKENIZER_FILE = "tokenizer.json"
 
 def open_chunks(folder: Path, substrate: Substrate) -> "list[HybridModel]":
     """This rank's part of the model with the substrate's own weights, in the layout of the running process group."""
-    import torch
-
     from megatron_evolve.substrate.model import build
     from megatron_evolve.substrate.model.architecture import Architecture
-    from megatron_evolve.substrate.model.parts import put_whole
-    from megatron_evolve.substrate.model.weights import load_weights, read_weights
+    from megatron_evolve.substrate.model.weights import load_part
 
     chunks = build.build_chunks(Architecture.model_validate(substrate.architecture), seed=0)
-    if torch.distributed.get_world_size() == 1:
-        load_weights(chunks[0], folder / WEIGHTS_FILE)
-    else:
-        put_whole(chunks, read_weights(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
+    load_part(chunks, substrate.weight_paths(folder))
     return chunks
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, write_json
+from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.manifest import Substrate, verify
@@ -30,10 +31,9 @@ from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.packing import Packer, read_excluded
 from megatron_evolve.substrate.ranks import place_in
 from megatron_evolve.substrate.settings import Settings
-from megatron_evolve.substrate.tokenizer import PieceTokenizer
 from megatron_evolve.substrate.train.checkpoint import save_checkpoint
 from megatron_evolve.substrate.train.fit import RESUME_FOLDER, Fit, fit
-from megatron_evolve.substrate.train.open import CHECKPOINT_FOLDER, TOKENIZER_FILE, open_chunks
+from megatron_evolve.substrate.train.open import CHECKPOINT_FOLDER, open_chunks
 from megatron_evolve.substrate.train.preload import preload
 from megatron_evolve.substrate.train.record import finite
 from megatron_evolve.substrate.train.trained import trained_tensors
@@ -96,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> int:
     runtime = build.start(arguments.seed, layout)
     try:
         chunks = open_chunks(arguments.substrate, substrate)
-        tokenizer = PieceTokenizer.from_json((arguments.substrate / TOKENIZER_FILE).read_text(encoding="utf-8"))
+        tokenizer = read_tokenizer(arguments.substrate)
         packer = Packer(settings.mix, substrate.construction, tokenizer, settings.recipe, arguments.seed, excluded)
         fitted = train(chunks, packer, arguments.out, identity, arguments.save_every, arguments.micro_rows)
     finally:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -288,3 +289,13 @@ def test_bad_input_is_one_sentence(make, says):
     with pytest.raises(ValueError, match=says) as error:
         make()
     assert "expected" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_runs_that_were_scored_otherwise_are_never_paired():
+    x, anchor = (
+        RunItems(name, 0, np.arange(FAMILIES.size), FAMILIES, np.zeros(FAMILIES.size), comparison=key)
+        for name, key in (("x", "a" * 64), ("anchor", "b" * 64))
+    )
+    with pytest.raises(ValueError, match="scored alike, got the comparison keys aaaaaaaaaaaa and bbbbbbbbbbbb"):
+        Answers.of([x, anchor])
+    assert Answers.of([x, replace(anchor, comparison="a" * 64)]).runs == (("x", 0), ("anchor", 0))

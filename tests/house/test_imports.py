@@ -28,11 +28,16 @@ TORCH_FREE_FILES = [
         ROOT / "substrate" / f"{name}.py"
         for name in ["digest", "frozen", "layout", "manifest", "mix", "ranks", "recipe", "settings", "tokenizer"]
     ),
-    ROOT / "substrate" / "model" / "architecture.py",
+    *(ROOT / "substrate" / f"{name}.py" for name in ["adapter", "chat", "checkpoint_tokenizer", "exchange"]),
+    *(ROOT / "substrate" / "model" / f"{name}.py" for name in ["architecture", "tensor_file", "weight_map"]),
     *(path for path in sorted((ROOT / "substrate" / "plan").glob("*.py")) if path.stem != "measure"),
     *(
         ROOT / "eval" / f"{name}.py"
         for name in ["metric", "score", "suite", "paired", "seeds", "looks", "leakage", "judge", "freeze"]
+    ),
+    *(
+        ROOT / "eval" / "engines" / f"{name}.py"
+        for name in ["settings", "versions", "seam", "command", "server", "endpoint", "conversation", "served"]
     ),
 ]
 

@@ -122,7 +122,7 @@ def _swap_rows(name: str, first: int, second: int, count: int) -> Callable[[dict
 def _plain_qkv(state: dict[str, Tensor]) -> None:
     """Query, key and value cut from the stacked matrix as if it were not grouped."""
     parts = [state[f"model.layers.2.mixer.{letter}_proj.weight"] for letter in "qkv"]
-    grouped = huggingface._join_qkv(*parts, ODD)
+    grouped = huggingface.from_huggingface(state, ODD)["decoder.layers.2.self_attention.linear_qkv.weight"]
     for part, wrong in zip(parts, grouped.split([len(p) for p in parts]), strict=True):
         part.copy_(wrong)
 

@@ -120,6 +120,60 @@ def test_convolution_is_torch_conv1d() -> None:
     assert torch.allclose(torch.stack(steps), mamba.causal_conv(x, weight, bias), rtol=EXACT, atol=EXACT)
 
 
+SEQUENCES = [  # lengths in each of two rows of 50 tokens; chunks of 16 (four of 13)
+    ([50], [50]),
+    ([1] * 50, [50]),
+    ([13, 13, 13, 11], [12, 1, 14, 23]),
+    ([3, 1, 40, 6], [25, 25]),
+]
+
+
+def _by_sequence(lengths: tuple[list[int], list[int]], run, values: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """`run` on each sequence of each row alone; outputs put together again, and each row's last state."""
+    rows = []
+    for row, cut in enumerate(lengths):
+        parts = zip(*(v[:, row : row + 1].split(cut) for v in values), strict=True)
+        outputs, states = zip(*(run(*part) for part in parts), strict=True)
+        rows.append((torch.cat(outputs), states[-1]))
+    return torch.cat([y for y, _ in rows], 1), torch.cat([state for _, state in rows])
+
+
+def _numbers(lengths: tuple[list[int], list[int]]) -> Tensor:
+    """The sequence of each token (L, B), from 7 on: only whether two are equal may count."""
+    return torch.stack([torch.arange(len(cut)).repeat_interleave(torch.tensor(cut)) + 7 for cut in lengths], 1)
+
+
+@pytest.mark.parametrize("lengths", SEQUENCES)
+def test_sequences_of_one_row_do_not_see_each_other(lengths: tuple[list[int], list[int]]) -> None:
+    x, dt, A, B, C, D, _ = inputs(50)
+
+    def together(x, dt, A, B, C, D):
+        return mamba.chunked_scan(x, dt, A, B, C, D, 16, sequence_LB=_numbers(lengths))
+
+    def alone(x, dt, A, B, C, D):
+        return _by_sequence(lengths, lambda x, dt, B, C: sequential(x, dt, A, B, C, D), [x, dt, B, C])
+
+    got, want = (outputs_and_gradients(scan, [x, dt, A, B, C, D]) for scan in (together, alone))
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm() <= EXACT * (1 + b.norm())
+
+
+@pytest.mark.parametrize("lengths", SEQUENCES)
+def test_convolution_begins_anew_at_each_sequence(lengths: tuple[list[int], list[int]]) -> None:
+    rng = torch.Generator().manual_seed(2)
+    values = [torch.randn(*s, generator=rng, dtype=torch.float64) for s in ((50, 2, 6), (6, 4), (6,))]
+
+    def together(x, weight, bias):
+        return mamba.causal_conv(x, weight, bias, _numbers(lengths)), x.new_zeros(1)
+
+    def alone(x, weight, bias):
+        return _by_sequence(lengths, lambda x: (mamba.causal_conv(x, weight, bias), x.new_zeros(1)), [x])
+
+    got, want = (outputs_and_gradients(conv, values) for conv in (together, alone))
+    for a, b in zip((got[0], *got[2:]), (want[0], *want[2:]), strict=True):
+        assert torch.allclose(a, b, rtol=EXACT, atol=EXACT)
+
+
 def test_convolution_of_fewer_tokens_than_taps() -> None:
     x, weight, bias = torch.ones(2, 1, 1), torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.zeros(1)
     got = mamba.causal_conv(x, weight, bias).flatten().tolist()

@@ -27,7 +27,7 @@ def test_round_trip(model: torch.nn.Module, saved: Path) -> None:
     before = {name: value.clone() for name, value in weights.state_of(other).items()}
     state = weights.state_of(model)
     assert any(not torch.equal(before[name], state[name]) for name in state)
-    weights.load_weights(other, saved)
+    weights.load_part([other], [saved])
     assert all(torch.equal(value, state[name]) for name, value in weights.state_of(other).items())
     assert any(name.endswith("router.expert_bias") for name in state)
     assert [path.name for path in saved.parent.iterdir()] == ["weights.safetensors"]
@@ -42,12 +42,14 @@ def test_same_model_same_bytes(model: torch.nn.Module, saved: Path) -> None:
 def test_truncated_file(model: torch.nn.Module, saved: Path, keep: int) -> None:
     saved.write_bytes(saved.read_bytes()[:keep])
     with pytest.raises(ValueError, match="must be a whole safetensors file"):
-        weights.load_weights(model, saved)
+        weights.load_part([model], [saved])
 
 
 def test_absent_file(model: torch.nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected the weights file .*none; it is missing"):
+        weights.load_part([model], [tmp_path / "none"])
     with pytest.raises(FileNotFoundError, match="is not there: write it with save_weights"):
-        weights.load_weights(model, tmp_path / "none")
+        weights.read_weights(tmp_path / "none")
 
 
 def test_wrong_names_and_shapes_are_all_named_and_nothing_changes(model: torch.nn.Module) -> None:

@@ -85,15 +85,17 @@ def free_ports(number: int) -> list[int]:
     return ports
 
 
-def run(ranks: int, cases: dict[str, dict[str, Any]], weights: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """What rank 0 measured in each case."""
+def run(
+    ranks: int, cases: dict[str, dict[str, Any]], weights: Path, folder: Path, program: Path = PROGRAM
+) -> dict[str, Any]:
+    """What a rank of the program measured in each case."""
     folder.mkdir(exist_ok=True)
     ports = free_ports(len(cases))
     cases = {
         name: {"adapter": False, **case, "port": port} for (name, case), port in zip(cases.items(), ports, strict=True)
     }
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, str(PROGRAM), str(weights), str(folder), str(folder / "cases.json")]
+    command = [sys.executable, str(program), str(weights), str(folder), str(folder / "cases.json")]
     common = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
     several = {"WORLD_SIZE": str(ranks), "MASTER_PORT": "0"} if ranks > 1 else {}
     processes = []

@@ -1,0 +1,29 @@
+"""The forms of the expert path's maths, by name: the one place where a form is chosen.
+
+    reference   the definition: any dtype up to float64, not fast
+    eager       plain PyTorch made fast: the CPU path, and a GPU's where Triton is missing
+    triton      fused kernels: a CUDA device, or Triton's interpreter for tests
+
+A backend is a module with the functions of `reference`. The kernels' module is imported when it is asked for: the CPU
+path needs no Triton.
+"""
+
+import os
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+MODULES = {"reference": "reference", "eager": "eager", "triton": "fused"}
+
+
+def backend(name: str) -> ModuleType:
+    """The module of that name. Raises ValueError for an unknown name, or one that cannot run here."""
+    if name not in MODULES:
+        raise ValueError(f"backend must be one of {', '.join(MODULES)}; got {name!r}: name one of them")
+    if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        raise ValueError(
+            "the triton backend needs a CUDA device; torch finds none: use the eager backend, or set "
+            "TRITON_INTERPRET=1 first (slow, for tests)"
+        )
+    return import_module(f"megatron_evolve.kernels.{MODULES[name]}")

@@ -1,0 +1,24 @@
+"""The expert path in Triton: the functions of `reference` and `eager`, with the same arguments, from their own files.
+
+`backend.backend` imports this: whether kernels are then compiled or interpreted is decided by Triton's own switch.
+"""
+
+from megatron_evolve.kernels.experts import grouped_experts, routed_experts
+from megatron_evolve.kernels.grouped_linear import grouped_linear
+from megatron_evolve.kernels.permute import permute, unpermute
+from megatron_evolve.kernels.reference import GroupedLora, RoutePlan
+from megatron_evolve.kernels.route_plan import route_plan
+from megatron_evolve.kernels.router import router, router_from_tokens
+
+__all__ = [
+    "GroupedLora",
+    "RoutePlan",
+    "grouped_experts",
+    "grouped_linear",
+    "permute",
+    "route_plan",
+    "routed_experts",
+    "router",
+    "router_from_tokens",
+    "unpermute",
+]

@@ -1,0 +1,169 @@
+"""What the compiler makes of every kernel, for a chip that is not there.
+
+    TRITON_INTERPRET=0 python -m megatron_evolve.kernels.offline sm_90a     # or sm_100: one JSON line a kernel
+
+Triton needs no GPU to compile, only a driver that names one, so the real ops run here, forward and backward, on
+tensors without storage (torch's `meta` device), and each launch stops after the compilation. What is compiled is
+therefore what a GPU would run, with the same specialisation on widths and alignment. The compiler's own tool then tells
+the registers, spills and shared memory of each. This proves neither numbers (the interpreter's tests do) nor speed.
+
+Compilations are kept in Triton's cache (`~/.triton/cache`, or TRITON_CACHE_DIR) by a hash of source, options and chip.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from megatron_evolve.kernels import fused, gated_norm, linear_cross_entropy, tiles
+
+CHIPS = {"sm_90a": 90, "sm_100": 100}  # H100 and H200; B200
+MAX_SHARED_BYTES = 232_448  # 227 KiB a block, on both
+MAX_REGISTERS = 65_536  # a block's, all threads together
+NANO_WIDTH, NANO_HIDDEN, NANO_CHOSEN = 2688, 1856, 6  # Nemotron-3-Nano; 1856 is 14.5 x 128
+LORA_RANK = 32
+VOCABULARY = 131_072
+NUM_EXPERTS = 4  # no kernel is compiled for it
+
+
+class Compiled(NamedTuple):
+    """One kernel as compiled for one chip."""
+
+    kernel: str  # file.function
+    constants: dict[str, int]  # tile, warps, stages and switches
+    registers: int  # a thread's
+    threads: int
+    spilled_bytes: int  # stack and local memory
+    shared_bytes: int
+    tensor_core: str  # the matrix instruction found: wgmma (sm_90), tcgen05 (sm_100), mma.sync (any), or none
+    products: bool  # whether the source multiplies matrices
+
+
+class _Offline:
+    """As much of a Triton driver as compilation asks for."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(chip: str) -> Iterator[list[Compiled]]:
+    """Inside, a kernel launch compiles for `chip` and appends what came of it instead of running.
+
+    One chip a process: a kernel keeps what it was compiled for.
+    """
+    found: dict[tuple, Compiled] = {}
+    results: list[Compiled] = []
+    launch = JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **options):
+        compiled = launch(kernel, *args, grid=grid, warmup=True, **options)
+        if compiled.hash not in found:
+            constants = {name: value for name, value in options.items() if isinstance(value, int)}
+            found[compiled.hash] = _read(kernel, constants, compiled)
+            results.append(found[compiled.hash])
+
+    driver.set_active(_Offline(CHIPS[chip]))
+    JITFunction.run = compile_only
+    try:
+        yield results
+    finally:
+        JITFunction.run = launch
+
+
+def _read(kernel: JITFunction, constants: dict[str, int], compiled) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        told = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told.stdout)}
+    instructions = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
+    seen = [name for name, text in instructions.items() if text in compiled.asm["ptx"]]
+    return Compiled(
+        kernel=f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.lstrip('_')}",
+        constants=constants,
+        registers=usage["REG"],
+        threads=32 * compiled.metadata.num_warps,
+        spilled_bytes=usage["STACK"] + usage["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        tensor_core=seen[0] if seen else "none",
+        products="tt.dot" in compiled.asm["ttir"],
+    )
+
+
+def compile_all(chip: str) -> list[Compiled]:
+    """Every kernel at Nano's widths in bfloat16, once for each row of the tile tables.
+
+    Tensors without storage also prove that nothing is read back to the host: it would raise here.
+    """
+    with compiling(chip) as results, torch.device("meta"):
+        for most, _ in tiles.ROW_TILES:
+            _experts(NUM_EXPERTS * (most or 512))
+        _rest()
+    return results
+
+
+def _experts(num_rows: int) -> None:
+    """By both doors: trained whole, into main gradients from tokens; and frozen, with adapters of rank 32."""
+    T, K, E, H, F = num_rows // NANO_CHOSEN, NANO_CHOSEN, NUM_EXPERTS, NANO_WIDTH, NANO_HIDDEN
+
+    def leaf(*shape: int, trained: bool = True) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16, requires_grad=trained)
+
+    plan = fused.route_plan(torch.empty(T, K, dtype=torch.int32), E)
+    tokens = leaf(T, H), torch.empty(T, K, requires_grad=True), plan
+    rows = leaf(T * K, H), plan.counts_E, torch.empty(T * K, requires_grad=True)
+    trained = leaf(E, F, H), leaf(E, H, F)
+    main_grads = torch.empty(E, F, H), torch.empty(E, H, F)
+    fused.routed_experts(*tokens, *trained, main_grads=main_grads).sum().backward()
+    fused.grouped_experts(*rows, *trained).sum().backward()
+
+    frozen = leaf(E, F, H, trained=False), leaf(E, H, F, trained=False)
+    loras = [fused.GroupedLora(leaf(E, LORA_RANK, n), leaf(E, m, LORA_RANK), 1.0) for n, m in ((H, F), (F, H))]
+    fused.routed_experts(*tokens, *frozen, *loras).sum().backward()
+    fused.grouped_experts(*rows, *frozen, *loras).sum().backward()
+
+
+def _rest() -> None:
+    """Ops without a tile of the table: routers of 128 and 512 experts, permutation, the norm, the loss."""
+    for num_experts, num_chosen, width in ((128, NANO_CHOSEN, NANO_WIDTH), (512, 22, 4096)):
+        x_TH = torch.empty(256, width, dtype=torch.bfloat16, requires_grad=True)
+        W_EH = torch.empty(num_experts, width, dtype=torch.bfloat16)
+        idx_TK, p_TK = fused.router_from_tokens(x_TH, W_EH, torch.empty(num_experts), num_chosen, 1.0)
+        plan = fused.route_plan(idx_TK, num_experts)
+        tiles.tiling(plan.counts_E, idx_TK.numel())
+        rows, _ = fused.permute(x_TH, p_TK, plan)
+        fused.unpermute(rows, plan).sum().backward()
+        logits_TE = torch.empty(256, num_experts, requires_grad=True)
+        fused.router(logits_TE, torch.empty(num_experts), num_chosen, 1.0)[1].sum().backward()
+    for width in (512, 2048):  # groups of Mamba's norm in Nano and in Ultra
+        y_TD = torch.empty(256, 8 * width, dtype=torch.bfloat16, requires_grad=True)
+        gated_norm.gated_rms_norm(y_TD, y_TD, torch.empty(8 * width, requires_grad=True), 8).sum().backward()
+    head_VH, target_T = torch.empty(VOCABULARY, NANO_WIDTH, dtype=torch.bfloat16), torch.empty(256, dtype=torch.int64)
+    x_TH = torch.empty(256, NANO_WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    linear_cross_entropy.linear_cross_entropy(x_TH, head_VH, target_T).sum().backward()
+
+
+if __name__ == "__main__":
+    for line in compile_all(sys.argv[1]):
+        print(json.dumps(line._asdict()))

@@ -1,0 +1,161 @@
+"""transformers' NemotronH with the run's weights writes the tokens that our own decoding writes, item by item."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_evolve.eval.engines import export, in_process, megatron
+from megatron_evolve.eval.engines.seam import Examinee, Prompt
+from megatron_evolve.eval.engines.settings import MegatronSettings, TransformersSettings
+from megatron_evolve.eval.generate import generate
+from megatron_evolve.substrate.model import build, weights
+from megatron_evolve.substrate.model.architecture import NANO_CPU, Architecture
+from megatron_evolve.substrate.tokenizer import PieceTokenizer, challenge_tokenizer, nano_tokenizer
+
+TOKENIZER = nano_tokenizer()
+ARCHITECTURE = NANO_CPU.with_vocab(TOKENIZER.vocab_size)
+
+
+class OpenRun(Examinee):
+    """A run whose model is at hand."""
+
+    def open(self) -> torch.nn.Module:
+        return self.model
+
+
+def run_of(model: torch.nn.Module, architecture: Architecture, folder: Path) -> Examinee:
+    substrate = SimpleNamespace(architecture=architecture.model_dump())
+    run = OpenRun(folder, substrate, folder, TOKENIZER, folder / "work")
+    object.__setattr__(run, "model", model)
+    return run
+
+
+def enlarged(architecture: Architecture, *, adapter: bool) -> torch.nn.Module:
+    """Random weights large enough that every layer matters, with an end token that comes up now and then."""
+    model = build.build_model(architecture, seed=3).eval()
+    rng = torch.Generator().manual_seed(9)
+    for name, value in weights.state_of(model).items():
+        if name.endswith("expert_bias"):
+            value.copy_(torch.rand(value.shape, generator=rng) * 0.3)
+        elif value.dim() == 2 or name.endswith("conv1d_weight"):
+            value.mul_(6)
+    model.output_layer.weight.data[TOKENIZER.eos_id] *= 1.1
+    if adapter:
+        from megatron_evolve.substrate.model import lora  # needs Megatron, which the fixture starts
+
+        lora.add_lora(model, rank=4, alpha=8, targets=tuple(lora.TARGETS), seed=1)
+        with torch.no_grad():
+            for name, value in lora.adapter_state(model).items():
+                if name.endswith("lora_B"):
+                    value.copy_(torch.randn(value.shape, generator=rng) * 0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def megatron_is_started() -> Iterator[None]:
+    build.start(seed=3)
+    yield
+    build.stop()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    rng = random.Random(1)
+    tokens = [tuple(rng.randrange(2, TOKENIZER.vocab_size) for _ in range(rng.randint(1, 28))) for _ in range(80)]
+    return [Prompt(text="", tokens=one, message="") for one in tokens]
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "adapter"])
+def test_same_completions_item_by_item(adapter: bool, prompts: list[Prompt], tmp_path: Path) -> None:
+    run = run_of(enlarged(ARCHITECTURE, adapter=adapter), ARCHITECTURE, tmp_path)
+    ours = megatron.ask(MegatronSettings(max_new_tokens=24, batch_size=80), run, prompts)
+    theirs = in_process.ask(TransformersSettings(kind="transformers", max_new_tokens=24, batch_size=24), run, prompts)
+    assert theirs == ours
+    # the comparison is worth something: varied text, both endings, rows that end early and late
+    assert len({one.text for one in ours.completions}) > 50
+    assert 3 < sum(one.truncated for one in ours.completions) < 77
+    if adapter:
+        base = run_of(enlarged(ARCHITECTURE, adapter=False), ARCHITECTURE, tmp_path)
+        assert megatron.ask(MegatronSettings(max_new_tokens=24, batch_size=80), base, prompts) != ours
+
+
+def test_a_clamped_step_is_clamped_while_writing_too(prompts: list[Prompt], tmp_path: Path) -> None:
+    """Steps of softplus(-8) lie below the clamp of 1e-2, which transformers' cached step leaves out."""
+    architecture = ARCHITECTURE.model_copy(update={"dt_min": 1e-2})
+    model = enlarged(architecture, adapter=False)
+    for name, value in weights.state_of(model).items():
+        if name.endswith("dt_bias"):
+            value.sub_(8)
+    run, few = run_of(model, architecture, tmp_path), prompts[:24]
+    ours = megatron.ask(MegatronSettings(max_new_tokens=16, batch_size=24), run, few)
+    theirs = in_process.ask(TransformersSettings(kind="transformers", max_new_tokens=16, batch_size=24), run, few)
+    assert theirs == ours
+    cached = in_process.greedy(
+        in_process.nemotron_h(*export.merged_state(run)),
+        [one.tokens for one in few],
+        max_new_tokens=16,
+        eos_id=TOKENIZER.eos_id,
+        pad_id=TOKENIZER.pad_id,
+        use_cache=True,
+    )
+    assert [TOKENIZER.decode(row) for row, _ in cached] != [one.text for one in ours.completions]
+
+
+def test_the_exported_folder_loads_as_the_run(prompts: list[Prompt], tmp_path: Path) -> None:
+    """What a server is given: config, weights and tokenizer that transformers loads without a word of ours."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = enlarged(ARCHITECTURE, adapter=True)
+    run = run_of(model, ARCHITECTURE, tmp_path)
+    with export.exported(run, "model", export.write_model) as folder:
+        loaded, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert not folder.exists()
+    assert (loaded.config.eos_token_id, loaded.config.pad_token_id, loaded.config.bos_token_id) == (1, 0, None)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (1, 0, TOKENIZER.vocab_size)
+    tokens = torch.tensor([prompts[0].tokens * 3])
+    with torch.no_grad():
+        ours, theirs = model(tokens, None, None), loaded(tokens).logits
+    assert (ours - theirs).abs().max() < 1e-4 * ours.abs().max()  # float32; measured 2e-6
+    text = "numeral\n1990\nA \\boxed{"
+    assert tokenizer(text)["input_ids"] == TOKENIZER.encode(text)
+    assert generate(model, [], max_new_tokens=1, eos_id=1, pad_id=0, batch_size=1) == []
+
+
+@pytest.mark.parametrize("ours", [TOKENIZER, challenge_tokenizer()], ids=["nano", "challenge"])
+def test_the_exported_tokenizer_is_ours_to_the_id(ours: PieceTokenizer) -> None:
+    theirs = export.fast_tokenizer(ours)
+    rng = random.Random(5)
+    single = [piece for piece in ours.pieces if len(piece) == 1]
+    for case in range(2000):
+        pieces = ours.pieces if case % 2 else single
+        text = "".join(rng.choice(pieces) for _ in range(rng.randint(1, 120)))
+        assert theirs.encode(text).ids == ours.encode(text)
+        ids = [rng.randrange(2, ours.vocab_size) for _ in range(60)]
+        assert theirs.decode(ids) == ours.decode(ids)
+    assert theirs.decode([0, 0, *ids, 1], skip_special_tokens=True) == ours.decode([0, 0, *ids, 1])
+    with pytest.raises(Exception, match="UNK"):
+        theirs.encode("é")
+
+
+def test_the_exported_tokenizer_cuts_real_rows_as_ours_does() -> None:
+    from megatron_evolve.eval.suite import GeneratedSuite, draw
+    from megatron_evolve.substrate.puzzles.row import question_text
+
+    for difficulty, ours in (("nano", TOKENIZER), ("challenge", challenge_tokenizer())):
+        families = ("numeral", "gravity", "unit_conversion", "cipher", "bit_manipulation", "equation")
+        shares = {name: {"weight": 1} for name in families}
+        suite = GeneratedSuite(difficulty=difficulty, families=shares, items_per_family={"dev-b": 100}, seed=3)
+        theirs = export.fast_tokenizer(ours)
+        for item in draw(suite, split="dev-b", round_number=1, secret="a secret of the tests"):
+            text = question_text(item.prompt, difficulty)
+            assert theirs.encode(text).ids == ours.encode(text)
+
+
+def test_text_that_looks_like_a_special_token_stays_text() -> None:
+    ours = challenge_tokenizer()
+    theirs = export.fast_tokenizer(ours)
+    assert theirs.encode("say <eos> or <pad>").ids == ours.encode("say <eos> or <pad>")

@@ -1,0 +1,53 @@
+"""Every kernel and tile compiles for sm_90a and sm_100, runs on the tensor cores, spills nothing and fits the chip."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron_evolve.kernels import tiles
+from megatron_evolve.kernels.offline import CHIPS, MAX_REGISTERS, MAX_SHARED_BYTES, Compiled
+
+WANTED = {"sm_90a": "wgmma", "sm_100": "tcgen05"}
+
+
+@pytest.fixture(scope="module", params=CHIPS)
+def compiled(request) -> tuple[str, list[Compiled]]:
+    """Compiled in a process of its own: this one may have Triton's interpreter in the compiler's place."""
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_evolve.kernels.offline", request.param],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return request.param, [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_every_tile_was_compiled(compiled):
+    found = [c.constants for c in compiled[1] if c.products]
+    for _, tile in tiles.ROW_TILES:
+        want = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "num_warps": tile.warps}
+        assert any(want.items() <= constants.items() for constants in found), want
+
+
+@pytest.mark.slow
+def test_matrix_products_run_on_the_tensor_cores(compiled):
+    chip, kernels = compiled
+    for c in kernels:
+        if c.products:
+            # wgmma and tcgen05 want blocks of 64 rows; below, the products are bound by reading memory anyway
+            narrow = min(c.constants[name] for name in ("BM", "BN", "BT", "BE") if name in c.constants) < 64
+            assert c.tensor_core == WANTED[chip] or (narrow and c.tensor_core != "none"), c
+
+
+@pytest.mark.slow
+def test_nothing_spills_and_all_fits(compiled):
+    for c in compiled[1]:
+        assert c.spilled_bytes == 0, c
+        assert c.shared_bytes <= MAX_SHARED_BYTES, c
+        assert c.registers * c.threads <= MAX_REGISTERS, c
