@@ -1,7 +1,7 @@
 """Floating-point operations that one token costs, a multiply-add counted as two.
 
-The backward pass costs twice the forward one: a gradient of the input and one of the weight. Frozen weights need only
-the first, so a frozen layer costs 2/3 of a trained one; adapters are trained.
+The backward pass costs twice the forward one: a gradient for each side of a product. A frozen weight needs none, so its
+products cost 2/3 of a trained one's; those between activations (scores, scan) and adapters cost the whole.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ from math import ceil
 
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.plan.job import Job
+
+BETWEEN_ACTIVATIONS = ("scores", "scan")
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,12 @@ def pattern_flops(a: Architecture, pattern: str, job: Job) -> Flops:
     total = Flops(0.0, 0.0, 0.0)
     for letter in set(pattern):
         count = pattern.count(letter)
-        forward = count * sum(layer_forward(a, letter, job.sequence_length).values())
+        kinds = layer_forward(a, letter, job.sequence_length)
+        forward = count * sum(kinds.values())
+        between = count * sum(kinds.get(kind, 0.0) for kind in BETWEEN_ACTIVATIONS)
         again = forward if job.recompute == "full" or (job.recompute == "selective" and letter == "E") else 0.0
         adapted = count * _adapter_forward(a, letter, job) if job.mode == "lora" else 0.0
-        train = 3 * forward if job.mode == "sft" else 2 * forward + 3 * adapted
+        train = 3 * forward if job.mode == "sft" else 2 * forward + between + 3 * adapted
         total += Flops(forward + adapted, train, train + again)
     return total
 

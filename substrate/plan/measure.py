@@ -41,12 +41,16 @@ MODEL = Architecture.model_validate(
         "max_sequence_length": 256,
     }
 )
+# As Super and Ultra: experts at a latent width, two further tokens predicted by one shared head.
+FURTHER = Architecture.model_validate(
+    MODEL.model_dump() | {"name": "nano-measured-further", "latent_size": 64, "mtp_pattern": "*E", "mtp_depths": 2}
+)
 STEP = "measured step"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layout and a job of `MODEL`; rows an optimizer step are `batch`."""
+    """A layout and a job; rows an optimizer step are `batch`."""
 
     layout: str
     batch: int
@@ -54,6 +58,7 @@ class Case:
     sequence_length: int
     mode: str = "sft"
     recompute: str = "none"
+    model: Architecture = MODEL
 
     @property
     def job(self) -> Job:
@@ -77,6 +82,8 @@ CASES = {  # by number of processes
         Case("", 2, 2, 33),
         Case("", 8, 8, 96, recompute="full"),
         Case("", 8, 8, 96, recompute="selective"),
+        Case("", 8, 8, 96, model=FURTHER),
+        Case("", 8, 8, 96, mode="lora", model=FURTHER),
     ),
     2: (
         Case("", 16, 8, 96),
@@ -85,6 +92,7 @@ CASES = {  # by number of processes
         Case("ep=2", 16, 8, 96),
         Case("pp=2", 16, 4, 96),
         Case("pp=2", 8, 4, 160, mode="lora"),
+        Case("pp=2", 16, 4, 96, model=FURTHER),
     ),
     3: (Case("pp=3", 24, 4, 96), Case("pp=3,vp=2", 24, 4, 96)),
     4: (Case("tp=2,ep=2", 16, 8, 96), Case("pp=2", 16, 4, 96), Case("tp=2,pp=2", 16, 4, 96)),
@@ -113,15 +121,16 @@ def main() -> None:
 def compare(case: Case, ranks: int) -> dict[str, Any]:
     """Planned and measured bytes of one case: at rest (weights, gradients, moments) and at the peak."""
     layout = Layout.from_text(case.layout)
-    planned = peak(MODEL, layout, ranks, case.job)
+    planned = peak(case.model, layout, ranks, case.job)
     at_rest = max(
         stage.weights + stage.adapters + stage.gradients + stage.optimizer
-        for stage in by_stage(MODEL, layout, ranks, case.job)
+        for stage in by_stage(case.model, layout, ranks, case.job)
     )
     _lay_out(layout)
     rest_bytes, peak_bytes, profiled_bytes = _over_ranks(_measure(case, layout, ranks))
     return {
         "processes": ranks,
+        "model": case.model.name,
         "layout": str(layout),
         "mode": case.mode,
         "recompute": case.recompute,
@@ -226,7 +235,7 @@ def _trainer(case: Case, layout: Layout, ranks: int) -> Any:
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
     chunks = build.build_chunks(
-        MODEL, seed=2, finalize_model_grads_func=finalize_model_grads, **RECOMPUTE[case.recompute]
+        case.model, seed=2, finalize_model_grads_func=finalize_model_grads, **RECOMPUTE[case.recompute]
     )
     if case.mode == "lora":
         from megatron_evolve.substrate.model.lora import add_lora
@@ -242,7 +251,7 @@ def _trainer(case: Case, layout: Layout, ranks: int) -> Any:
     shape = (micro_batches, case.micro_batch, case.sequence_length)
 
     def step(seed: int) -> None:
-        tokens = torch.randint(0, MODEL.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+        tokens = torch.randint(0, case.model.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()

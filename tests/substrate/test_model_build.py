@@ -56,7 +56,7 @@ class OnMeta(TorchFunctionMode):
         return func(*args, **(kwargs or {}) | ({"device": "meta"} if made else {}))
 
 
-@pytest.mark.parametrize("name", ["nemotron3-nano"])
+@pytest.mark.parametrize("name", ["nemotron3-nano", "nemotron3-super", "nemotron3-ultra"])
 def test_a_preset_is_as_large_as_it_says(name: str, runtime: build.Runtime) -> None:
     with OnMeta():
         model = build.build_model(PRESETS[name], seed=1, perform_initialization=False)

@@ -123,7 +123,7 @@ def test_operations_of_a_token() -> None:
     assert full.forward - between == pytest.approx(2 * NANO.num_active_parameters() - tables, rel=2e-3)
     assert full.train == full.executed == 3 * full.forward
     frozen = token_flops(NANO, job("lora", 8192))
-    assert 2 / 3 < frozen.train / full.train < 0.72  # adapters of rank 32 on top
+    assert 2 / 3 < frozen.train / full.train < 0.74  # adapters of rank 32, scores and scan on top
     again = token_flops(NANO, job(length=8192, recompute="full"))
     assert (
         again.train == full.train

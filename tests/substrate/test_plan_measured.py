@@ -30,12 +30,12 @@ def measure(processes: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize(("processes", "cases"), [(1, 6), (2, 6)])
+@pytest.mark.parametrize(("processes", "cases"), [(1, 8), (2, 7)])
 def test_plan_is_within_a_tenth_of_every_measured_peak(processes: int, cases: int) -> None:
     rows = measure(processes)
     assert len(rows) == cases
     for row in rows:
-        assert 0.95 < row["planned"] / row["measured"] < 1.05, row  # measured 0.99 to 1.03
+        assert 0.95 < row["planned"] / row["measured"] < 1.05, row  # measured 0.98 to 1.03
         assert 0.85 < row["planned_at_rest"] / row["measured_at_rest"] <= 1, row
         if row["profiled"]:  # two ways of counting agree
             assert row["measured"] == pytest.approx(row["profiled"], rel=0.01)
