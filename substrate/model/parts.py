@@ -5,7 +5,7 @@ from 0 and an expert-parallel rank its experts, so a rank's own names differ. Me
 axis it is split along (`partition_dim`) and, where several projections share one matrix (Mamba's z, x, B, C, dt), with
 the rows that each of them has on a rank (`partition_sizes`): each of these sections is split by itself.
 
-    part.of(whole)          a rank's slice of a whole tensor
+    part.slices()           where a rank's slice stands in the whole tensor
     part.joined(pieces)     the whole tensor from all slices
     whole_tensors(chunks)   every tensor of the model joined on rank 0, one at a time: no rank holds a second model
 
@@ -48,16 +48,6 @@ class Part:
     def shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor."""
         return tuple(size * self.count if axis == self.axis else size for axis, size in enumerate(self.local))
-
-    def of(self, whole: Tensor) -> Tensor:
-        """The rank's slice. Raises ValueError if the whole has another shape."""
-        if tuple(whole.shape) != self.shape:
-            raise ValueError(
-                f"{self.name} must have shape {self.shape}; got {tuple(whole.shape)}: use the architecture it was "
-                "saved from"
-            )
-        pieces = [whole[place] for place in self.slices()]
-        return torch.cat(pieces, self.axis) if len(pieces) > 1 else pieces[0]
 
     def slices(self) -> list[tuple[slice, ...]]:
         """Where the rank's slice stands in the whole tensor, section by section: for reading no more than it."""
@@ -125,23 +115,6 @@ def global_name(chunk: Module, name: str) -> str:
 
 def _experts_per_rank(chunk: Module) -> int:
     return chunk.config.num_moe_experts // chunk.config.expert_model_parallel_size
-
-
-def put_whole(chunks: Sequence[Module], tensors: Mapping[str, Tensor], source: str) -> None:
-    """Fill this rank's chunks from tensors of the whole model. A lazy mapping is asked once for each tensor it needs.
-
-    What belongs to other ranks is left alone. Raises ValueError naming what is missing or has another shape.
-    """
-    parts = parts_of(chunks)
-    missing = sorted(parts.keys() - tensors.keys())
-    if missing:
-        raise ValueError(
-            f"{source} must hold this model's tensors; got none of {', '.join(missing)}: use the architecture it was "
-            "saved from"
-        )
-    with torch.no_grad():
-        for name, (part, tensor) in parts.items():
-            tensor.copy_(part.of(tensors[name]))
 
 
 def whole_tensors(chunks: Sequence[Module], wanted: Mapping[str, Any] | None = None) -> Iterator[tuple[str, Tensor]]:

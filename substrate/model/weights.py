@@ -35,20 +35,6 @@ def save_weights(model: "Module", path: Path | str) -> Path:
     return path
 
 
-def read_weights(path: Path | str) -> dict[str, "Tensor"]:
-    """The tensors of a file made by `save_weights`. Raises FileNotFoundError, or ValueError if the file is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights must be a safetensors file; {path} is not there: write it with save_weights")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} must be a whole safetensors file; got {error}: copy or write it again") from error
-
-
 def put_weights(model: "Module", tensors: dict[str, "Tensor"], source: str = "the given tensors") -> None:
     """Fill the model, in place, from tensors in memory.
 

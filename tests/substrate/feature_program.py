@@ -34,11 +34,10 @@ def steps_of(weights: Path) -> list[list[float]]:
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from megatron_evolve.substrate.model.packed import PackedSequences
-    from megatron_evolve.substrate.model.parts import put_whole
-    from megatron_evolve.substrate.model.weights import read_weights
+    from megatron_evolve.substrate.model.weights import load_part
 
     model = build.build_model(ARCHITECTURE, seed=2, finalize_model_grads_func=finalize_model_grads)
-    put_whole([model], read_weights(weights), str(weights))
+    load_part([model], [weights])
     model = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
     settings = OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0, use_distributed_optimizer=True)
     optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)

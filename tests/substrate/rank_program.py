@@ -45,11 +45,10 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
 def model_of(case: dict[str, Any], weights: Path) -> list[Any]:
     """This rank's chunks with the given weights, adapted if the case says so."""
     from megatron_evolve.substrate.model.lora import add_lora
-    from megatron_evolve.substrate.model.parts import put_whole
-    from megatron_evolve.substrate.model.weights import read_weights
+    from megatron_evolve.substrate.model.weights import load_part
 
     chunks = build.build_chunks(ARCHITECTURE, seed=3)
-    put_whole(chunks, read_weights(weights), str(weights))
+    load_part(chunks, [weights])
     if case["adapter"]:
         for chunk in chunks:
             add_lora(chunk, rank=ADAPTER.rank, alpha=ADAPTER.alpha, targets=ADAPTER.targets, seed=5)
