@@ -6,6 +6,7 @@ import torch
 from megatron_evolve.kernels.backend import backend
 from megatron_evolve.substrate.model import build
 from megatron_evolve.substrate.model.architecture import NANO_CPU
+from tests.kernels.expert_cases import DEVICE
 
 STEPS, LEARNING_RATE = 2, 3e-3
 
@@ -26,7 +27,7 @@ def losses(name: str) -> list[float]:
     for experts in layers:
         experts.compute = backend(name).grouped_experts
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    tokens = torch.randint(0, 77, (2, 8), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 77, (2, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     seen = []
     for step in range(STEPS + 1):
         with torch.set_grad_enabled(step < STEPS):
