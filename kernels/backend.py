@@ -5,20 +5,31 @@
     triton      fused kernels: a CUDA device, or Triton's interpreter for tests
 
 A backend is a module with the functions of `reference`. The kernels' module is imported when it is asked for: the CPU
-path needs no Triton.
+path needs no Triton. Naming a form needs no torch.
 """
 
 import os
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
-import torch
-
 MODULES = {"reference": "reference", "eager": "eager", "triton": "fused"}
+AUTO = "auto"
+
+
+def resolved(name: str) -> str:
+    """`auto` as this machine's choice: fused kernels where torch finds a CUDA device and Triton is installed."""
+    if name != AUTO:
+        return name
+    import torch
+
+    return "triton" if torch.cuda.is_available() and find_spec("triton") else "eager"
 
 
 def backend(name: str) -> ModuleType:
     """The module of that name. Raises ValueError for an unknown name, or one that cannot run here."""
+    import torch
+
     if name not in MODULES:
         raise ValueError(f"backend must be one of {', '.join(MODULES)}; got {name!r}: name one of them")
     if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):

@@ -66,6 +66,9 @@ class Training(Frozen):
     ranks: int = Field(default=1, ge=1, description="processes of one run; what the layout leaves is data parallel")
     layout: Layout = Field(default=Layout(), description="parallel sizes")
     micro_rows: int | None = Field(default=None, ge=1, description="most rows that a rank computes at once")
+    experts: Literal["auto", "eager", "triton", "reference"] = Field(
+        default="auto", description="maths of the routed experts; auto takes the fused kernels where a GPU is"
+    )
 
     @model_validator(mode="after")
     def _ranks_fit(self) -> "Training":
@@ -77,7 +80,8 @@ class Training(Frozen):
         """The trainer's arguments."""
         sizes = [f"{name}={size}" for name, size in self.layout if size > 1]
         layout = ("--layout", ",".join(sizes)) if sizes else ()
-        return layout + (("--micro-rows", str(self.micro_rows)) if self.micro_rows else ())
+        micro_rows = ("--micro-rows", str(self.micro_rows)) if self.micro_rows else ()
+        return (*layout, *micro_rows, *(("--experts", self.experts) if self.experts != "auto" else ()))
 
 
 class LaunchSpec(Frozen):

@@ -85,7 +85,9 @@ def operations(gpu: bool, packages: dict[str, str | None]) -> dict[str, dict[str
     lacking = [name for name in ("mamba-ssm", "causal-conv1d") if not packages[name]]
     why_cpu = "no GPU on this machine"
     return {
-        "experts": path("eager", "plain PyTorch over sorted rows; the fused Triton path is not built in yet"),
+        "experts": path("triton", "fused kernels; `launch.training.experts: eager` is plain PyTorch")
+        if gpu and packages["triton"]
+        else path("eager", "triton is not installed" if gpu else why_cpu),
         "mamba scan": path("mamba-ssm", "installed with causal-conv1d, and a GPU is there")
         if gpu and not lacking
         else path("pytorch", f"{' and '.join(lacking)} not installed" if gpu else why_cpu),

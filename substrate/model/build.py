@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_evolve.kernels.backend import AUTO
 from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.ranks import place_in
@@ -201,10 +202,11 @@ def build_model(architecture: Architecture, *, seed: int, **fields: Any) -> "Hyb
     return chunk
 
 
-def build_chunks(architecture: Architecture, *, seed: int, **fields: Any) -> "list[HybridModel]":
+def build_chunks(architecture: Architecture, *, seed: int, experts: str = AUTO, **fields: Any) -> "list[HybridModel]":
     """This rank's part of a new `HybridModel`, one chunk per virtual pipeline stage, in order of the layers.
 
-    Same architecture, layout and seed, same bits. `fields` are added to the configuration or replace, by Megatron's
+    Same architecture, layout and seed, same bits. `experts` names the backend of the routed experts' maths
+    (`kernels.backend`), `fields` are added to the configuration or replace, by Megatron's
     names (see `transformer_config`). The layers are cut as `Layout.stages` says; raises ValueError if they cannot be.
     """
     from megatron.core import parallel_state
@@ -221,7 +223,7 @@ def build_chunks(architecture: Architecture, *, seed: int, **fields: Any) -> "li
         where = {"ignore_virtual": False, "vp_stage": virtual}
         chunk = HybridModel(
             config=transformer_config(architecture, **fields),
-            hybrid_stack_spec=hybrid_stack_spec(architecture),
+            hybrid_stack_spec=hybrid_stack_spec(architecture, experts),
             vocab_size=architecture.vocab_size,
             max_sequence_length=architecture.max_sequence_length,
             hybrid_layer_pattern="|".join(stages) + f"/{architecture.mtp_pattern}" * architecture.mtp_depths,

@@ -21,6 +21,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from megatron.core.utils import divide
 from torch import Tensor
 
+from megatron_evolve.kernels.backend import AUTO, resolved
 from megatron_evolve.kernels.backend import backend as named_backend
 from megatron_evolve.kernels.reference import GroupedLora
 
@@ -110,9 +111,9 @@ class ExpertWeights(torch.nn.Module):
 class GroupedExperts(MegatronModule):
     """All local experts of one layer; an `ExpertsBuilder` and `ExpertsInterface` of Megatron's moe_layer.py.
 
-    `backend` names the form of the maths (`kernels.backend`): "eager", "triton" on a GPU, or "reference" to hold a
-    suspect result against the definition. Raises ValueError for a backend that cannot run here, or a configuration
-    whose experts would compute something else.
+    `backend` names the form of the maths (`kernels.backend`): "auto", "eager", "triton" on a GPU, or "reference" to
+    hold a suspect result against the definition; the attribute says which was taken. Raises ValueError for a backend
+    that cannot run here, or a configuration whose experts would compute something else.
     """
 
     def __init__(
@@ -122,11 +123,12 @@ class GroupedExperts(MegatronModule):
         *,
         pg_collection: ProcessGroupCollection,
         name: str | None = None,
-        backend: str = "eager",
+        backend: str = AUTO,
     ) -> None:
         super().__init__(config=config)
         _check(config)
-        self.compute = named_backend(backend).grouped_experts
+        self.backend = resolved(backend)
+        self.compute = named_backend(self.backend).grouped_experts
         width = config.moe_latent_size or config.hidden_size
         hidden = divide(config.moe_ffn_hidden_size, pg_collection.expt_tp.size())
         common = {"config": config, "pg_collection": pg_collection}

@@ -109,8 +109,8 @@ class RecomputableStack(HybridStack):
         return super().forward(hidden_states, *args, **kwargs)
 
 
-def hybrid_stack_spec(architecture: Architecture) -> ModuleSpec:
-    """The spec that `HybridModel` builds its layers from."""
+def hybrid_stack_spec(architecture: Architecture, experts: str) -> ModuleSpec:
+    """The spec that `HybridModel` builds its layers from. `experts` is the backend of the routed experts' maths."""
     # Megatron names its final norm and latent projections itself, outside the spec, and means Transformer Engine's.
     hybrid_block.TENorm = RMSNorm
     latent.install()
@@ -119,7 +119,7 @@ def hybrid_stack_spec(architecture: Architecture) -> ModuleSpec:
         submodules=HybridStackSubmodules(
             mamba_layer=_mamba_layer(architecture),
             attention_layer=_attention_layer(),
-            moe_layer=_moe_layer(),
+            moe_layer=_moe_layer(experts),
             mtp_block_spec=_prediction_heads(),
         ),
     )
@@ -156,10 +156,12 @@ def _attention_layer() -> ModuleSpec:
     )
 
 
-def _moe_layer() -> ModuleSpec:
+def _moe_layer(backend: str) -> ModuleSpec:
     shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     experts = MoESubmodules(
-        experts=GroupedExperts, shared_experts=partial(SharedExpertMLP, submodules=shared), router=TopKRouter
+        experts=partial(GroupedExperts, backend=backend),
+        shared_experts=partial(SharedExpertMLP, submodules=shared),
+        router=TopKRouter,
     )
     return ModuleSpec(
         module=MoETransformerLayer,

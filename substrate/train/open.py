@@ -18,13 +18,16 @@ WEIGHTS_FILE = "weights.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def open_chunks(folder: Path, substrate: Substrate) -> "list[HybridModel]":
-    """This rank's part of the model with the substrate's own weights, in the layout of the running process group."""
+def open_chunks(folder: Path, substrate: Substrate, experts: str = "auto") -> "list[HybridModel]":
+    """This rank's part of the model with the substrate's own weights, in the layout of the running process group.
+
+    `experts` names the backend of the routed experts' maths.
+    """
     from megatron_evolve.substrate.model import build
     from megatron_evolve.substrate.model.architecture import Architecture
     from megatron_evolve.substrate.model.weights import load_part
 
-    chunks = build.build_chunks(Architecture.model_validate(substrate.architecture), seed=0)
+    chunks = build.build_chunks(Architecture.model_validate(substrate.architecture), seed=0, experts=experts)
     load_part(chunks, substrate.weight_paths(folder))
     return chunks
 

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_evolve.kernels.backend import resolved
 from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, write_json
 from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
 from megatron_evolve.substrate.digest import digest_of
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--layout", default="", metavar="SIZES", help="as tp=2,ep=2; what is left is data parallel")
     parser.add_argument("--micro-rows", type=int, metavar="N", help="most rows that a rank computes at once")
+    parser.add_argument("--experts", default="auto", metavar="BACKEND", help="auto, eager, triton or reference")
     return parser
 
 
@@ -95,14 +97,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
     runtime = build.start(arguments.seed, layout)
     try:
-        chunks = open_chunks(arguments.substrate, substrate)
+        chunks = open_chunks(arguments.substrate, substrate, arguments.experts)
         tokenizer = read_tokenizer(arguments.substrate)
         packer = Packer(settings.mix, substrate.construction, tokenizer, settings.recipe, arguments.seed, excluded)
         fitted = train(chunks, packer, arguments.out, identity, arguments.save_every, arguments.micro_rows)
     finally:
         build.stop()
     if runtime.rank == 0:
-        write_json(arguments.out / RESULT_FILE, result_of(fitted, identity))
+        taken = resolved(arguments.experts)
+        write_json(arguments.out / RESULT_FILE, {**result_of(fitted, identity), "experts": taken})
         shutil.rmtree(arguments.out / RESUME_FOLDER, ignore_errors=True)
     return 0
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_evolve.kernels import eager, fused, reference
-from megatron_evolve.kernels.backend import backend
+from megatron_evolve.kernels.backend import AUTO, backend, resolved
 
 
 def test_each_name_is_its_module():
@@ -36,3 +36,10 @@ def test_triton_without_a_device():
         "ValueError: the triton backend needs a CUDA device; torch finds none: use the eager backend, or set "
         "TRITON_INTERPRET=1 first (slow, for tests)"
     )
+
+
+def test_auto_is_the_fused_form_where_a_device_is(monkeypatch):
+    assert resolved("reference") == "reference"
+    for there, name in ((True, "triton"), (False, "eager")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert resolved(AUTO) == name

@@ -66,6 +66,7 @@ def test_training_on_several_ranks_is_a_setting_of_the_place() -> None:
     spread = Training.parse({"ranks": 4, "layout": {"tp": 2}, "micro_rows": 8}, where="launch")
     assert spread.options == ("--layout", "tp=2", "--micro-rows", "8")
     assert Training().options == ()
+    assert Training(experts="eager").options == ("--experts", "eager")
     with pytest.raises(ValueError, match="layout tp=2 runs on a multiple of 2 ranks; got 3"):
         Training.parse({"ranks": 3, "layout": {"tp": 2}}, where="launch")
 
