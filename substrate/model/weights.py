@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING
 from megatron_evolve.substrate.model.tensor_file import read_header
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from torch.nn import Module
+
+EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def state_of(model: "Module") -> dict[str, "Tensor"]:
@@ -60,6 +63,23 @@ def put_weights(model: "Module", tensors: dict[str, "Tensor"], source: str = "th
     with torch.no_grad():
         for name, value in state.items():
             value.copy_(tensors[name])
+
+
+def stored_dtype(paths: Iterable[Path]) -> "torch.dtype":
+    """The dtype that a model of these files computes in: the one of its embedding. Raises ValueError for float16."""
+    import torch
+
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
+    entries = (entry for path in paths for name, entry in read_header(path).items() if name == EMBEDDING)
+    embedding = next(entries, None)
+    if embedding is None:
+        raise ValueError(f"weights must hold {EMBEDDING}; no file does: freeze the substrate again")
+    if embedding.dtype not in dtypes:
+        raise ValueError(
+            f"{embedding.path} must hold float32 or bfloat16; got {embedding.dtype}, whose range routing outgrows: "
+            "convert the checkpoint to bfloat16"
+        )
+    return dtypes[embedding.dtype]
 
 
 def load_part(chunks: Sequence["Module"], paths: Iterable[Path]) -> None:

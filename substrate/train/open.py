@@ -21,14 +21,15 @@ TOKENIZER_FILE = "tokenizer.json"
 def open_chunks(folder: Path, substrate: Substrate, experts: str = "auto") -> "list[HybridModel]":
     """This rank's part of the model with the substrate's own weights, in the layout of the running process group.
 
-    `experts` names the backend of the routed experts' maths.
+    It computes in the dtype in which the weights are stored. `experts` names the backend of the routed experts' maths.
     """
     from megatron_evolve.substrate.model import build
     from megatron_evolve.substrate.model.architecture import Architecture
-    from megatron_evolve.substrate.model.weights import load_part
+    from megatron_evolve.substrate.model.weights import load_part, stored_dtype
 
-    chunks = build.build_chunks(Architecture.model_validate(substrate.architecture), seed=0, experts=experts)
-    load_part(chunks, substrate.weight_paths(folder))
+    architecture, paths = Architecture.model_validate(substrate.architecture), substrate.weight_paths(folder)
+    chunks = build.build_chunks(architecture, seed=0, experts=experts, params_dtype=stored_dtype(paths))
+    load_part(chunks, paths)
     return chunks
 
 

@@ -18,8 +18,11 @@ def make_optimizer(
 
     `distributed`: each data-parallel rank keeps the state of a share of the parameters, as the chunks are wrapped for.
     """
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    import torch
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
+    bf16 = chunks[0].config.bf16  # then the optimizer keeps a float32 copy of the weights
     config = OptimizerConfig(
         optimizer=recipe.optimizer,
         lr=recipe.lr,
@@ -31,8 +34,16 @@ def make_optimizer(
         sgd_momentum=recipe.beta1,
         clip_grad=recipe.clip_grad,
         use_distributed_optimizer=distributed,
+        bf16=bf16,
+        params_dtype=chunks[0].config.params_dtype,
     )
-    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
+    overrides = get_standard_config_overrides(config)
+    if bf16:
+        # What stays in float32 (A_log, D) gets a group of its own, with nothing changed: in a group of both dtypes
+        # Megatron 0.19 numbers parameters in one order and keeps them in another, and saves one's moments as another's.
+        wide = ParamPredicate(name="float32", fn=lambda parameter: parameter.dtype == torch.float32)
+        overrides[ParamKey(predicate=wide)] = {"eps": recipe.epsilon}
+    return get_megatron_optimizer(config, list(chunks), config_overrides=overrides, use_gloo_process_groups=False)
 
 
 def torch_optimizers(optimizer: "MegatronOptimizer") -> list[Any]:

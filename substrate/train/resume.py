@@ -1,9 +1,10 @@
 """How a killed run goes on: everything that the next step needs, on disk, whole or absent.
 
-One process writes safetensors and goes on bit for bit. Several ranks each hold a part, so they write Megatron's
-distributed checkpoint, which several ranks in any other layout read, optimizer state and all. It keeps no random
-generators: nothing draws from them once training has begun. Of optimizers only Adam's state is kept there; SGD on
-several ranks starts anew. A run's folder is its own; nothing here is read from anybody else.
+One process in float32 writes safetensors and goes on bit for bit. Several ranks each hold a part, so they write
+Megatron's distributed checkpoint, which several ranks in any other layout read, optimizer state and all; one process of
+bfloat16 weights writes it too, for the float32 copy that its optimizer keeps. That form keeps no random generators:
+nothing draws from them once training has begun. Of optimizers it keeps Adam's state alone; SGD on several ranks or in
+bfloat16 starts anew. A run's folder is its own; nothing here is read from anybody else.
 
     resume/step-000000050/manifest.json     last: digest of every file, the trainer's own state
                           *.safetensors     one process
@@ -54,9 +55,9 @@ def save_resume(
     folder: Path, run: str, step: int, trainer: "Trainer", selector: "Selector", own: dict[str, Any]
 ) -> None:
     """Write the checkpoint of `step` under `folder`, then remove older ones. All ranks call it."""
-    if trainer.world > 1:
-        if trainer.distributed:
-            _save_distributed(folder, run, step, trainer, selector, own)
+    if trainer.distributed:
+        _save_distributed(folder, run, step, trainer, selector, own)
+    if not _alone(trainer):
         return
     tensors = {
         "model": trained_tensors(trainer.chunks, trainer.recipe.adapter is not None),
@@ -74,8 +75,10 @@ def restore_resume(folder: Path, run: str, trainer: "Trainer", selector: "Select
 
     Raises ValueError, on all ranks, for a checkpoint that this layout cannot read.
     """
-    if trainer.world > 1:
+    if trainer.distributed:
         return _restore_distributed(folder, run, trainer, selector)
+    if not _alone(trainer):
+        return None
     path = latest_resume(folder, run)
     if path is None:
         return None
@@ -87,6 +90,11 @@ def restore_resume(folder: Path, run: str, trainer: "Trainer", selector: "Select
     chosen = checkpoint.state["selected"]
     selector.restore(chosen["step"], chosen["loss"], read_tensors(path, "selected"))
     return checkpoint
+
+
+def _alone(trainer: "Trainer") -> bool:
+    """Whether this is the one process in float32 whose state is plain tensors."""
+    return trainer.world == 1 and not trainer.chunks[0].config.bf16
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------------
@@ -181,7 +189,7 @@ def _whole(path: Path, run: str, trainer: "Trainer") -> Checkpoint | None:
 def _fits(checkpoint: Checkpoint, path: Path, trainer: "Trainer") -> None:
     """Raises ValueError where the checkpoint has the other of the two forms."""
     saved = checkpoint.state.get("layout")
-    if (saved is None) != (trainer.world == 1):
+    if (saved is None) == trainer.distributed:
         writer, reader = ("one process", "several ranks")[:: 1 if saved is None else -1]
         raise ValueError(
             f"{path} was written by {writer} and is read by {reader}, which keep another form: go on as it was begun, "

@@ -87,9 +87,11 @@ class Trainer:
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
         )
-        # One rank has nothing to share out, and Megatron shares out no other optimizer's state than Adam's.
-        self.distributed = self.world > 1 and recipe.optimizer == "adam"
-        setting = DistributedDataParallelConfig(use_distributed_optimizer=self.distributed)
+        # One rank has nothing to share out, but saves the float32 copy of bfloat16 weights only in that form. Megatron
+        # shares out no other optimizer's state than Adam's.
+        bf16 = self.chunks[0].config.bf16
+        self.distributed = (self.world > 1 or bf16) and recipe.optimizer == "adam"
+        setting = DistributedDataParallelConfig(use_distributed_optimizer=self.distributed, grad_reduce_in_fp32=bf16)
         self.parallel = [
             DistributedDataParallel(chunk.config, setting, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(self.chunks)

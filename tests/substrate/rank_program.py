@@ -44,10 +44,13 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
 
 def model_of(case: dict[str, Any], weights: Path) -> list[Any]:
     """This rank's chunks with the given weights, adapted if the case says so."""
+    import torch
+
     from megatron_evolve.substrate.model.lora import add_lora
     from megatron_evolve.substrate.model.weights import load_part
 
-    chunks = build.build_chunks(ARCHITECTURE, seed=3)
+    dtype = torch.bfloat16 if case.get("bf16") else torch.float32
+    chunks = build.build_chunks(ARCHITECTURE, seed=3, params_dtype=dtype)
     load_part(chunks, [weights])
     if case["adapter"]:
         for chunk in chunks:

@@ -53,9 +53,14 @@ def both(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 ALL = [(ranks, name) for ranks, cases in LAYOUTS.items() for name in both(cases) if ranks > 1]
-SAVED = {"tensor and sequence", "tensor and sequence" + LORA, "expert"}  # after half of the steps
+BF16 = {
+    1: {"alone, bf16": {"layout": "", "bf16": True}},
+    2: {"tensor, bf16": {"layout": "tp=2", "bf16": True}},
+}
+SAVED = {"tensor and sequence", "tensor and sequence" + LORA, "expert", "tensor, bf16"}  # after half of the steps
 RESUMED = {  # where what those cases saved is gone on with
     2: {
+        "tensor to expert, bf16": {"layout": "ep=2", "bf16": True, "restore": "tensor, bf16"},
         "tensor to data": {"layout": "", "restore": "tensor and sequence"},
         "tensor to data" + LORA: {"layout": "", "restore": "tensor and sequence" + LORA, "adapter": True},
         "tensor to pipeline": {"layout": "pp=2", "micro_rows": 8, "restore": "tensor and sequence"},
@@ -132,7 +137,7 @@ def measured(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     folder = tmp_path_factory.mktemp("measured")
     found = {}
     for ranks, layouts in LAYOUTS.items():
-        cases = both(layouts) | RESUMED.get(ranks, {})
+        cases = both(layouts) | BF16.get(ranks, {}) | RESUMED.get(ranks, {})
         cases = {name: {**case, "save": str(folder / name)} if name in SAVED else case for name, case in cases.items()}
         for case in cases.values():
             if "restore" in case:
@@ -160,7 +165,15 @@ def test_every_layout_trains_as_one_process_does(ranks: int, name: str, measured
     assert_same(measured[name], measured["alone" + LORA if name.endswith(LORA) else "alone"])
 
 
-@pytest.mark.parametrize("name", [name for cases in RESUMED.values() for name in cases])
+def test_bfloat16_is_near_one_process_and_goes_on_elsewhere(measured: dict[str, Any]) -> None:
+    alone, spread, resumed = (
+        torch.tensor(measured[name]["steps"]) for name in ("alone, bf16", "tensor, bf16", "tensor to expert, bf16")
+    )
+    torch.testing.assert_close(spread, alone, rtol=0.02, atol=0)  # partial sums are rounded to 8 bits
+    torch.testing.assert_close(resumed, spread[2:], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for cases in RESUMED.values() for name in cases if "bf16" not in name])
 def test_a_run_goes_on_in_another_layout(name: str, measured: dict[str, Any]) -> None:
     assert len(measured[name]["steps"]) == 2
     assert_same(measured[name], measured["alone" + LORA if name.endswith(LORA) else "alone"])
