@@ -41,6 +41,7 @@ class Shape(NamedTuple):
     hidden: int
     rank: int = 0  # of the adapter, 0 without one
     ep: int = 1  # ranks that share the layer's experts
+    gradient_bytes: int = FP32  # of a number of a weight gradient: Megatron's main gradient, or BF16
 
     @property
     def rows(self) -> int:
@@ -161,7 +162,7 @@ def fused_backward(s: Shape, mode: str) -> tuple[Pass, ...]:
         Pass("combine", 0, s.tokens_bytes + s.wide),
     ]
     if mode == "full":
-        written = 2 * s.matrix_bytes  # float32
+        written = s.matrix_bytes // BF16 * s.gradient_bytes
         passes += [Pass(f"{name} weight gradient", s.product, s.narrow + s.wide + written) for name in ("fc1", "fc2")]
     if mode == "lora":
         # du, dA and dB of each; du2 and dB2 read dy, dA2 reads a; du1 and dB1 read dh, dA1 reads x by its token
@@ -181,7 +182,7 @@ def _moved(s: Shape) -> tuple[Pass, ...]:
 
 
 def unfused_forward(s: Shape) -> tuple[Pass, ...]:
-    """Megatron's passes; an adapter's are x A^T, u B^T, times the scale, plus the base: its output's bytes six times."""
+    """Megatron's passes; an adapter's are x A^T, u B^T, times the scale, plus the base: its output's bytes, 6 times."""
     passes = [*_moved(s), _unfused_product(s, "fc1"), squared_relu(s), _unfused_product(s, "fc2"), *_moved(s)]
     if s.rank:
         r_bytes, flops = 2 * s.rows * s.rank * BF16, 2 * s.rows * s.rank * (s.width + s.hidden)
@@ -196,7 +197,7 @@ def unfused_backward(s: Shape, mode: str) -> tuple[Pass, ...]:
     products = [_unfused_product(s, f"{name} input gradient") for name in ("fc2", "fc1")]
     passes = [*_moved(s), *products, squared_relu_gradient(s), *_moved(s)]
     if mode == "full":
-        written = 2 * s.matrix_bytes
+        written = s.matrix_bytes // BF16 * s.gradient_bytes
         passes += [Pass(f"{name} weight gradient", s.product, s.narrow + s.wide + written) for name in ("fc1", "fc2")]
     if mode == "lora":
         # scaled gradient written (2), read for du and for dB (2); x read, dx of the adapter written, added to dx (5)
