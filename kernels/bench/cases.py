@@ -107,10 +107,12 @@ def _moved(op: str, shape: dict, values: dict[str, Tensor], dout: Tensor | None,
     return found, {("plain" if name == "reference" else name): prepared[name] for name in prepared}
 
 
-def memory_bound(device: str, tokens: int, *, triton: bool) -> Iterator[tuple[Problem, Prepare]]:
-    """Plan, permutation and its reverse, and in Triton the router and the gated norm, at Nano's widths in bfloat16.
+def memory_bound(
+    device: str, tokens: int, *, triton: bool, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[tuple[Problem, Prepare]]:
+    """Plan, permutation and its reverse, and in Triton the router and the gated norm, at Nano's widths.
 
-    `plain` is their definition in PyTorch. The permutations move 37,632 bytes a token, the norm 24,576 forward.
+    `plain` is their definition in PyTorch. The permutations move 37,632 bytes a token in bfloat16, the norm 24,576.
     """
     s = shape_of("nano", tokens)
     ops = backend("triton") if triton else eager
@@ -118,7 +120,7 @@ def memory_bound(device: str, tokens: int, *, triton: bool) -> Iterator[tuple[Pr
     rng = torch.Generator(device).manual_seed(1)
 
     def normal(*size: int, wants: bool = True) -> Tensor:
-        return torch.randn(*size, generator=rng, device=device, dtype=torch.bfloat16).requires_grad_(wants)
+        return torch.randn(*size, generator=rng, device=device, dtype=dtype).requires_grad_(wants)
 
     shape = {"model": "nano", "tokens": tokens, "experts": s.experts, "chosen": s.chosen, "width": s.width}
     idx_TK = problems.choices(tokens, s.experts, s.chosen, 1.3).to(device)
@@ -152,7 +154,9 @@ def _router_and_norm(tokens: int, s: Shape, normal: Callable, device: str) -> It
     from megatron_evolve.kernels.router import router_from_tokens
 
     bias_E = torch.randn(s.experts, device=device) / 100
-    x_TH, W_EH = normal(tokens, s.width), normal(s.experts, s.width, wants=False) * s.width**-0.5
+    # whole numbers, a power of two apart: every sum is exact, so that no rounding decides between two experts
+    x_TH = normal(tokens, s.width).detach().round_().requires_grad_()
+    W_EH = normal(s.experts, s.width, wants=False).round_() / 32
     dp_TK = torch.randn(tokens, s.chosen, device=device)
     shape = {"model": "nano", "tokens": tokens, "experts": s.experts, "chosen": s.chosen, "width": s.width}
     runs = {

@@ -5,9 +5,11 @@ cannot run. What can be told without a clock is told too: the error against the 
 pass, synchronisations of the host, whether a second run gives the same bits.
 """
 
+import shutil
 import subprocess
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -39,10 +41,11 @@ def chip_of(device: str) -> Chip | None:
     return next((chip for key, chip in CHIPS.items() if key in name), None)
 
 
+@lru_cache(maxsize=1)
 def commit() -> str | None:
-    """Of the checkout this file lies in, marked where it has changes; none outside a checkout."""
+    """Of the checkout this file lies in, marked where it has changes; none outside a checkout, or without git."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None
     told = subprocess.run(
         ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
@@ -103,7 +106,9 @@ def examined(run: Prepared, problem: Problem, want: dict[str, Tensor], device: s
     got = outcome(parts, problem)
     errors = {name: error(got[name], value) for name, value in want.items()}
     worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
-    allowed = TOLERANCE[got["out"].dtype] if got["out"].is_floating_point() else 0.0
+    # a float32 loss of bfloat16 logits is as good as its logits; whole numbers are equal or wrong
+    kinds = {tensor.dtype for tensor in (got["out"], *problem.leaves.values())}
+    allowed = max((TOLERANCE[dtype] for dtype in kinds if dtype in TOLERANCE), default=0.0)
     found: dict = {"error": errors[worst], "errors": errors}
     if not errors[worst] <= allowed:
         found["reason"] = f"wrong: {worst} is off by {errors[worst]:.2g} of its norm; at most {allowed:g} is allowed"
@@ -165,7 +170,9 @@ def measure(
 
 def predicted_of(problem: Problem, provider: str, part: str) -> tuple[Pass, ...]:
     by_part = problem.predicted.get(provider, {})
-    return by_part.get(part) or (by_part["forward"] + by_part["backward"] if part == "both" and by_part else ())
+    if part == "both" and len(by_part) == 2:
+        return by_part["forward"] + by_part["backward"]
+    return by_part.get(part, ())
 
 
 def counted(passes: tuple[Pass, ...], chip: Chip | None) -> dict:
