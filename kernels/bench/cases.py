@@ -47,11 +47,14 @@ GPU_CASES = (
     case_of("super", 4096, 8, "lora32"),
     case_of("ultra", 4096, 8, "frozen"),
 )
-# 64 experts of the size of the nano-cpu preset's, where slices of sorted rows are to beat a loop by 1.5.
+# 64 experts, where slices of sorted rows are to beat a loop by 1.5: at the widths of the nano-cpu preset's experts, and
+# at wider ones, where the products themselves weigh more.
 CPU_CASES = (
-    Case(Shape("nano-cpu", 512, 64, 6, 128, 128), "full", 0.0, "float32"),
-    Case(Shape("nano-cpu", 512, 64, 6, 128, 128), "full", 5.0, "float32"),
-    Case(Shape("nano-cpu", 512, 64, 6, 128, 128, rank=8), "lora", 0.0, "float32"),
+    Case(Shape("nano-cpu widths", 512, 64, 6, 64, 128), "frozen", 0.0, "float32"),
+    Case(Shape("nano-cpu widths", 512, 64, 6, 64, 128), "full", 0.0, "float32"),
+    Case(Shape("nano-cpu widths", 512, 64, 6, 64, 128), "full", 5.0, "float32"),
+    Case(Shape("nano-cpu widths", 512, 64, 6, 64, 128, rank=8), "lora", 0.0, "float32"),
+    Case(Shape("wider", 512, 64, 6, 256, 256), "full", 0.0, "float32"),
 )
 
 
