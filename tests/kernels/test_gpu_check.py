@@ -11,7 +11,7 @@ import torch
 
 from megatron_evolve.kernels.bench import checks, targets
 from megatron_evolve.kernels.bench.cases import Case, experts
-from megatron_evolve.kernels.roofline import Shape, shape_of
+from megatron_evolve.kernels.roofline import CHIPS, Shape, shape_of
 from tests.kernels.expert_cases import DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +100,30 @@ def test_targets_are_judged_by_the_worst_row_that_concerns_them():
     assert by_name["runs that gave other bits"]["met"] is True
     assert by_name["share of the unfused path's saved activations"]["met"] is True
     assert all(json.dumps(row) for row in by_name.values())
+
+
+@pytest.mark.slow
+def test_a_row_of_the_check_from_end_to_end(monkeypatch):
+    """As on a GPU, at a width that the interpreter finishes: ours beside the unfused path, in bfloat16."""
+
+    def breaks(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(targets, "LAYERS", (Case(Shape("nano", 8, 3, 2, 16, 24, ep=8), "full"),))
+    monkeypatch.setattr(targets, "MORE", ())
+    monkeypatch.setattr(targets, "bench_memory_bound", breaks)
+    left_out, *rows = targets.rows(DEVICE, CHIPS["h100"], until=float("inf"), rounds=1)
+    assert left_out["reason"] == "RuntimeError: out of memory"
+    assert [(row["provider"], row["pass"]) for row in rows] == [
+        (name, part) for name in ("triton", "unfused") for part in ("forward", "backward", "both")
+    ]
+    for row in rows:
+        assert row["median_ms"] > 0 and row["flops"] > 0 and 0 < row["percent_of_ceiling"] < 100, row
+        assert row["predicted_ms"] == pytest.approx(row["percent_of_ceiling"] / 100 * row["median_ms"])
+    by_name = {row["target"]: row for row in targets.judged([left_out, *rows])}
+    share = by_name["share of the unfused path's saved activations"]["measured"]
+    # h, of rows, h and a, and here of 20 bytes a row for its probability and its place
+    assert share == pytest.approx(2 * 24 / (2 * 16 + 4 * 24 + 20), rel=0.02)
 
 
 def test_rows_beyond_the_time_are_named():
