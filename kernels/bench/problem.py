@@ -91,9 +91,7 @@ def experts(s: Shape, mode: str, max_vio: float, dtype: torch.dtype, device: str
     loras = ()
     if mode == "lora":
         loras = tuple(
-            GroupedLora(
-                normal(E, R, i, wants=True, scale=i**-0.5), normal(E, o, R, wants=True, scale=R**-0.5), 32 / R / 8
-            )
+            GroupedLora(normal(E, R, i, wants=True, scale=i**-0.5), normal(E, o, R, wants=True, scale=R**-0.5), 0.5)
             for i, o in ((H, F), (F, H))
         )
     return Experts(
