@@ -8,6 +8,7 @@ from setuptools import setup
 
 FOLDERS = ("kernels", "launch", "substrate", "eval")
 SUBFOLDERS = (
+    "kernels/bench",
     "substrate/model",
     "substrate/plan",
     "substrate/puzzles",

@@ -53,7 +53,7 @@ def fc1_squared_relu(
     """h and a, both (M, F) in the dtype of x; p is (M,), or (T, K) where x is read by choice."""
     h_MF = x.base.new_empty(tiling.num_rows, W.rows)
     a_MF = h_MF.new_empty(h_MF.shape)
-    grid, tile = launch_shape(tiling, W.rows)
+    grid, tile = launch_shape(tiling, W)
     if h_MF.numel():
         _fc1[grid](
             x,

@@ -62,7 +62,7 @@ def fc2_gradient(
 
     p is (M,), or (T, K) where dy is read by choice.
     """
-    grid, tile = launch_shape(tiling, W.rows)
+    grid, tile = launch_shape(tiling, W)
     dh_MF = h_MF.new_empty(h_MF.shape)
     a_MF = h_MF.new_empty(h_MF.shape) if keep_a else None
     dp_NM = p.new_empty(triton.cdiv(W.rows, tile.columns), tiling.num_rows, dtype=torch.float32)

@@ -108,16 +108,20 @@ def depth_of(adapter: Adapter | None) -> int:
     return 0 if adapter is None else max(16, triton.next_power_of_2(adapter.B.columns))
 
 
-def launch_shape(tiling: Tiling, num_columns: int) -> tuple[tuple[int], Tile]:
-    """Grid and tile of a product with `num_columns` columns: a narrow one, as of an adapter, gets narrow blocks."""
-    tile = tiling.tile._replace(columns=min(tiling.tile.columns, max(16, triton.next_power_of_2(num_columns))))
-    return (tiling.map.num_tiles * triton.cdiv(num_columns, tile.columns),), tile
+def launch_shape(tiling: Tiling, W: Matrices) -> tuple[tuple[int], Tile]:
+    """Grid and tile of a product with as many columns as W has rows: an adapter, being narrow, gets narrow blocks.
+
+    Numbers of four bytes go half as deep: 32 rows and 128 deep would take 240 KiB of shared memory; a block has 227.
+    """
+    tile = tiling.tile
+    columns, depth = min(tile.columns, max(16, triton.next_power_of_2(W.rows))), tile.depth * 2 // W.base.element_size()
+    return (tiling.map.num_tiles * triton.cdiv(W.rows, columns),), tile._replace(columns=columns, depth=depth)
 
 
 def product(x: Rows, W: Matrices, tiling: Tiling, adapter: Adapter | None = None, scale: float = 1.0) -> Tensor:
     """(M, O) in the dtype of the rows; W is E x (O, I). `scale` multiplies the first sum."""
     out_MO = x.base.new_empty(tiling.num_rows, W.rows)
-    grid, tile = launch_shape(tiling, W.rows)
+    grid, tile = launch_shape(tiling, W)
     if out_MO.numel():
         _product[grid](
             x,

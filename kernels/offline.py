@@ -34,6 +34,7 @@ NANO_WIDTH, NANO_HIDDEN, NANO_CHOSEN = 2688, 1856, 6  # Nemotron-3-Nano; 1856 is
 LORA_RANK = 32
 VOCABULARY = 131_072
 NUM_EXPERTS = 4  # no kernel is compiled for it
+FLOAT32_ROWS = (32, 512)  # mean rows an expert: the tile deepest for its rows, and the largest
 
 
 class Compiled(NamedTuple):
@@ -46,7 +47,11 @@ class Compiled(NamedTuple):
     spilled_bytes: int  # stack and local memory
     shared_bytes: int
     tensor_core: str  # the matrix instruction found: wgmma (sm_90), tcgen05 (sm_100), mma.sync (any), or none
-    products: bool  # whether the source multiplies matrices
+    operands: str  # dtype of the matrices that the source multiplies, as bf16; empty where it multiplies none
+
+    @property
+    def products(self) -> bool:
+        return bool(self.operands)
 
 
 class _Offline:
@@ -98,6 +103,7 @@ def _read(kernel: JITFunction, constants: dict[str, int], compiled) -> Compiled:
         told = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told.stdout)}
     instructions = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
+    dots = re.search(r"tt\.dot [^\n]*: tensor<\d+x\d+x(\w+)>", compiled.asm["ttir"])
     seen = [name for name, text in instructions.items() if text in compiled.asm["ptx"]]
     return Compiled(
         kernel=f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.lstrip('_')}",
@@ -107,12 +113,12 @@ def _read(kernel: JITFunction, constants: dict[str, int], compiled) -> Compiled:
         spilled_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=compiled.metadata.shared,
         tensor_core=seen[0] if seen else "none",
-        products="tt.dot" in compiled.asm["ttir"],
+        operands=dots[1] if dots else "",
     )
 
 
 def compile_all(chip: str) -> list[Compiled]:
-    """Every kernel at Nano's widths in bfloat16, once for each row of the tile tables.
+    """Every kernel at Nano's widths in bfloat16, once for each row of the tile tables; two tiles in float32 too.
 
     Tensors without storage also prove that nothing is read back to the host: it would raise here.
     """
@@ -121,16 +127,18 @@ def compile_all(chip: str) -> list[Compiled]:
             # registers run short where blocks are large: small ones are compiled with each switch, large ones with
             # each pair of switches (127 s of CPU for both chips with all pairs of all tiles)
             _experts(NUM_EXPERTS * (most or 512), pairs=tile.rows >= 64)
+        for rows in FLOAT32_ROWS:
+            _experts(NUM_EXPERTS * rows, pairs=False, dtype=torch.float32)
         _rest()
     return results
 
 
-def _experts(num_rows: int, *, pairs: bool) -> None:
+def _experts(num_rows: int, *, pairs: bool, dtype: torch.dtype = torch.bfloat16) -> None:
     """By both doors: trained whole, into main gradients from tokens; and frozen, with adapters of rank 32."""
     T, K, E, H, F = num_rows // NANO_CHOSEN, NANO_CHOSEN, NUM_EXPERTS, NANO_WIDTH, NANO_HIDDEN
 
     def leaf(*shape: int, trained: bool = True) -> torch.Tensor:
-        return torch.empty(*shape, dtype=torch.bfloat16, requires_grad=trained)
+        return torch.empty(*shape, dtype=dtype, requires_grad=trained)
 
     plan = fused.route_plan(torch.empty(T, K, dtype=torch.int32), E)
     tokens = leaf(T, H), torch.empty(T, K, requires_grad=True), plan

@@ -10,6 +10,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from megatron_evolve.cli_bench import bench_app
+
 app = typer.Typer(
     name="megatron-evolve",
     help="An autonomous post-training loop for Nemotron mixture-of-experts models.",
@@ -21,6 +23,7 @@ substrate_app = typer.Typer(help="The frozen ground that every candidate forks."
 mix_app = typer.Typer(help="Data mixes.", no_args_is_help=True)
 app.add_typer(substrate_app, name="substrate")
 app.add_typer(mix_app, name="mix")
+app.add_typer(bench_app, name="bench")
 
 Dir = Annotated[Path, typer.Argument(help="a campaign's folder", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]

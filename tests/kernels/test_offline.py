@@ -29,7 +29,7 @@ def compiled(request) -> tuple[str, list[Compiled]]:
 
 @pytest.mark.slow
 def test_every_tile_was_compiled(compiled):
-    found = [c.constants for c in compiled[1] if c.products]
+    found = [c.constants for c in compiled[1] if c.operands == "bf16"]
     for _, tile in tiles.ROW_TILES:
         want = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "num_warps": tile.warps}
         assert any(want.items() <= constants.items() for constants in found), want
@@ -39,7 +39,7 @@ def test_every_tile_was_compiled(compiled):
 def test_matrix_products_run_on_the_tensor_cores(compiled):
     chip, kernels = compiled
     for c in kernels:
-        if c.products:
+        if c.operands == "bf16":  # float32 is multiplied as such, for checks: its tensor cores know only tf32
             # wgmma and tcgen05 want blocks of 64 rows; below, the products are bound by reading memory anyway
             narrow = min(c.constants[name] for name in ("BM", "BN", "BT", "BE") if name in c.constants) < 64
             assert c.tensor_core == WANTED[chip] or (narrow and c.tensor_core != "none"), c
@@ -47,7 +47,8 @@ def test_matrix_products_run_on_the_tensor_cores(compiled):
 
 @pytest.mark.slow
 def test_nothing_spills_and_all_fits(compiled):
+    assert {c.operands for c in compiled[1]} == {"", "bf16", "f32"}
     for c in compiled[1]:
-        assert c.spilled_bytes == 0, c
+        assert c.spilled_bytes == 0 or c.operands == "f32", c
         assert c.shared_bytes <= MAX_SHARED_BYTES, c
         assert c.registers * c.threads <= MAX_REGISTERS, c

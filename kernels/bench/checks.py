@@ -1,0 +1,171 @@
+"""Whether the compiled kernels are right on a GPU: what Triton's interpreter on a CPU cannot know.
+
+Every op forward and backward against float64 on the same device, in bfloat16 and float32, over every tile of the table;
+the same bits twice; no wait of the host; and forward and backward captured in one CUDA graph and replayed on new
+numbers. A check is a row with `ok`; nothing here is timed.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_evolve.kernels import reference
+from megatron_evolve.kernels.bench import problem as problems
+from megatron_evolve.kernels.bench.cases import DTYPES, Case, experts, memory_bound
+from megatron_evolve.kernels.bench.problem import Prepared, Problem
+from megatron_evolve.kernels.bench.rows import FAILURES, TOLERANCE, examined, first_line, outcome, parts_of
+from megatron_evolve.kernels.linear_cross_entropy import linear_cross_entropy
+from megatron_evolve.kernels.roofline import Shape
+
+# bfloat16 is held to what plain PyTorch loses on the same inputs and device, and half more
+TIMES_EAGER = 1.5
+
+
+class Sizes(NamedTuple):
+    """How large the checks are; the widths of Nemotron-3-Nano unless a test asks for less."""
+
+    width: int = 2688
+    hidden: int = 1856
+    vocabulary: int = 131_072
+    tokens: int = 512
+    # mean rows per expert: one for each row of `tiles.ROW_TILES`
+    rows_per_expert: tuple[int, ...] = (12, 24, 80, 300)
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+
+
+def poison(device: str) -> None:
+    """Fill memory with NaN and give it back to torch's allocator: what a kernel leaves unwritten may then show."""
+    torch.full((2**27,), float("nan"), device=device)
+
+
+def expert_shapes(sizes: Sizes) -> Iterator[tuple[str, Shape, float]]:
+    """Name, shape and skew: each tile, and the edges."""
+    H, F = sizes.width, sizes.hidden
+    for rows in sizes.rows_per_expert:
+        yield f"{rows} rows an expert", Shape("check", rows * 8 // 4, 8, 4, H, F), 0.5
+    yield "odd sizes", Shape("check", 35, 7, 3, 97, 47), 0.0
+    yield "one choice, one expert takes all", Shape("check", 60, 5, 1, H // 4, F // 4), 4.0
+    yield "all chosen", Shape("check", 9, 4, 4, H // 4, F // 4), 0.0
+    yield "no rows", Shape("check", 0, 4, 2, H // 4, F // 4), 0.0
+
+
+def judged(name: str, dtype: str, check: Callable[[], dict]) -> dict:
+    """The row of a check: what it found, or what stopped it."""
+    row = {"check": name, "dtype": dtype, "ok": False}
+    try:
+        found = check()
+    except FAILURES as failure:
+        return row | {"reason": first_line(failure)}
+    return row | {"ok": "reason" not in found} | found
+
+
+def beyond(run: Prepared, problem: Problem, device: str, plain: Prepared | None = None) -> dict:
+    """Error, bits of a second run and waits of the host; `reason` where one of them is not as it must be."""
+    want = problem.want()
+    found, got = examined(run, problem, want, device)
+    if "reason" in found:
+        return found
+    if plain is not None and got["out"].dtype == torch.bfloat16:
+        eager = outcome(parts_of(plain, problem), problem)
+        for name, value in want.items():
+            mine, theirs = found["errors"][name], problems.error(eager[name], value)
+            if mine > TIMES_EAGER * theirs:
+                return found | {"reason": f"{name} is off by {mine:.2g}, plain PyTorch in bfloat16 by {theirs:.2g}"}
+    if not found["bitwise_repeat"]:
+        return found | {"reason": "a second run gave other bits"}
+    if found["syncs"]:
+        return found | {"reason": f"the host waited for the GPU {found['syncs']} times"}
+    return found
+
+
+def check_experts(device: str, sizes: Sizes) -> Iterator[dict]:
+    for dtype in sizes.dtypes:
+        for name, shape, max_vio in expert_shapes(sizes):
+            # compiling in float32 takes a second a kernel: adapters alone take it through each
+            for mode in ("full", "lora") if dtype == "bfloat16" or shape.width < sizes.width else ("lora",):
+                case = Case(shape._replace(rank=16 if mode == "lora" else 0), mode, max_vio, dtype)
+
+                def check(case: Case = case) -> dict:
+                    problem, prepare = experts(case, device, ("triton", "eager"))
+                    # plain PyTorch is asked only where there is something to compute: an empty embedding bag is its own
+                    plain = prepare["eager"][1]() if case.shape.tokens else None
+                    return beyond(prepare["triton"][1](), problem, device, plain)
+
+                yield judged(f"experts: {name}, {mode}", dtype, check)
+
+
+def check_memory_bound(device: str, sizes: Sizes) -> Iterator[dict]:
+    for dtype in sizes.dtypes:
+        for problem, prepare in memory_bound(device, sizes.tokens, triton=True, dtype=DTYPES[dtype]):
+            yield judged(
+                problem.op,
+                dtype,
+                lambda problem=problem, prepare=prepare: beyond(prepare["triton"][1](), problem, device),
+            )
+
+
+def check_loss(device: str, sizes: Sizes) -> Iterator[dict]:
+    for dtype in sizes.dtypes:
+
+        def check(dtype: str = dtype) -> dict:
+            rng = torch.Generator(device).manual_seed(2)
+            new = {"generator": rng, "device": device}
+            x_TH = torch.randn(sizes.tokens, sizes.width, dtype=DTYPES[dtype], **new).requires_grad_()
+            W_VH = torch.randn(sizes.vocabulary, sizes.width, dtype=DTYPES[dtype], **new) * sizes.width**-0.5
+            target_T = torch.randint(sizes.vocabulary, (sizes.tokens,), **new)
+            dloss_T = torch.rand(sizes.tokens, **new)
+
+            def want() -> dict[str, Tensor]:
+                wide = x_TH.detach().double().requires_grad_()
+                loss_T = reference.linear_cross_entropy(wide, W_VH.double(), target_T)
+                return {"out": loss_T.detach(), "dx": torch.autograd.grad(loss_T, wide, dloss_T.double())[0]}
+
+            held = (x_TH, W_VH, target_T, dloss_T)
+            problem = Problem("linear_cross_entropy", {}, {"x": x_TH}, dloss_T, (), held, want, {})
+            return beyond(lambda: linear_cross_entropy(x_TH, W_VH, target_T), problem, device)
+
+        yield judged("linear_cross_entropy", dtype, check)
+
+
+def check_graph(device: str, sizes: Sizes) -> Iterator[dict]:
+    """Forward and backward of the experts in one CUDA graph, replayed on other numbers: the bits of a plain run."""
+    case = Case(Shape("check", sizes.rows_per_expert[-1] * 2, 8, 4, sizes.width, sizes.hidden), "full")
+
+    def check() -> dict:
+        problem, prepare = experts(case, device, ("triton",))
+        parts = parts_of(prepare["triton"][1](), problem)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                outcome(parts, problem)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = outcome(parts, problem)
+        with torch.no_grad():
+            for tensor in problem.fresh:
+                tensor.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        plain = outcome(parts, problem)
+        other = [name for name, value in plain.items() if not torch.equal(value, captured[name])]
+        return {"reason": f"replayed, {', '.join(other)} differ from a plain run"} if other else {}
+
+    yield judged("experts in a CUDA graph", case.dtype, check)
+
+
+def checks(device: str, sizes: Sizes) -> Iterator[dict]:
+    """Every check in turn; the graph last, since a failed capture may leave the device unusable."""
+    poison(device)
+    yield from check_experts(device, sizes)
+    yield from check_memory_bound(device, sizes)
+    yield from check_loss(device, sizes)
+    if device.startswith("cuda"):
+        yield from check_graph(device, sizes)
+
+
+def tolerances() -> dict[str, float]:
+    return {str(dtype).removeprefix("torch."): most for dtype, most in TOLERANCE.items()}

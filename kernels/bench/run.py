@@ -1,0 +1,73 @@
+"""A whole benchmark: which providers a machine can be asked for, case after case, rows as they come."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from megatron_evolve.kernels.bench.cases import Case, experts, memory_bound, predicted, told
+from megatron_evolve.kernels.bench.clock import Clock
+from megatron_evolve.kernels.bench.providers import PROVIDERS, own_version, peers
+from megatron_evolve.kernels.bench.rows import FAILURES, commit, counted, device_name, first_line, measure
+from megatron_evolve.kernels.roofline import CHIPS, Chip
+
+# torch._grouped_mm has no fast form on a CPU, and interpreted kernels tell no time
+CPU_PROVIDERS = ("eager", "loop")
+GPU_PROVIDERS = ("triton", "unfused", "eager", "loop")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def providers_on(device: str) -> tuple[str, ...]:
+    return GPU_PROVIDERS if device.startswith("cuda") else CPU_PROVIDERS
+
+
+def bench(
+    cases: Iterable[Case], device: str, names: tuple[str, ...], *, rounds: int = 20, chip: Chip | None = None
+) -> Iterator[dict]:
+    """Rows of every case, for each provider."""
+    unknown = set(names) - set(PROVIDERS)
+    if unknown:
+        raise ValueError(f"providers are {', '.join(PROVIDERS)}; got {', '.join(sorted(unknown))}: name some of them")
+    clock = Clock(device)
+    for case in cases:
+        base = {"op": "experts", "pass": "both", "shape": told(case), "median_ms": None, "error": None, "ratio_to": {}}
+        base |= {"device": device_name(device), "commit": commit()}
+        try:
+            problem, prepare = experts(case, device, names)
+            yield from measure(problem, prepare, device, clock=clock, rounds=rounds, chip=chip)
+        except FAILURES as failure:  # the tensors or the oracle do not fit this GPU
+            for name in names:
+                yield base | {"provider": name, "version": PROVIDERS[name].version(), "reason": first_line(failure)}
+
+
+def without_time(device: str) -> Iterator[dict]:
+    """A row for each package of others, with why it has no time."""
+    row = {"op": "experts", "pass": "both", "shape": {}, "median_ms": None, "error": None, "ratio_to": {}}
+    row |= {"device": device_name(device), "commit": commit()}
+    for name, (version, why) in peers().items():
+        yield row | {"provider": name, "version": version, "reason": why}
+
+
+def bench_memory_bound(
+    device: str, *, tokens: int = 16384, rounds: int = 20, chip: Chip | None = None
+) -> Iterator[dict]:
+    """The ops that only move memory. At 16,384 tokens a permutation moves 617 MB, the norm 403 MB forward."""
+    clock = Clock(device)
+    for problem, prepare in memory_bound(device, tokens, triton=device.startswith("cuda")):
+        yield from measure(problem, prepare, device, clock=clock, rounds=rounds, chip=chip)
+
+
+def model(cases: Iterable[Case], chip: str) -> Iterator[dict]:
+    """Rows without a measurement: what the roofline predicts for the fused and the unfused path."""
+    if chip not in CHIPS:
+        raise ValueError(f"the chip must be one of {', '.join(CHIPS)}; got {chip!r}: name one of them")
+    for case in cases:
+        for provider, by_part in predicted(case).items():
+            both = by_part["forward"] + by_part["backward"]
+            for part, passes in (by_part | {"both": both}).items():
+                row = {"op": "experts", "pass": part, "provider": provider, "version": own_version()}
+                row |= {"shape": told(case), "median_ms": None, "reason": "predicted, not measured", "error": None}
+                row |= {"ratio_to": {}, "predicted": True} | counted(passes, CHIPS[chip])
+                yield row | {"device": CHIPS[chip].name, "commit": commit()}

@@ -1,0 +1,148 @@
+"""What the kernels are to reach on one H100, and whether the rows say that they do.
+
+Targets are checked on whole ops, launches included: a layer's products are timed with their combination, so that 450
+TFLOP/s of the layer is a little more of its products. A missed target is a row, never a failure.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from megatron_evolve.kernels.bench.cases import case_of
+from megatron_evolve.kernels.bench.clock import Clock, interleaved
+from megatron_evolve.kernels.bench.rows import FAILURES, first_line
+from megatron_evolve.kernels.bench.run import bench, bench_memory_bound
+from megatron_evolve.kernels.roofline import Chip
+
+# Fewest tokens that say what the targets ask; then other shapes, as long as there is time.
+LAYERS = (
+    *(case_of("nano", 8192, 8, mode) for mode in ("frozen", "full", "lora32")),
+    *(case_of("nano", 2048, 8, mode) for mode in ("frozen", "full", "lora32")),
+)
+MORE = (
+    case_of("nano", 8192, 8, "lora8"),
+    case_of("nano", 8192, 1, "frozen"),
+    case_of("nano", 8192, 1, "frozen", 5),
+    case_of("nano", 128, 1, "frozen"),
+    case_of("super", 4096, 8, "frozen"),
+    case_of("super", 4096, 8, "lora32"),
+    case_of("ultra", 2048, 8, "frozen"),
+)
+MATRIX, COPIED = 8192, 2**29  # side of a square product, bytes of a copy
+
+
+class Target(NamedTuple):
+    name: str
+    wanted: float
+    at_most: bool
+    measured: Callable[[dict], float | None]  # of a row
+    concerns: Callable[[dict], bool]
+
+
+def ceilings(device: str) -> Chip:
+    """What this GPU reaches now: a large dense bfloat16 product, and a copy, by the same clock as the rows."""
+    a, b = (torch.randn(MATRIX, MATRIX, device=device, dtype=torch.bfloat16) for _ in range(2))
+    bytes_from = torch.empty(COPIED, dtype=torch.int8, device=device)
+    bytes_to = torch.empty_like(bytes_from)
+    runs = {"product": (lambda: a @ b, None), "copy": (lambda: bytes_to.copy_(bytes_from), None)}
+    times = interleaved(runs, Clock(device), (), rounds=10, warm=3)
+    product_ms, copy_ms = (times[name]["forward"].median for name in ("product", "copy"))
+    return Chip("measured", 2 * MATRIX**3 / product_ms * 1e-9, 2 * COPIED / copy_ms * 1e-9)
+
+
+def rows(device: str, chip: Chip, until: float, *, rounds: int = 10) -> Iterator[dict]:
+    """Rows of the targets, then of more shapes; what the time does not reach is named."""
+    names = ("triton", "unfused")
+    steps = [("ops that move memory", lambda: bench_memory_bound(device, rounds=rounds, chip=chip))]
+    steps += [
+        (f"{case.shape.model}, {case.shape.tokens} tokens, EP {case.shape.ep}, {case.mode}", run)
+        for case in (*LAYERS, *MORE)
+        for run in [lambda case=case: bench([case], device, names, rounds=rounds, chip=chip)]
+    ]
+    for name, step in steps:
+        if time.monotonic() > until:
+            yield {"op": "experts", "left_out": name, "median_ms": None, "reason": "the time of this check was used up"}
+            continue
+        try:
+            yield from step()
+        except FAILURES as failure:  # no case may cost the others their rows
+            yield {"op": "experts", "left_out": name, "median_ms": None, "reason": first_line(failure)}
+        torch.cuda.empty_cache()
+
+
+def _layer(part: str, modes: tuple[str, ...], tokens: int) -> Callable[[dict], bool]:
+    def concerns(row: dict) -> bool:
+        if (row["op"], row["provider"], row["pass"]) != ("experts", "triton", part):
+            return False
+        s = row["shape"]
+        return (s["model"], s["tokens"], s["ep"]) == ("nano", tokens, 8) and s["mode"] in modes and s["rank"] != 8
+
+    return concerns
+
+
+def _ratio(row: dict) -> float | None:
+    return row["ratio_to"].get("unfused")
+
+
+def _of(key: str) -> Callable[[dict], float | None]:
+    return lambda row: row.get(key)
+
+
+def _moves_memory(row: dict) -> bool:
+    own = row["op"] in ("permute", "unpermute", "gated_norm") and row["provider"] == "triton"
+    return own and row["pass"] != "both" and row.get("bytes", 0) >= 256e6
+
+
+def _ours(row: dict) -> bool:
+    return row["provider"] == "triton"
+
+
+WHOLE = ("frozen", "full")
+TARGETS = (
+    Target("GB/s of ops that move memory, from 256 MB on", 2900, False, _of("gb_per_s"), _moves_memory),
+    Target("TFLOP/s of the layer forward", 450, False, _of("tflops"), _layer("forward", WHOLE, 8192)),
+    Target("TFLOP/s of the layer backward", 400, False, _of("tflops"), _layer("backward", WHOLE, 8192)),
+    Target("times the unfused path at 3,072 rows an expert", 1.15, False, _ratio, _layer("both", WHOLE, 8192)),
+    Target("times the unfused path at 768 rows an expert", 1.5, False, _ratio, _layer("both", WHOLE, 2048)),
+    Target("times the unfused path with adapters of rank 32", 1.5, False, _ratio, _layer("both", ("lora",), 8192)),
+    Target("waits of the host", 0, True, _of("syncs"), _ours),
+)
+
+
+def judged(found: list[dict]) -> Iterator[dict]:
+    """A row for each target: the worst of what was measured for it, or that nothing was."""
+    measured = [row for row in found if row.get("provider")]
+    for target in TARGETS:
+        values = [target.measured(row) for row in measured if target.concerns(row)]
+        values = [value for value in values if value is not None]
+        yield _judged(target.name, target.wanted, values, at_most=target.at_most)
+    yield _judged("share of the unfused path's saved activations", 0.30, _saved_shares(measured), at_most=True)
+    repeats = [row["bitwise_repeat"] for row in measured if _ours(row) and "bitwise_repeat" in row]
+    yield _judged("runs that gave other bits", 0, [float(not same) for same in repeats], at_most=True)
+
+
+def _judged(name: str, wanted: float, values: list[float], *, at_most: bool) -> dict:
+    if not values:
+        return {
+            "target": name,
+            "wanted": wanted,
+            "measured": None,
+            "met": None,
+            "reason": "nothing was measured for it",
+        }
+    worst = max(values) if at_most else min(values)
+    return {"target": name, "wanted": wanted, "measured": worst, "met": worst <= wanted if at_most else worst >= wanted}
+
+
+def _saved_shares(measured: list[dict]) -> list[float]:
+    """Ours over theirs, of Nano's layers trained in full: with frozen matrices the other path keeps h alone too."""
+    saved = {
+        (str(row["shape"]), row["provider"]): row["saved_bytes"]
+        for row in measured
+        if row["op"] == "experts" and row.get("saved_bytes")
+        if (row["shape"].get("model"), row["shape"].get("mode")) == ("nano", "full")
+    }
+    pairs = [(size, saved.get((shape, "unfused"))) for (shape, name), size in saved.items() if name == "triton"]
+    return [ours / theirs for ours, theirs in pairs if theirs]

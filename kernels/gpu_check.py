@@ -1,0 +1,89 @@
+"""Everything one GPU can tell about the kernels, in one command and under eight minutes.
+
+    python kernels/gpu_check.py --out docs/results/kernels-h100.jsonl
+
+Needs this checkout, torch and triton; nothing is installed, nothing is fetched. First whether every kernel is right
+(status 1 where one is not), then the rows of the benchmark, each of which is right or has no time, and how they stand
+to the targets (a missed one is a row). Status 2 without a GPU. Lines are written as they come, so that a run cut short
+leaves what it had.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+SECONDS = 420  # for all; the benchmark starts no new case after it
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="write the JSON lines there too")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"start no case after it ({SECONDS})")
+    parser.add_argument("--checks-only", action="store_true", help="correctness alone")
+    options = parser.parse_args(argv)
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu_check: needs a CUDA device, and torch finds none: run it on a machine with one", file=sys.stderr)
+        return 2
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        print("gpu_check: TRITON_INTERPRET is set, so nothing would be compiled: unset it", file=sys.stderr)
+        return 2
+    ok = True
+    file = options.out.open("w", encoding="utf-8") if options.out else None
+    try:
+        for row in report(time.monotonic() + options.seconds, checks_only=options.checks_only):
+            ok = ok and row.get("ok", True)
+            line = json.dumps(row)
+            print(line, flush=True)
+            if file:
+                file.write(line + "\n")
+                file.flush()
+    finally:
+        if file:
+            file.close()
+    return 0 if ok else 1
+
+
+def report(until: float, *, checks_only: bool) -> Iterator[dict]:
+    """The machine, the checks, the ceilings, the benchmark, the targets."""
+    import torch
+    import triton
+
+    from megatron_evolve.kernels.bench import checks, targets
+    from megatron_evolve.kernels.bench.rows import commit, device_name
+
+    device = "cuda"
+    yield {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit(),
+        "tolerances": checks.tolerances(),
+    }
+    start, right = time.monotonic(), True
+    for row in checks.checks(device, checks.Sizes()):
+        right = right and row["ok"]
+        yield row
+    yield {"checks_s": round(time.monotonic() - start, 1), "all_right": right}
+    if checks_only:
+        return
+    chip = targets.ceilings(device)
+    yield {"ceiling": "measured", "tflops": chip.tflops, "tb_per_s": chip.tb_per_s}
+    found = []
+    for row in targets.rows(device, chip, until):
+        found.append(row)
+        yield row
+    yield from targets.judged(found)
+    yield {"seconds": round(time.monotonic() - start, 1)}
+
+
+if __name__ == "__main__":
+    # This folder comes first in the path of a script, and its files must not be taken for other people's modules.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The benchmarks of the command line: one JSON object a line and row."""
+
+import json
+from collections.abc import Iterable
+from contextlib import nullcontext
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+bench_app = typer.Typer(help="Benchmarks, one JSON line a row.", no_args_is_help=True)
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Benchmarks, one JSON line a row."""
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    predict: Annotated[
+        bool, typer.Option("--model", help="measure nothing: print what the roofline predicts, marked as such")
+    ] = False,
+    chip: Annotated[str, typer.Option(help="h100 or h200, for --model")] = "h100",
+    size: Annotated[
+        str | None, typer.Option(help="nano, super or ultra with the options below; a default list otherwise")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="tokens of a rank, repeatable; 8192 otherwise")] = None,
+    ep: Annotated[list[int] | None, typer.Option(help="ranks that share the experts, repeatable; 1 and 8")] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="frozen, full, lora8 or lora32, repeatable; frozen and lora32")
+    ] = None,
+    max_vio: Annotated[
+        list[float] | None,
+        typer.Option(help="largest load of an expert over the mean, less 1; repeatable; 0 otherwise"),
+    ] = None,
+    provider: Annotated[list[str] | None, typer.Option(help="triton, unfused, eager or loop, repeatable")] = None,
+    rounds: Annotated[int, typer.Option(help="timed runs of each provider, in turns", min=1)] = 20,
+    out: Annotated[Path | None, typer.Option(help="write the rows there too")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="rows are JSON in any case; errors too with this")] = False,
+) -> None:
+    """The routed experts against other ways to compute them: right first, then the time."""
+    from megatron_evolve.cli import guarded
+
+    def answer() -> None:
+        from megatron_evolve.kernels.bench import cases, run
+
+        device = run.default_device()
+        if size is None:
+            chosen = cases.GPU_CASES if predict or device != "cpu" else cases.CPU_CASES
+        elif device == "cpu" and not predict:
+            raise ValueError(
+                f"the layers of {size} need a GPU to be measured and torch finds none: leave --size out for what a CPU "
+                "can do, or add --model for what is predicted"
+            )
+        else:
+            chosen = [
+                cases.case_of(size, t, ranks, kind, vio)
+                for kind in mode or ("frozen", "lora32")
+                for ranks in ep or (1, 8)
+                for t in tokens or (8192,)
+                for vio in max_vio or (0.0,)
+            ]
+        if predict:
+            write(run.model(chosen, chip), out)
+            return
+        rows = [run.bench(chosen, device, tuple(provider or run.providers_on(device)), rounds=rounds)]
+        if size is None and device != "cpu":
+            rows.append(run.bench_memory_bound(device, rounds=rounds))
+        write(chain(*rows, run.without_time(device)), out)
+
+    guarded(answer, as_json)
+
+
+def write(rows: Iterable[dict[str, Any]], out: Path | None) -> None:
+    """Each row as it comes, on stdout and, where asked, in a file: a benchmark cut short leaves what it had."""
+    with out.open("w", encoding="utf-8") if out else nullcontext() as file:
+        for row in rows:
+            line = json.dumps(row)
+            typer.echo(line)
+            if file:
+                file.write(line + "\n")
+                file.flush()

@@ -1,0 +1,133 @@
+"""The check of a GPU, as far as a CPU can check it: the sentence without one, and every check under the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_evolve.kernels.bench import checks, targets
+from megatron_evolve.kernels.bench.cases import Case, experts
+from megatron_evolve.kernels.roofline import CHIPS, Shape, shape_of
+from tests.kernels.expert_cases import DEVICE
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = checks.Sizes(width=40, hidden=56, vocabulary=96, tokens=5, rows_per_expert=(4,), dtypes=("float32",))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "kernels" / "gpu_check.py"), "--out", str(tmp_path / "rows.jsonl")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == ("gpu_check: needs a CUDA device, and torch finds none: run it on a machine with one")
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_what_it_imports_needs_torch_and_triton_alone(tmp_path):
+    """From a bare checkout: everything else of this environment is blocked."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+for name in ("megatron", "numpy", "pydantic", "typer", "scipy", "transformers", "einops"):
+    sys.modules[name] = None
+import megatron_evolve.kernels.bench.checks, megatron_evolve.kernels.bench.targets
+print(megatron_evolve.__file__)
+"""
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(ROOT / "megatron_evolve" / "__init__.py")
+
+
+@pytest.mark.slow
+def test_every_check_passes_on_tiny_shapes():
+    rows = [*checks.check_experts(DEVICE, SIZES), *checks.check_loss(DEVICE, SIZES)]
+    assert len(rows) == 9  # a tile, four edges (three of them trained too), the loss
+    assert all(row["ok"] for row in rows), [row for row in rows if not row["ok"]]
+    assert all(row["bitwise_repeat"] for row in rows)
+
+
+@pytest.mark.slow
+def test_ops_that_move_memory_are_checked():
+    tiny = SIZES._replace(tokens=3)
+    rows = list(checks.check_memory_bound(DEVICE, tiny))
+    assert [row["check"] for row in rows] == ["route_plan", "permute", "unpermute", "router", "gated_norm"]
+    assert all(row["ok"] for row in rows), [row for row in rows if not row["ok"]]
+
+
+def test_bfloat16_is_held_to_plain_pytorch():
+    problem, prepare = experts(Case(Shape("check", 24, 5, 2, 16, 24), "frozen", 0.0, "bfloat16"), "cpu", ("eager",))
+    plain = prepare["eager"][1]()
+    assert "reason" not in checks.beyond(plain, problem, "cpu", plain)
+    found = checks.beyond(lambda: plain() * 1.015, problem, "cpu", plain)
+    assert found["reason"].startswith("out is off by 0.01")
+
+
+def test_a_check_that_cannot_run_fails_with_its_reason():
+    def broken() -> dict:
+        raise RuntimeError("out of memory\nand more")
+
+    row = checks.judged("experts", "float32", broken)
+    assert (row["ok"], row["reason"]) == (False, "RuntimeError: out of memory")
+
+
+def rows_of(ratio: float, share: float) -> list[dict]:
+    """Rows as the benchmark writes them, for the layer at 8,192 tokens on one of eight ranks."""
+    shape = shape_of("nano", 8192, 8)._asdict() | {"mode": "full"}
+    base = {"op": "experts", "pass": "both", "shape": shape, "median_ms": 1.0}
+    own = {"provider": "triton", "ratio_to": {"unfused": ratio}, "saved_bytes": 100 * share, "syncs": 0}
+    other = {"provider": "unfused", "ratio_to": {"triton": 1 / ratio}, "saved_bytes": 100, "syncs": 3}
+    return [base | own | {"bitwise_repeat": True, "tflops": 500.0}, base | other | {"bitwise_repeat": False}]
+
+
+def test_targets_are_judged_by_the_worst_row_that_concerns_them():
+    by_name = {row["target"]: row for row in targets.judged([*rows_of(1.3, 0.29), *rows_of(1.1, 0.2)])}
+    at = by_name["times the unfused path at 3,072 rows an expert"]
+    assert (at["measured"], at["met"]) == (1.1, False)
+    assert by_name["times the unfused path at 768 rows an expert"]["met"] is None
+    assert by_name["waits of the host"]["met"] is True  # the other path's waits are its own
+    assert by_name["runs that gave other bits"]["met"] is True
+    assert by_name["share of the unfused path's saved activations"]["met"] is True
+    assert all(json.dumps(row) for row in by_name.values())
+
+
+@pytest.mark.slow
+def test_a_row_of_the_check_from_end_to_end(monkeypatch):
+    """As on a GPU, at a width that the interpreter finishes: ours beside the unfused path, in bfloat16."""
+
+    def breaks(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(targets, "LAYERS", (Case(Shape("nano", 8, 3, 2, 16, 24, ep=8), "full"),))
+    monkeypatch.setattr(targets, "MORE", ())
+    monkeypatch.setattr(targets, "bench_memory_bound", breaks)
+    left_out, *rows = targets.rows(DEVICE, CHIPS["h100"], until=float("inf"), rounds=1)
+    assert left_out["reason"] == "RuntimeError: out of memory"
+    assert [(row["provider"], row["pass"]) for row in rows] == [
+        (name, part) for name in ("triton", "unfused") for part in ("forward", "backward", "both")
+    ]
+    for row in rows:
+        assert row["median_ms"] > 0 and row["flops"] > 0 and 0 < row["percent_of_ceiling"] < 100, row
+        assert row["predicted_ms"] == pytest.approx(row["percent_of_ceiling"] / 100 * row["median_ms"])
+    by_name = {row["target"]: row for row in targets.judged([left_out, *rows])}
+    share = by_name["share of the unfused path's saved activations"]["measured"]
+    # h, of rows, h and a, and here of 20 bytes a row for its probability and its place
+    assert share == pytest.approx(2 * 24 / (2 * 16 + 4 * 24 + 20), rel=0.02)
+
+
+def test_rows_beyond_the_time_are_named():
+    rows = list(targets.rows("cpu", None, until=0.0))
+    assert len(rows) == 1 + len(targets.LAYERS) + len(targets.MORE)
+    assert all(row["median_ms"] is None and row["left_out"] for row in rows)
+    assert all(target["met"] is None for target in targets.judged(rows))
