@@ -21,8 +21,7 @@ from megatron_evolve.kernels.grouped_product import (
     add_product,
     block_at,
     block_of_program,
-    depth_of,
-    launch_shape,
+    launch,
 )
 from megatron_evolve.kernels.matrices import Matrices
 from megatron_evolve.kernels.precision import narrow, relu
@@ -32,16 +31,16 @@ from megatron_evolve.kernels.tiles import Tiling
 @triton.jit
 def _fc2_gradient(
     dy, W, u, B, p, h_MF, tiles, dh_MF, dp_NM, a_MF, num_rows,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     e, first, live_M, f, column = block_of_program(tiles, W.rows, BM, BN)
     if e < 0:
         return
     m = first + tl.arange(0, BM)
     # Beyond F, in the half tile of 1856, W and h load as zeros: dp takes nothing from there.
-    da = add_product(tl.zeros([BM, BN], tl.float32), dy, m, live_M, W, e, f, BK)
+    da = add_product(tl.zeros([BM, BN], tl.float32), dy, m, live_M, W, e, f, BK, EVEN)
     if BR > 0:
-        da = add_product(da, u, m, live_M, B, e, f, BR)
+        da = add_product(da, u, m, live_M, B, e, f, BR, False)
     live = live_M[:, None] & (f < W.rows)[None, :]
     choice = m if dy.choice_of_row is None else tl.load(dy.choice_of_row + m, mask=live_M, other=0)
     p_M = tl.load(p + choice, mask=live_M, other=0.0).to(tl.float32)
@@ -62,27 +61,11 @@ def fc2_gradient(
 
     p is (M,), or (T, K) where dy is read by choice.
     """
-    grid, tile = launch_shape(tiling, W)
+    grid, constants = launch(tiling, tiling.tiles.fc2_gradient, W, adapter)
     dh_MF = h_MF.new_empty(h_MF.shape)
     a_MF = h_MF.new_empty(h_MF.shape) if keep_a else None
-    dp_NM = p.new_empty(triton.cdiv(W.rows, tile.columns), tiling.num_rows, dtype=torch.float32)
+    dp_NM = p.new_empty(triton.cdiv(W.rows, constants["BN"]), tiling.num_rows, dtype=torch.float32)
     if h_MF.numel():
-        _fc2_gradient[grid](
-            dy,
-            W,
-            *(adapter or (None, None)),
-            p.contiguous(),
-            h_MF,
-            tiling.map,
-            dh_MF,
-            dp_NM,
-            a_MF,
-            tiling.num_rows,
-            BM=tile.rows,
-            BN=tile.columns,
-            BK=tile.depth,
-            BR=depth_of(adapter),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        given = (dy, W, *(adapter or (None, None)), p.contiguous(), h_MF, tiling.map, dh_MF, dp_NM, a_MF)
+        _fc2_gradient[grid](*given, tiling.num_rows, **constants)
     return dh_MF, dp_NM.sum(0), a_MF
