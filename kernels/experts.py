@@ -29,7 +29,7 @@ from megatron_evolve.kernels.grouped_linear import (
 )
 from megatron_evolve.kernels.grouped_product import Rows, product, rows
 from megatron_evolve.kernels.permute import combine
-from megatron_evolve.kernels.reference import GroupedLora, RoutePlan
+from megatron_evolve.kernels.reference import GroupedLora, RoutePlan, check_clamp
 from megatron_evolve.kernels.tiles import Tiling, tiling
 
 Weights = Tensor | Sequence[Tensor]
@@ -44,6 +44,7 @@ class _Call(NamedTuple):
     scales: tuple[float, float]
     num_first: int  # of the matrices that follow, these are fc1's
     main_grads: MainGrads | None
+    clamp: float | None
 
     def rows(self, x: Tensor) -> Rows:
         """Sorted rows, or tokens read by choice."""
@@ -59,7 +60,7 @@ class _Experts(torch.autograd.Function):
         W1, W2, tiles = W[: call.num_first], W[call.num_first :], call.tiles
         x_rows = call.rows(x)
         first = None if A1 is None else adapter_of(x_rows, A1, B1, call.scales[0], tiles)
-        h_MF, a_MF = fc1_squared_relu(x_rows, p, matrices_of(W1), tiles, first)
+        h_MF, a_MF = fc1_squared_relu(x_rows, p, matrices_of(W1), tiles, first, call.clamp)
         second = None if A2 is None else adapter_of(rows(a_MF), A2, B2, call.scales[1], tiles)
         y_MH = product(rows(a_MF), matrices_of(W2), tiles, second)
         ctx.call = call
@@ -80,7 +81,7 @@ class _Experts(torch.autograd.Function):
 
         back2 = None if A2 is None else input_adapter_of(dy_rows, A2, B2, call.scales[1], tiles)
         dh_MF, dp_M, a_MF = fc2_gradient(
-            dy_rows, p, h_MF, matrices_of(W2).transposed, tiles, back2, keep_a=need_W2 or need_A2
+            dy_rows, p, h_MF, matrices_of(W2).transposed, tiles, back2, call.clamp, keep_a=need_W2 or need_A2
         )
         dW2 = gradient_of(W2, dy_rows, rows(a_MF), tiles, main2) if need_W2 else (None,) * len(W2)
         (dA2,) = gradient_of([A2], back2.u, rows(a_MF), tiles) if need_A2 else (None,)
@@ -109,15 +110,17 @@ def grouped_experts(
     lora2: GroupedLora | None = None,
     *,
     main_grads: MainGrads | None = None,
+    clamp: float | None = None,
 ) -> Tensor:
     """fc1, weighted squared ReLU, fc2 on rows sorted by expert: (M, H), each row weighted by its probability.
 
+    `clamp` is the s of a soft bound, (s tanh(relu(h) / s))^2; None for none.
     With `main_grads`, E float32 buffers for fc1 and E for fc2, weight gradients are added there and autograd gets none
     for the matrices; whoever owns the parameters then marks them as done (Megatron's `grad_added_to_main_grad`).
     """
     W1, W2 = parts_of(W1_EFH), parts_of(W2_EHF)
     tiles = tiling(counts_on_device(counts_E, x_MH, len(x_MH), W1), len(x_MH))
-    return _apply(x_MH, p_M, tiles, None, W1, W2, (lora1, lora2), main_grads)
+    return _apply(x_MH, p_M, tiles, None, W1, W2, (lora1, lora2), main_grads, clamp)
 
 
 def routed_experts(
@@ -130,12 +133,13 @@ def routed_experts(
     lora2: GroupedLora | None = None,
     *,
     main_grads: MainGrads | None = None,
+    clamp: float | None = None,
 ) -> Tensor:
     """The same from tokens to tokens (T, H): `permute`, `grouped_experts` and `unpermute` without the copies."""
     W1, W2 = parts_of(W1_EFH), parts_of(W2_EHF)
     num_rows = plan.row_of_choice_TK.numel()
     tiles = tiling(counts_on_device(plan.counts_E, x_TH, num_rows, W1), num_rows)
-    return _apply(x_TH, p_TK, tiles, plan, W1, W2, (lora1, lora2), main_grads)
+    return _apply(x_TH, p_TK, tiles, plan, W1, W2, (lora1, lora2), main_grads, clamp)
 
 
 def _apply(
@@ -147,7 +151,9 @@ def _apply(
     W2: tuple[Tensor, ...],
     loras: tuple[GroupedLora | None, GroupedLora | None],
     main_grads: MainGrads | None,
+    clamp: float | None,
 ) -> Tensor:
+    check_clamp(clamp)
     (A1, B1, scale1), (A2, B2, scale2) = (lora if lora is not None else (None, None, 1.0) for lora in loras)
-    call = _Call(tiles, plan, (scale1, scale2), len(W1), main_grads)
+    call = _Call(tiles, plan, (scale1, scale2), len(W1), main_grads, clamp)
     return _Experts.apply(x, p, call, A1, B1, A2, B2, *W1, *W2)
