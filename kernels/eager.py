@@ -6,7 +6,10 @@ and takes both its gradients from the one product r * da:
 
     dh = 2 p r da        dp = sum_f r (r da)
 
-And a sum over each token's rows is an embedding bag, which reads every row once. Frozen matrices get no gradient
+With a clamp s, g = s tanh(r / s) takes the place of r, and dh is also multiplied by dg/dr = 1 / cosh(r / s)^2, which
+keeps its digits where tanh is near 1.
+
+A sum over each token's rows is an embedding bag, which reads every row once. Frozen matrices get no gradient
 product. Everything is a fixed sequence of products and sums: the same input and thread count give the same bits.
 
 Letters as in `reference`: T tokens, E experts, K chosen, M rows sorted by expert, H model width, F hidden width,
@@ -22,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 # The definition's own router and plan serve here: sorting (T, E) scores takes 0.1 of 6 ms at E = 4, 3.5 of 77 ms at
 # E = 64 (forward and backward, one core), and torch.topk, two to three times faster, promises no order among equals.
-from megatron_evolve.kernels.reference import GroupedLora, RoutePlan, route_plan, router
+from megatron_evolve.kernels.reference import GroupedLora, RoutePlan, check_clamp, route_plan, router
 
 __all__ = [
     "GroupedLora",
@@ -69,20 +72,26 @@ class _Unpermute(torch.autograd.Function):
 
 class _WeightedSquaredRelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_MF, p_M):
+    def forward(ctx, h_MF, p_M, clamp):
         r_MF = torch.relu(h_MF)
         ctx.save_for_backward(r_MF, p_M)
-        wide = torch.promote_types(h_MF.dtype, p_M.dtype)
-        return r_MF.to(wide).square().mul_(p_M.unsqueeze(-1)).to(h_MF.dtype)
+        ctx.clamp = clamp
+        g_MF = r_MF.to(torch.promote_types(h_MF.dtype, p_M.dtype))
+        if clamp is not None:
+            g_MF = (g_MF / clamp).tanh_().mul_(clamp)
+        return g_MF.square().mul_(p_M.unsqueeze(-1)).to(h_MF.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, da_MF):
         r_MF, p_M = ctx.saved_tensors
         r_MF = r_MF.to(torch.promote_types(r_MF.dtype, p_M.dtype))
-        rda_MF = r_MF * da_MF
-        dp_M = torch.einsum("mf,mf->m", rda_MF, r_MF).to(p_M.dtype) if ctx.needs_input_grad[1] else None
-        return rda_MF.mul_((2 * p_M).unsqueeze(-1)).to(da_MF.dtype), dp_M
+        g_MF = r_MF if ctx.clamp is None else (r_MF / ctx.clamp).tanh_().mul_(ctx.clamp)
+        gda_MF = g_MF * da_MF
+        dp_M = torch.einsum("mf,mf->m", gda_MF, g_MF).to(p_M.dtype) if ctx.needs_input_grad[1] else None
+        if ctx.clamp is not None:
+            gda_MF.div_((r_MF / ctx.clamp).cosh_().square_())
+        return gda_MF.mul_((2 * p_M).unsqueeze(-1)).to(da_MF.dtype), dp_M, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -141,9 +150,10 @@ def unpermute(y_MH: Tensor, plan: RoutePlan) -> Tensor:
     return _Unpermute.apply(y_MH, plan.choice_of_row_M, plan.row_of_choice_TK)
 
 
-def weighted_squared_relu(h_MF: Tensor, p_M: Tensor) -> Tensor:
-    """a = p * relu(h)^2, in the wider dtype of the two and rounded to that of h."""
-    return _WeightedSquaredRelu.apply(h_MF, p_M)
+def weighted_squared_relu(h_MF: Tensor, p_M: Tensor, clamp: float | None = None) -> Tensor:
+    """a = p * relu(h)^2, in the wider dtype of the two and rounded to that of h; `clamp` as in the definition."""
+    check_clamp(clamp)
+    return _WeightedSquaredRelu.apply(h_MF, p_M, clamp)
 
 
 def grouped_linear(
@@ -175,8 +185,10 @@ def grouped_experts(
     W2_EHF: Tensor | Sequence[Tensor],
     lora1: GroupedLora | None = None,
     lora2: GroupedLora | None = None,
+    *,
+    clamp: float | None = None,
 ) -> Tensor:
     """fc1, weighted squared ReLU, fc2 on rows sorted by expert: (M, H), each row weighted by its probability."""
     sizes = counts_E.tolist() if isinstance(counts_E, Tensor) else counts_E
-    a_MF = weighted_squared_relu(grouped_linear(x_MH, sizes, W1_EFH, lora1), p_M)
+    a_MF = weighted_squared_relu(grouped_linear(x_MH, sizes, W1_EFH, lora1), p_M, clamp)
     return grouped_linear(a_MF, sizes, W2_EHF, lora2)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_evolve.kernels.grouped_product import Adapter, Rows, product, rows, weight_gradient
+from megatron_evolve.kernels.grouped_product import Adapter, Rows, product, rows
 from megatron_evolve.kernels.matrices import Matrices, matrices
 from megatron_evolve.kernels.reference import GroupedLora
 from megatron_evolve.kernels.tiles import Tiling, tiling
+from megatron_evolve.kernels.weight_gradient import weight_gradient
 
 
 def parts_of(W: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -49,15 +50,12 @@ def counts_on_device(counts_E: Tensor | Sequence[int], x: Tensor, num_rows: int,
     return counts_E.to(x.device, non_blocking=True)
 
 
-def adapter_of(x: Rows, A_ERI: Tensor, B_EOR: Tensor, scale: float, tiles: Tiling) -> Adapter:
-    """u = scale x A^T, rounded to the dtype of the rows, and the matrices that widen it."""
-    return Adapter(rows(product(x, matrices(A_ERI), tiles, scale=scale)), matrices(B_EOR))
+def adapter_of(x: Rows, A: Matrices, B: Matrices, scale: float, tiles: Tiling) -> Adapter:
+    """u = scale x A^T, rounded to the dtype of the rows, and the matrices that widen it.
 
-
-def input_adapter_of(dy: Rows, A_ERI: Tensor, B_EOR: Tensor, scale: float, tiles: Tiling) -> Adapter:
-    """The same for the input gradient: du = scale dy B, widened by A."""
-    du_MR = product(dy, matrices(B_EOR).transposed, tiles, scale=scale)
-    return Adapter(rows(du_MR), matrices(A_ERI).transposed)
+    For an input gradient: dy, B and A transposed, and the scale give du = scale dy B, widened by A.
+    """
+    return Adapter(rows(product(x, A, tiles, scale=scale)), B)
 
 
 def gradient_of(
@@ -78,7 +76,9 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx, x_MI, counts_E, scale, A_ERI, B_EOR, *W):
         ctx.tiles, ctx.scale = tiling(counts_E, len(x_MI), W[0].shape[-2:]), scale
         x = rows(x_MI)
-        adapter = None if A_ERI is None else adapter_of(x, A_ERI, B_EOR, scale, ctx.tiles)
+        adapter = None
+        if A_ERI is not None:
+            adapter = adapter_of(x, matrices(A_ERI), matrices(B_EOR), scale, ctx.tiles)
         ctx.save_for_backward(x_MI, None if adapter is None else adapter.u.base, A_ERI, B_EOR, *W)
         return product(x, matrices_of(W), ctx.tiles, adapter)
 
@@ -88,9 +88,9 @@ class _GroupedLinear(torch.autograd.Function):
         x_MI, u_MR, A_ERI, B_EOR, *W = ctx.saved_tensors
         need_x, _, _, need_A, need_B, *need_W = ctx.needs_input_grad
         tiles, x, dy = ctx.tiles, rows(x_MI), rows(dy_MO)
-        back = (
-            input_adapter_of(dy, A_ERI, B_EOR, ctx.scale, tiles) if A_ERI is not None and (need_x or need_A) else None
-        )
+        back = None
+        if A_ERI is not None and (need_x or need_A):
+            back = adapter_of(dy, matrices(B_EOR).transposed, matrices(A_ERI).transposed, ctx.scale, tiles)
         dx_MI = product(dy, matrices_of(W).transposed, tiles, back) if need_x else None
         (dA_ERI,) = gradient_of([A_ERI], back.u, x, tiles) if need_A else (None,)
         (dB_EOR,) = gradient_of([B_EOR], dy, rows(u_MR), tiles) if need_B else (None,)

@@ -15,11 +15,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_evolve.kernels.matrices import Matrices
+from megatron_evolve.kernels.matrices import Matrices, aligned, blocks_of, fetches_blocks
 from megatron_evolve.kernels.precision import check, dot, narrow
 from megatron_evolve.kernels.tile_table import NARROW, Tile
 from megatron_evolve.kernels.tiles import Tiling, launch_order
+
+EARLY_RANK = tl.constexpr(32)  # 24 registers a thread at 128 x 256
 
 
 class Rows(NamedTuple):
@@ -98,25 +101,76 @@ def block_at(base, first, o, num_columns, BM: tl.constexpr):
 
 
 @triton.jit
+def adapter_blocks(u, B, m, live_M, e, o, BR: tl.constexpr):
+    """u of these rows and B_e^T, loaded before the long sum that they end, so that nothing waits for them afterwards.
+
+    For ranks up to EARLY_RANK; beyond, registers run short and `add_adapter` loads them.
+    """
+    if BR > 0 and BR <= EARLY_RANK:
+        r = tl.arange(0, BR)
+        live_R = r < B.columns
+        u_at = u.base + offset_of_row(u, m, live_M)[:, None] + r[None, :]
+        B_at = B.base + tl.load(B.offset_E + e) * B.unit + r[:, None] * B.column_stride + o[None, :] * B.row_stride
+        u_block = tl.load(u_at, mask=live_M[:, None] & live_R[None, :], other=0.0)
+        B_block = tl.load(B_at, mask=live_R[:, None] & (o < B.rows)[None, :], other=0.0)
+    else:
+        u_block, B_block = 0, 0
+    return u_block, B_block
+
+
+@triton.jit
+def add_adapter(acc, early, u, B, m, live_M, e, o, BR: tl.constexpr):
+    """acc[m, o] + sum_r u[m, r] B_e[o, r]"""
+    if BR > EARLY_RANK:
+        acc = add_product(acc, u, m, live_M, B, e, o, BR, False)
+    elif BR > 0:
+        acc = dot(early[0], early[1], acc)
+    return acc
+
+
+@triton.jit
+def add_blocks(acc, x_blocks, first, W, W_blocks, e, o, BN: tl.constexpr, BK: tl.constexpr, TURNED: tl.constexpr):
+    """`add_product` with both operands fetched by the copy engine; rows of another expert in a block are never kept."""
+    matrix = tl.where(W.step > 0, e, W.count - 1 - e)
+    for k in range(0, W.columns, BK):
+        if TURNED:
+            w_block = W_blocks.load([matrix, k, o]).reshape(BK, BN)
+        else:
+            w_block = W_blocks.load([matrix, o, k]).reshape(BN, BK).T
+        acc = dot(x_blocks.load([first, k]), w_block, acc)
+    return acc
+
+
+@triton.jit
 def _product(
-    x, W, u, B, scale, tiles, out,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN: tl.constexpr,
+    x, W, u, B, scale, tiles, out, x_blocks, W_blocks,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    e, first, live_M, o, _ = block_of_program(tiles, W.rows, BM, BN)
+    e, first, live_M, o, column = block_of_program(tiles, W.rows, BM, BN)
     if e < 0:
         return
     m = first + tl.arange(0, BM)
+    early = adapter_blocks(u, B, m, live_M, e, o, BR)
     acc = tl.zeros([BM, BN], tl.float32)
-    acc = add_product(acc, x, m, live_M, W, e, o, BK, EVEN) * scale
-    if BR > 0:
-        acc = add_product(acc, u, m, live_M, B, e, o, BR, False)
+    if W_blocks is not None:
+        acc = add_blocks(acc, x_blocks, first, W, W_blocks, e, column * BN, BN, BK, TURNED) * scale
+    else:
+        acc = add_product(acc, x, m, live_M, W, e, o, BK, EVEN) * scale
+    acc = add_adapter(acc, early, u, B, m, live_M, e, o, BR)
     live = live_M[:, None] & (o < W.rows)[None, :]
     tl.store(block_at(out, first, o, W.rows, BM), narrow(acc, out.dtype.element_ty), mask=live)
 
 
 def depth_of(adapter: Adapter | None) -> int:
-    """The step over an adapter's rank: all of it at once, 16 at least for the tensor cores; 0 without one."""
-    return 0 if adapter is None else max(16, triton.next_power_of_2(adapter.B.columns))
+    """The step over an adapter's rank: 16 at least for the tensor cores, 64 at most; 0 without one."""
+    return 0 if adapter is None else min(64, max(16, triton.next_power_of_2(adapter.B.columns)))
+
+
+def blocks_of_rows(x: Rows, rows: int, columns: int) -> TensorDescriptor | None:
+    """Sorted rows in blocks for the copy engine; None where they are read by choice or do not suit it."""
+    if x.choice_of_row is not None or not x.base.numel() or not fetches_blocks() or not aligned(x.base, x.stride):
+        return None
+    return TensorDescriptor(x.base, list(x.base.shape), [x.stride, 1], [rows, columns])
 
 
 def launch(tiling: Tiling, tile: Tile, W: Matrices, adapter: Adapter | None) -> tuple[tuple[int], dict[str, int]]:
@@ -132,62 +186,24 @@ def launch(tiling: Tiling, tile: Tile, W: Matrices, adapter: Adapter | None) -> 
     return (tiling.map.num_tiles * triton.cdiv(W.rows, columns),), constants
 
 
+def in_halves(constants: dict[str, int]) -> bool:
+    """Whether what follows the sum takes its block in halves: over 64 sums a thread leave no room for another block.
+
+    Of 128 sums a thread the gradient through fc2 spilled 384 to 450 bytes, an accumulating weight gradient 360.
+    """
+    return constants["BM"] * constants["BN"] > 64 * 32 * constants["num_warps"]
+
+
 def product(x: Rows, W: Matrices, tiling: Tiling, adapter: Adapter | None = None, scale: float = 1.0) -> Tensor:
     """(M, O) in the dtype of the rows; W is E x (O, I). `scale` multiplies the first sum."""
     out_MO = x.base.new_empty(tiling.num_rows, W.rows)
     tile = tiling.tiles.adapter if W.rows <= NARROW else tiling.tiles.product
     grid, constants = launch(tiling, tile, W, adapter)
     if out_MO.numel():
-        _product[grid](x, W, *(adapter or (None, None)), scale, tiling.map, out_MO, **constants)
+        x_blocks = blocks_of_rows(x, constants["BM"], constants["BK"])
+        W_blocks = None if x_blocks is None else blocks_of(W, constants["BN"], constants["BK"])
+        x_blocks = None if W_blocks is None else x_blocks
+        turned = W.row_stride == 1 and W.column_stride != 1
+        given = (x, W, *(adapter or (None, None)), scale, tiling.map, out_MO, x_blocks, W_blocks)
+        _product[grid](*given, TURNED=turned, **constants)
     return out_MO
-
-
-@triton.jit
-def _weight_gradient(
-    dy, x, start_E1, out, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):
-    """out_e[o, i] (+)= sum over the rows of e of dy[m, o] x[m, i]; one program sums its block in row order."""
-    e = tl.program_id(1)
-    i_block, o_block = launch_order(tl.program_id(0), tl.cdiv(out.columns, BN), tl.cdiv(out.rows, BM))
-    o, i = o_block * BM + tl.arange(0, BM), i_block * BN + tl.arange(0, BN)
-    start, end = tl.load(start_E1 + e), tl.load(start_E1 + e + 1)
-    acc = tl.zeros([BM, BN], tl.float32)
-    for first in range(start, end, BK):
-        m = first + tl.arange(0, BK)
-        live_M = m < end
-        dy_at = dy.base + offset_of_row(dy, m, live_M)[None, :] + o[:, None]
-        x_at = x.base + offset_of_row(x, m, live_M)[:, None] + i[None, :]
-        dy_block = tl.load(dy_at, mask=(o < out.rows)[:, None] & live_M[None, :], other=0.0)
-        x_block = tl.load(x_at, mask=live_M[:, None] & (i < out.columns)[None, :], other=0.0)
-        acc = dot(dy_block, x_block, acc)
-    at = out.base + tl.load(out.offset_E + e) * out.unit + o[:, None] * out.row_stride + i[None, :] * out.column_stride
-    live = (o < out.rows)[:, None] & (i < out.columns)[None, :]
-    if ACCUMULATE:
-        if start == end:
-            return
-        acc += tl.load(at, mask=live, other=0.0)
-    tl.store(at, narrow(acc, out.base.dtype.element_ty), mask=live)
-
-
-def weight_gradient(dy: Rows, x: Rows, tiling: Tiling, out: Matrices, *, accumulate: bool) -> None:
-    """Write dW_e = dy_e^T x_e, E x (O, I), into `out`, or add it there (a float32 main gradient, in place).
-
-    An expert without rows gets zeros, or is not touched when adding.
-    """
-    E, tile = tiling.map.start_E1.numel() - 1, tiling.tiles.weight_gradient
-    bm, bn = (
-        min(most, max(16, triton.next_power_of_2(n)))
-        for most, n in ((tile.rows, out.rows), (tile.columns, out.columns))
-    )
-    _weight_gradient[triton.cdiv(out.rows, bm) * triton.cdiv(out.columns, bn), E](
-        dy,
-        x,
-        tiling.map.start_E1,
-        out,
-        ACCUMULATE=accumulate,
-        BM=bm,
-        BN=bn,
-        BK=tile.depth,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )

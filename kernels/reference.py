@@ -7,7 +7,8 @@ s = sigmoid(logits) and C the K experts of largest s + bias:
     y   = sum_{e in C} W2_e (p_e * relu(W1_e x)^2)
 
 The probability multiplies the activation *before* fc2, as Megatron-Core does (transformer/mlp.py, MLP.forward). The
-bias only selects (Wang et al. 2024, arXiv 2408.15664); Megatron-Core's TopKRouter is the source of the details.
+bias only selects (Wang et al. 2024, arXiv 2408.15664); Megatron-Core's TopKRouter is the source of the details. With a
+clamp c, c tanh(relu(h) / c) takes the place of relu(h), as later Megatron-Core's activation_func_tanh_clamp_scale.
 
 Letters: T tokens, E experts, K experts chosen per token, M = T * K rows sorted by expert, H model width, F hidden width
 of an expert, R adapter rank, I and O the input and output width of one grouped matrix.
@@ -78,9 +79,21 @@ def unpermute(y_MH: Tensor, plan: RoutePlan) -> Tensor:
     return y_MH[plan.row_of_choice_TK].sum(1)
 
 
-def weighted_squared_relu(h_MF: Tensor, p_M: Tensor) -> Tensor:
-    """a = p * relu(h)^2 (So et al. 2021, arXiv 2109.08668), in the wider dtype of the two and rounded to that of h."""
-    return (p_M.unsqueeze(-1) * torch.relu(h_MF).to(torch.promote_types(h_MF.dtype, p_M.dtype)) ** 2).to(h_MF.dtype)
+def check_clamp(clamp: float | None) -> None:
+    """Refuse a soft bound that is none."""
+    if clamp is not None and not 0 < clamp < float("inf"):
+        raise ValueError(f"clamp must be a positive number, or None for no bound; got {clamp}: change it")
+
+
+def weighted_squared_relu(h_MF: Tensor, p_M: Tensor, clamp: float | None = None) -> Tensor:
+    """a = p * relu(h)^2 (So et al. 2021, arXiv 2109.08668), in the wider dtype of the two and rounded to that of h.
+
+    With a clamp s, a = p * (s * tanh(relu(h) / s))^2, which stays below p * s^2.
+    """
+    check_clamp(clamp)
+    r_MF = torch.relu(h_MF).to(torch.promote_types(h_MF.dtype, p_M.dtype))
+    g_MF = r_MF if clamp is None else clamp * torch.tanh(r_MF / clamp)
+    return (p_M.unsqueeze(-1) * g_MF**2).to(h_MF.dtype)
 
 
 def grouped_linear(
@@ -104,9 +117,11 @@ def grouped_experts(
     W2_EHF: Tensor | Sequence[Tensor],
     lora1: GroupedLora | None = None,
     lora2: GroupedLora | None = None,
+    *,
+    clamp: float | None = None,
 ) -> Tensor:
     """fc1, weighted squared ReLU, fc2 on rows sorted by expert: (M, H), each row weighted by its probability."""
-    a_MF = weighted_squared_relu(grouped_linear(x_MH, counts_E, W1_EFH, lora1), p_M)
+    a_MF = weighted_squared_relu(grouped_linear(x_MH, counts_E, W1_EFH, lora1), p_M, clamp)
     return grouped_linear(a_MF, counts_E, W2_EHF, lora2)
 
 

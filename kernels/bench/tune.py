@@ -94,21 +94,24 @@ def runs_of(at: Layer, tiles: Tiles) -> dict[str, tuple[Callable[[], Tensor], in
     """By product: what runs it with these tiles, and its FLOP. Two products of a kind run one after the other."""
     from megatron_evolve.kernels.fc1 import fc1_squared_relu
     from megatron_evolve.kernels.fc2_gradient import fc2_gradient
-    from megatron_evolve.kernels.grouped_product import product, rows, weight_gradient
+    from megatron_evolve.kernels.grouped_product import product, rows
     from megatron_evolve.kernels.matrices import matrices
     from megatron_evolve.kernels.tiles import tiling
+    from megatron_evolve.kernels.weight_gradient import weight_gradient
 
     v, K = at.v, at.v.p_TK.size(1)
     (M, F), H = at.h_MF.shape, v.x_TH.size(1)
     tiled = tiling(v.plan.counts_E, M, (F, H), tiles)
     W1, W2, p_TK = matrices(v.W1_EFH), matrices(v.W2_EHF), v.p_TK.detach()
-    x, dy = (rows(t.detach(), v.plan.choice_of_row_M, K) for t in (v.x_TH, v.dout_TH))
+    choice = v.plan.choice_of_row_M
+    x, dy = (rows(t.detach(), choice, K) for t in (v.x_TH, v.dout_TH))
+    x_sorted = rows(v.x_TH.detach()[v.plan.token_of_row_M])
     h = rows(at.h_MF)
 
     def weights() -> Tensor:
         dW1, dW2 = torch.empty_like(v.W1_EFH), torch.empty_like(v.W2_EHF)
-        weight_gradient(h, x, tiled, matrices(dW1), accumulate=False)
-        weight_gradient(dy, h, tiled, matrices(dW2), accumulate=False)
+        weight_gradient(h, x_sorted, tiled, matrices(dW1), accumulate=False)
+        weight_gradient(x_sorted, h, tiled, matrices(dW2), accumulate=False)
         return dW1
 
     def both_ways() -> Tensor:
@@ -119,7 +122,10 @@ def runs_of(at: Layer, tiles: Tiles) -> dict[str, tuple[Callable[[], Tensor], in
     return {
         "fc1": (lambda: fc1_squared_relu(x, p_TK, W1, tiled)[0], one),
         "product": (both_ways, 2 * one),
-        "fc2_gradient": (lambda: fc2_gradient(dy, p_TK, at.h_MF, W2.transposed, tiled, keep_a=False)[0], one),
+        "fc2_gradient": (
+            lambda: fc2_gradient(dy, p_TK, at.h_MF, W2.transposed, tiled, choice_of_row=choice, keep_a=False)[0],
+            one,
+        ),
         "adapter": (lambda: product(x, matrices(at.adapter), tiled), 2 * M * 32 * H),
         "weight_gradient": (weights, 2 * one),
     }

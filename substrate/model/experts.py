@@ -26,6 +26,28 @@ from megatron_evolve.kernels.backend import backend as named_backend
 from megatron_evolve.kernels.reference import GroupedLora
 
 
+class _AddedToMainGrad(torch.autograd.Function):
+    """The matrices unchanged; backward marks their gradients as standing in `main_grad` already.
+
+    Megatron's wrapper learns from autograd that a parameter is done, and with overlap_grad_reduce it insists on a
+    gradient, which it then drops unread. So each gets one, of memory that nobody fills and all share.
+    """
+
+    @staticmethod
+    def forward(ctx, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.weights = weights
+        return tuple(weight.view_as(weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *_: None) -> tuple[Tensor, ...]:
+        for weight in ctx.weights:
+            weight.grad_added_to_main_grad = True
+        unread = torch.empty_like(ctx.weights[0])
+        # one tensor object each: autograd takes what nobody else holds, and would copy the same one E times
+        return tuple(unread.detach() for _ in ctx.weights)
+
+
 class ExpertWeights(torch.nn.Module):
     """One matrix per local expert, `weight0`, `weight1`, ..., each (rows, columns), and room for one adapter over all.
 
@@ -67,6 +89,13 @@ class ExpertWeights(torch.nn.Module):
     def weights(self) -> list[Tensor]:
         """The E local matrices."""
         return [getattr(self, f"weight{e}") for e in range(self.num_local_experts)]
+
+    @property
+    def main_grads(self) -> list[Tensor] | None:
+        """Megatron's buffers of the matrices' gradients, if its data-parallel wrapper gave each one, in float32."""
+        found = [w.main_grad for w in self.weights if hasattr(w, "grad_added_to_main_grad") and hasattr(w, "main_grad")]
+        ready = len(found) == self.num_local_experts and all(buffer.dtype == torch.float32 for buffer in found)
+        return found if ready else None
 
     @property
     def lora(self) -> GroupedLora | None:
@@ -114,6 +143,10 @@ class GroupedExperts(MegatronModule):
     `backend` names the form of the maths (`kernels.backend`): "auto", "eager", "triton" on a GPU, or "reference" to
     hold a suspect result against the definition; the attribute says which was taken. Raises ValueError for a backend
     that cannot run here, or a configuration whose experts would compute something else.
+
+    Inside Megatron's data-parallel wrapper with float32 gradients the triton backend adds weight gradients into
+    `main_grad` itself, unrounded. gradient_accumulation_fusion asks the same of Megatron's linear layers, which need
+    Apex or Transformer Engine for it; nothing is needed here, so the buffers alone decide.
     """
 
     def __init__(
@@ -147,8 +180,12 @@ class GroupedExperts(MegatronModule):
         With expert tensor parallelism the result is this rank's partial sum, which Megatron's dispatcher adds up.
         """
         fc1, fc2 = self.linear_fc1, self.linear_fc2
+        W1, W2, buffers = fc1.weights, fc2.weights, {}
+        if self.backend == "triton" and fc1.main_grads is not None and fc2.main_grads is not None:
+            W1, W2 = _AddedToMainGrad.apply(*W1), _AddedToMainGrad.apply(*W2)
+            buffers = {"main_grads": (fc1.main_grads, fc2.main_grads)}
         output = self.compute(
-            dispatched_input, tokens_per_expert, permuted_probs, fc1.weights, fc2.weights, fc1.lora, fc2.lora
+            dispatched_input, tokens_per_expert, permuted_probs, W1, W2, fc1.lora, fc2.lora, **buffers
         )
         return output, None
 

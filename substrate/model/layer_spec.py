@@ -38,11 +38,13 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from megatron_evolve.kernels.backend import resolved
 from megatron_evolve.substrate.model import latent
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.model.attention import CausalAttention
 from megatron_evolve.substrate.model.experts import GroupedExperts
 from megatron_evolve.substrate.model.packed import expect_packed
+from megatron_evolve.substrate.model.router import FusedRouter
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -161,7 +163,7 @@ def _moe_layer(backend: str) -> ModuleSpec:
     experts = MoESubmodules(
         experts=partial(GroupedExperts, backend=backend),
         shared_experts=partial(SharedExpertMLP, submodules=shared),
-        router=TopKRouter,
+        router=FusedRouter if resolved(backend) == "triton" else TopKRouter,  # fused with the experts, or not
     )
     return ModuleSpec(
         module=MoETransformerLayer,

@@ -57,16 +57,26 @@ def inputs(
     return idx.to(DEVICE), {n: v.to(DEVICE, dtype).requires_grad_() for n, v in values.items()}
 
 
-def layer(backend, idx: Tensor, v: dict[str, Tensor], *, lora: bool) -> Tensor:
+def layer(backend, idx: Tensor, v: dict[str, Tensor], *, lora: bool, clamp: float | None = None) -> Tensor:
     plan = backend.route_plan(idx, len(v["W1"]))
     rows, p_rows = backend.permute(v["x"], v["p"], plan)
     adapters = [backend.GroupedLora(v["A1"], v["B1"], 0.5), backend.GroupedLora(v["A2"], v["B2"], 0.5)] if lora else []
-    return backend.unpermute(backend.grouped_experts(rows, plan.counts_E, p_rows, v["W1"], v["W2"], *adapters), plan)
+    y = backend.grouped_experts(rows, plan.counts_E, p_rows, v["W1"], v["W2"], *adapters, clamp=clamp)
+    return backend.unpermute(y, plan)
 
 
-def run(backend, idx: Tensor, v: dict[str, Tensor], *, lora: bool, layer=layer) -> dict[str, Tensor]:
+def routed(backend, idx: Tensor, v: dict[str, Tensor], *, lora: bool, clamp: float | None = None) -> Tensor:
+    """The layer by the other door (fused only), with the experts as separate matrices."""
+    plan = backend.route_plan(idx, len(v["W1"]))
+    adapters = [backend.GroupedLora(v["A1"], v["B1"], 0.5), backend.GroupedLora(v["A2"], v["B2"], 0.5)] if lora else []
+    return backend.routed_experts(v["x"], v["p"], plan, v["W1"].unbind(), v["W2"].unbind(), *adapters, clamp=clamp)
+
+
+def run(
+    backend, idx: Tensor, v: dict[str, Tensor], *, lora: bool, layer=layer, clamp: float | None = None
+) -> dict[str, Tensor]:
     """The output and the gradient of every leaf that wants one."""
-    out = layer(backend, idx, v, lora=lora)
+    out = layer(backend, idx, v, lora=lora, clamp=clamp)
     wanted = {n: t for n, t in v.items() if t.requires_grad and (lora or n[0] not in "AB")}
     rng = torch.Generator().manual_seed(99)
     dout = torch.randn(out.shape, generator=rng).to(out)

@@ -2,23 +2,15 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_evolve.kernels import eager, fused, reference
-from tests.kernels.expert_cases import DEVICE, TILE_CASES, error, inputs, layer, run, widened
+from tests.kernels.expert_cases import DEVICE, TILE_CASES, error, inputs, layer, routed, run, widened
 
 # Largest ||got - want|| / ||want|| per tensor, `want` in float64 from the same (already rounded) inputs.
 FLOAT32 = 2e-6  # eps 1.2e-7, float32 sums of up to 192 terms: measured at most 4.1e-7
 # bfloat16 is held to its own kind: what plain PyTorch loses on the same inputs, and a quarter more. Measured at most
 # 1.03 times: the adapter is not rounded apart from the base, nor da and each expert's sum before they are used.
 BFLOAT16_TIMES_EAGER = 1.25
-
-
-def routed(backend, idx: Tensor, v: dict[str, Tensor], *, lora: bool) -> Tensor:
-    """The layer by the other door, with the experts as separate matrices."""
-    plan = backend.route_plan(idx, len(v["W1"]))
-    adapters = [backend.GroupedLora(v["A1"], v["B1"], 0.5), backend.GroupedLora(v["A2"], v["B2"], 0.5)] if lora else []
-    return backend.routed_experts(v["x"], v["p"], plan, v["W1"].unbind(), v["W2"].unbind(), *adapters)
 
 
 def check_float32(case: str, layer, *, lora: bool) -> None:

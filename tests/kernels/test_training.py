@@ -1,9 +1,8 @@
-"""A whole nano model on Megatron-Core trains the same with the fused experts as with the eager ones."""
+"""A whole nano model on Megatron-Core trains the same with the fused experts and router as with the eager ones."""
 
 import pytest
 import torch
 
-from megatron_evolve.kernels.backend import backend
 from megatron_evolve.substrate.model import build
 from megatron_evolve.substrate.model.architecture import NANO_CPU
 from tests.kernels.expert_cases import DEVICE
@@ -19,13 +18,17 @@ def megatron():
 
 def losses(name: str) -> list[float]:
     """Loss before each of two AdamW steps and after the last, with every expert layer on this backend."""
-    from megatron_evolve.substrate.model.experts import GroupedExperts
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.moe.router import TopKRouter
 
-    model = build.build_model(NANO_CPU, seed=5)
-    layers = [module for module in model.modules() if isinstance(module, GroupedExperts)]
+    from megatron_evolve.substrate.model.router import FusedRouter
+
+    model = build.build_model(NANO_CPU, seed=5, experts=name)
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     assert len(layers) == NANO_CPU.pattern.count("E")
-    for experts in layers:
-        experts.compute = backend(name).grouped_experts
+    for layer in layers:
+        assert layer.experts.backend == name
+        assert type(layer.router) is (FusedRouter if name == "triton" else TopKRouter)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     tokens = torch.randint(0, 77, (2, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     seen = []

@@ -160,6 +160,59 @@ def test_router_definition_is_megatrons(megatron):
         torch.testing.assert_close(p, want_p, rtol=1e-6, atol=0)
 
 
+def _microbatches(experts, count: int) -> None:
+    """Forward and backward on different rows each time; the second leaves expert 1 without any."""
+    for seed, counts in enumerate(([5, 2, 0, 7], [3, 0, 4, 1])[:count]):
+        rng = torch.Generator().manual_seed(seed)
+        x = torch.randn(sum(counts), NANO_CPU.hidden_size, generator=rng).to(experts.config.params_dtype)
+        out, _ = experts(x.requires_grad_(), torch.tensor(counts), torch.rand(sum(counts), generator=rng))
+        out.float().square().sum().backward()
+
+
+def _main_grads(experts, count: int, **setting) -> list[Tensor]:
+    """What Megatron's data-parallel wrapper holds after some micro-batches."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    wrapped = DistributedDataParallel(experts.config, DistributedDataParallelConfig(**setting), experts)
+    wrapped.zero_grad_buffer()
+    _microbatches(wrapped.module, count)
+    weights = _by_expert(experts, gradients=False)
+    assert all(weight.grad is None and not weight.allreduce for weight in weights)
+    return [weight.main_grad for weight in weights]
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["at the end", "overlapped"])
+def test_main_gradients_are_what_autograd_accumulates(megatron, overlap):
+    """To the bit in float32: either way a micro-batch's sum is rounded once, and once more where it is added."""
+    plain, fused = (_grouped(megatron, backend="triton") for _ in range(2))
+    _microbatches(plain, 2)
+    got = _main_grads(fused, 2, overlap_grad_reduce=overlap)
+    assert all(weight.grad_added_to_main_grad for weight in _by_expert(fused, gradients=False))
+    for main_grad, want in zip(got, _by_expert(plain, gradients=True), strict=True):
+        assert want.any()
+        assert torch.equal(main_grad, want)
+
+
+def test_main_gradients_of_bfloat16_are_not_rounded(megatron):
+    """Each rounds to the gradient that autograd would have been given, and says more."""
+    plain, fused = (_grouped(megatron, backend="triton", params_dtype=torch.bfloat16) for _ in range(2))
+    _microbatches(plain, 1)
+    got = _main_grads(fused, 1, grad_reduce_in_fp32=True)
+    for main_grad, want in zip(got, _by_expert(plain, gradients=True), strict=True):
+        assert torch.equal(main_grad.bfloat16(), want)
+        assert torch.equal(main_grad, want.float()) == (not want.any())  # expert 2 has no rows here
+
+
+@pytest.mark.parametrize(("backend", "in_float32"), [("triton", False), ("eager", True)])
+def test_other_backends_and_other_buffers_take_the_ordinary_way(megatron, backend, in_float32):
+    plain, wrapped = (_grouped(megatron, backend=backend, params_dtype=torch.bfloat16) for _ in range(2))
+    _microbatches(plain, 1)
+    got = _main_grads(wrapped, 1, grad_reduce_in_fp32=in_float32)
+    assert not any(weight.grad_added_to_main_grad for weight in _by_expert(wrapped, gradients=False))
+    for main_grad, want in zip(got, _by_expert(plain, gradients=True), strict=True):
+        assert torch.equal(main_grad, want.to(main_grad.dtype))
+
+
 def test_configurations_it_would_compute_wrongly_are_refused(megatron):
     with pytest.raises(ValueError, match="activation_func=squared_relu; got"):
         _grouped(megatron, activation_func=torch.nn.functional.gelu)

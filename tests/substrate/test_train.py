@@ -48,11 +48,11 @@ def first_batch(**changes) -> Batch:
     return next(packer(RECIPE.replace(**changes)).batches(Tally()))
 
 
-def trainer(recipe: Recipe = RECIPE, *, adapter: bool = False):
+def trainer(recipe: Recipe = RECIPE, *, adapter: bool = False, architecture: Architecture = TINY, **fields):
     from megatron_evolve.substrate.model.lora import add_lora
     from megatron_evolve.substrate.train.step import Trainer
 
-    model = build.build_model(TINY, seed=2)
+    model = build.build_model(architecture, seed=2, **fields)
     if adapter:
         add_lora(model, rank=2, alpha=4.0, targets=("attention", "mamba", "experts", "shared"), seed=5)
     return Trainer([model], recipe)
@@ -89,6 +89,24 @@ def test_micro_batches_change_neither_loss_nor_gradient(monkeypatch):
     for name, gradient in found[0].items():
         # float32 sums in another order; measured at most 4e-8
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("head", [{}, {"mtp_depths": 2, "mtp_pattern": "*E"}], ids=["plain", "a head used twice"])
+def test_fused_experts_add_their_gradients_over_micro_batches(monkeypatch, head):
+    """They write into Megatron's buffers themselves, and there stands what the eager experts' gradients add up to."""
+    batch = first_batch(batch_size=8)
+    monkeypatch.setattr(Batch, "narrowed", lambda self, multiple: self.rows_at_most(4))
+    found = []
+    for experts in ("eager", "triton"):
+        made = trainer(architecture=Architecture.model_validate(TINY.model_dump() | head), experts=experts)
+        made.step(batch, 0)
+        found.append(gradients(made))
+        weights = {name: p for name, p in made.chunks[0].named_parameters() if ".experts." in name}
+        assert all(p.grad_added_to_main_grad == (experts == "triton") for p in weights.values())
+    assert len(weights) == 2 * TINY.num_experts * (2 if head else 1)
+    for name, gradient in found[0].items():
+        # float32 sums in another order: measured at most 8e-7
+        assert (found[1][name] - gradient).norm() <= 2e-6 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
