@@ -68,6 +68,9 @@ def bench_kernels(
         rows = [run.bench(chosen, device, tuple(provider or run.providers_on(device)), rounds=rounds)]
         if size is None and device != "cpu":
             rows.append(run.bench_memory_bound(device, rounds=rounds))
+            rows.append(
+                run.bench_gated([cases.shape_of("nano", 8192, ranks) for ranks in (8, 1)], device, rounds=rounds)
+            )
         write(chain(*rows, run.without_time(device)), out)
 
     guarded(answer, as_json)
@@ -82,3 +85,23 @@ def write(rows: Iterable[dict[str, Any]], out: Path | None) -> None:
             if file:
                 file.write(line + "\n")
                 file.flush()
+
+
+@bench_app.command("tiles")
+def bench_tiles(
+    out: Annotated[Path | None, typer.Option(help="write the rows there too")] = None,
+    save: Annotated[bool, typer.Option("--write", help="put the winners into the table that the kernels read")] = False,
+    rounds: Annotated[int, typer.Option(help="timed runs of each candidate, in turns", min=1)] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="rows are JSON in any case; errors too with this")] = False,
+) -> None:
+    """Which tile each product of an expert layer runs best with on the GPU that is here."""
+    from megatron_evolve.cli import guarded
+
+    def answer() -> None:
+        from megatron_evolve.kernels.bench import run, tune
+
+        if run.default_device() == "cpu":
+            raise ValueError("bench tiles needs a GPU and torch finds none: run it on a machine with one")
+        write(tune.rows("cuda", rounds=rounds, save=save), out)
+
+    guarded(answer, as_json)

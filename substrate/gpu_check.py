@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-PATTERN = "MEM*E"
+PATTERN = "MEM*"
 ROWS, LENGTH = 2, 512
 TIMES_EAGER = 1.5
 # bfloat16 rounds to 2^-9 of a number, a layer some ten times in a row; what is wrong is off by its whole size. Below
@@ -254,11 +254,13 @@ def trained(architecture: Any, mode: str, experts: str, rows: int = 4, length: i
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     trainer, batch, job = prepared(architecture, mode, experts, rows, length)
-    losses, times = [], []
+    losses, norms, times = [], [], []
     for number in range(STEPS):
         settle()
         begun = time.perf_counter()
-        losses.append(round(trainer.step(batch, number).loss, 5))
+        measured = trainer.step(batch, number)
+        losses.append(round(measured.loss, 5))
+        norms.append(round(measured.grad_norm, 6))
         settle()
         times.append(time.perf_counter() - begun)
     step_s = median(times[WARM:])
@@ -269,6 +271,7 @@ def trained(architecture: Any, mode: str, experts: str, rows: int = 4, length: i
         "rows": rows,
         "length": length,
         "losses": losses,
+        "grad_norms": norms,
         "step_ms": round(1e3 * step_s, 2),
         "step_ms_all": [round(1e3 * t, 2) for t in times],
         "tokens_per_s": round(rows * length / step_s),

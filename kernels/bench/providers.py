@@ -148,16 +148,17 @@ PROVIDERS = {
 PEERS = {
     "sequential-mlp": ("megatron-core", "Megatron's SequentialMLP needs its process groups and random states set up"),
     "te-grouped-mlp": ("transformer-engine", "TEGroupedMLP needs Megatron's process groups and a GPU"),
-    "liger": ("liger-kernel", "its fused experts are gated (SwiGLU): another function, comparable by FLOP only"),
+    "liger": ("liger-kernel", ""),  # an op of its own, `gated`
     "scattermoe": ("scattermoe", "its expert MLP has no probability before the second product"),
     "quack": ("quack-kernels", "its gemm_act has a squared ReLU, but no probability and no routing"),
 }
 
 
 def peers() -> dict[str, tuple[str, str]]:
-    """Name -> version and why it has no time: not installed, or installed and not connected."""
+    """Name -> version and why it has no time: not installed, or installed and not connected; empty where it has."""
     told = {}
     for name, (package, why) in PEERS.items():
         version = _version(package)
-        told[name] = (version or "none", f"not connected: {why}" if version else f"{package} is not installed")
+        reason = f"{package} is not installed" if version is None else f"not connected: {why}" if why else ""
+        told[name] = (version or "none", reason)
     return told

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from megatron_evolve.kernels.bench import gated
 from megatron_evolve.kernels.bench.cases import Case, experts, memory_bound, predicted, told
 from megatron_evolve.kernels.bench.clock import Clock
 from megatron_evolve.kernels.bench.providers import PROVIDERS, own_version, peers
 from megatron_evolve.kernels.bench.rows import FAILURES, commit, counted, device_name, first_line, measure
-from megatron_evolve.kernels.roofline import CHIPS, Chip
+from megatron_evolve.kernels.roofline import CHIPS, Chip, Shape
 
 # torch._grouped_mm has no fast form on a CPU, and interpreted kernels tell no time
 CPU_PROVIDERS = ("eager", "loop")
@@ -42,12 +43,23 @@ def bench(
                 yield base | {"provider": name, "version": PROVIDERS[name].version(), "reason": first_line(failure)}
 
 
+def bench_gated(shapes: Iterable[Shape], device: str, *, rounds: int = 20, chip: Chip | None = None) -> Iterator[dict]:
+    """Liger's fused experts, where Liger is installed and a GPU is there; nothing otherwise."""
+    version, _ = peers()["liger"]
+    if version == "none" or not device.startswith("cuda"):
+        return
+    for shape in shapes:
+        problem, prepare = gated.liger(shape, f"liger-kernel {version}", device)
+        yield from measure(problem, prepare, device, rounds=rounds, chip=chip)
+
+
 def without_time(device: str) -> Iterator[dict]:
     """A row for each package of others, with why it has no time."""
     row = {"op": "experts", "pass": "both", "shape": {}, "median_ms": None, "error": None, "ratio_to": {}}
     row |= {"device": device_name(device), "commit": commit()}
     for name, (version, why) in peers().items():
-        yield row | {"provider": name, "version": version, "reason": why}
+        if why:
+            yield row | {"provider": name, "version": version, "reason": why}
 
 
 def bench_memory_bound(

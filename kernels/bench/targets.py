@@ -13,9 +13,9 @@ import torch
 from megatron_evolve.kernels.bench.cases import case_of, experts, memory_bound
 from megatron_evolve.kernels.bench.clock import Clock, interleaved
 from megatron_evolve.kernels.bench.rows import FAILURES, first_line, outcome, parts_of
-from megatron_evolve.kernels.bench.run import bench, bench_memory_bound
+from megatron_evolve.kernels.bench.run import bench, bench_gated, bench_memory_bound
 from megatron_evolve.kernels.bench.shares import Turn
-from megatron_evolve.kernels.roofline import Chip
+from megatron_evolve.kernels.roofline import Chip, shape_of
 
 # Fewest tokens that say what the targets ask; then other shapes, as long as there is time.
 LAYERS = (
@@ -78,6 +78,8 @@ def rows(device: str, chip: Chip, until: float, *, rounds: int = 10) -> Iterator
         for case in (*LAYERS, *MORE)
         for run in [lambda case=case: bench([case], device, PATHS, rounds=rounds, chip=chip)]
     ]
+    gated = [shape_of("nano", 8192, ep) for ep in (8, 1)]
+    steps.append(("Liger's gated experts", lambda: bench_gated(gated, device, rounds=rounds, chip=chip)))
     for name, step in steps:
         if time.monotonic() > until:
             yield {"op": "experts", "left_out": name, "median_ms": None, "reason": "the time of this check was used up"}

@@ -10,9 +10,7 @@ puts the winners into `kernels/tile_table.json`, which the ops read.
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,7 +26,7 @@ from megatron_evolve.kernels.tile_table import FILE, Tile, Tiles, chosen, shape_
 # columns, depth, warps, stages. 256 columns waste 9.4 % of 1856 and 4.5 % of 2688, and read each row half as often.
 WIDE = ((128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (256, 64, 8, 3), (256, 64, 8, 4))
 MEDIUM = ((128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 4, 3), (256, 64, 4, 3), (256, 64, 8, 4))
-SMALL = ((64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4), (128, 256, 4, 3), (256, 128, 8, 3))
+SMALL = ((64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4), (256, 128, 8, 3))
 BY_ROWS = {16: SMALL, 32: SMALL, 64: MEDIUM, 128: WIDE, 256: ((128, 64, 8, 3), (128, 64, 8, 4))}
 ADAPTER = ((32, 64, 4, 4), (32, 128, 4, 3), (32, 64, 8, 4), (32, 128, 8, 3))
 GRADIENT = (
@@ -223,35 +221,21 @@ def write(entries: list[dict], device: str) -> None:
     FILE.write_text(f'{{\n  "source": {json.dumps(source)},\n  "entries": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="write the rows there too")
-    parser.add_argument("--write", action="store_true", help="put the winners into the table that the ops read")
-    parser.add_argument("--rounds", type=int, default=10, help="timed runs of each candidate")
-    parser.add_argument("--share", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("bench tiles: needs a CUDA device, and torch finds none: run it on a machine with one", file=sys.stderr)
-        return 2
-    if options.share:
-        warm("cuda", BUCKETS, shares.turn(options.share))
-        return 0
-    for row in shares.run(["-m", __spec__.name if __spec__ else __name__], shares.num_shares()):
-        print(json.dumps(row), flush=True)
-    entries, clock = [], Clock("cuda")
-    with (options.out or Path("/dev/null")).open("w", encoding="utf-8") as file:
-        for bucket in BUCKETS:
-            rows = list(tune("cuda", bucket, clock, options.rounds))
-            entries.append(entry(rows, bucket))
-            for row in (*rows, {"op": "entry"} | entries[-1]):
-                print(json.dumps(row), flush=True)
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-            torch.cuda.empty_cache()
-    if options.write:
-        write(entries, "cuda")
-    return 0
+def rows(device: str, *, rounds: int, save: bool) -> Iterator[dict]:
+    """Every bucket's candidates and its entry; with `save` the entries are written into the table at the end."""
+    yield from shares.run(["-m", "megatron_evolve.kernels.bench.tune"], shares.num_shares())
+    entries, clock = [], Clock(device)
+    for bucket in BUCKETS:
+        found = list(tune(device, bucket, clock, rounds))
+        entries.append(entry(found, bucket))
+        yield from found
+        yield {"op": "entry"} | entries[-1]
+        torch.cuda.empty_cache()
+    if save:
+        write(entries, device)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # one share of the candidates, to be compiled
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--share", required=True)
+    warm("cuda", BUCKETS, shares.turn(parser.parse_args().share))
