@@ -129,14 +129,11 @@ def add_adapter(acc, early, u, B, m, live_M, e, o, BR: tl.constexpr):
 
 
 @triton.jit
-def add_blocks(acc, x_blocks, first, W, W_blocks, e, o, BN: tl.constexpr, BK: tl.constexpr, TURNED: tl.constexpr):
+def add_blocks(acc, x_blocks, first, W, W_blocks, e, o, BN: tl.constexpr, BK: tl.constexpr):
     """`add_product` with both operands fetched by the copy engine; rows of another expert in a block are never kept."""
     matrix = tl.where(W.step > 0, e, W.count - 1 - e)
     for k in range(0, W.columns, BK):
-        if TURNED:
-            w_block = W_blocks.load([matrix, k, o]).reshape(BK, BN)
-        else:
-            w_block = W_blocks.load([matrix, o, k]).reshape(BN, BK).T
+        w_block = W_blocks.load([matrix, o, k]).reshape(BN, BK).T
         acc = dot(x_blocks.load([first, k]), w_block, acc)
     return acc
 
@@ -144,7 +141,7 @@ def add_blocks(acc, x_blocks, first, W, W_blocks, e, o, BN: tl.constexpr, BK: tl
 @triton.jit
 def _product(
     x, W, u, B, scale, tiles, out, x_blocks, W_blocks,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN: tl.constexpr, TURNED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     e, first, live_M, o, column = block_of_program(tiles, W.rows, BM, BN)
     if e < 0:
@@ -153,7 +150,7 @@ def _product(
     early = adapter_blocks(u, B, m, live_M, e, o, BR)
     acc = tl.zeros([BM, BN], tl.float32)
     if W_blocks is not None:
-        acc = add_blocks(acc, x_blocks, first, W, W_blocks, e, column * BN, BN, BK, TURNED) * scale
+        acc = add_blocks(acc, x_blocks, first, W, W_blocks, e, column * BN, BN, BK) * scale
     else:
         acc = add_product(acc, x, m, live_M, W, e, o, BK, EVEN) * scale
     acc = add_adapter(acc, early, u, B, m, live_M, e, o, BR)
@@ -203,7 +200,6 @@ def product(x: Rows, W: Matrices, tiling: Tiling, adapter: Adapter | None = None
         x_blocks = blocks_of_rows(x, constants["BM"], constants["BK"])
         W_blocks = None if x_blocks is None else blocks_of(W, constants["BN"], constants["BK"])
         x_blocks = None if W_blocks is None else x_blocks
-        turned = W.row_stride == 1 and W.column_stride != 1
         given = (x, W, *(adapter or (None, None)), scale, tiling.map, out_MO, x_blocks, W_blocks)
-        _product[grid](*given, TURNED=turned, **constants)
+        _product[grid](*given, **constants)
     return out_MO

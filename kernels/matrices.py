@@ -89,16 +89,15 @@ def _table(offsets: tuple[int, ...], device: torch.device) -> tuple[int, Tensor]
 
 
 def blocks_of(W: Matrices, rows: int, columns: int) -> TensorDescriptor | None:
-    """The matrices as one tensor (E, rows, columns) in blocks, its last axis that of stride 1; None where it is none.
+    """The matrices as one tensor (E, rows, columns) in blocks of 1 x `rows` x `columns`; None where they are not.
 
-    `rows` x `columns` is a block of W as it is read; of a transposed W the descriptor has them the other way round.
+    Only for rows that lie along the sum. Of transposed matrices the copy engine brought nothing: 650 TFLOP/s at 3,072
+    rows an expert of Nano on an H100 either way, where these went from 530 to 650.
     """
-    turned = W.row_stride == 1 and W.column_stride != 1
-    shape, block = ((W.columns, W.rows), (columns, rows)) if turned else ((W.rows, W.columns), (rows, columns))
-    inner, outer = sorted((W.row_stride, W.column_stride))
-    if inner != 1 or not W.step or not fetches_blocks() or not aligned(W.base, W.step, outer):
+    suits = W.column_stride == 1 and W.step and fetches_blocks() and aligned(W.base, W.step, W.row_stride)
+    if not suits:
         return None
-    return TensorDescriptor(W.base, [W.count, *shape], [abs(W.step), outer, 1], [1, *block])
+    return TensorDescriptor(W.base, [W.count, W.rows, W.columns], [abs(W.step), W.row_stride, 1], [1, rows, columns])
 
 
 def aligned(x: Tensor, *strides: int) -> bool:

@@ -17,9 +17,12 @@ import triton.language as tl
 from megatron_evolve.kernels.grouped_product import Rows, blocks_of_rows, in_halves
 from megatron_evolve.kernels.matrices import Matrices
 from megatron_evolve.kernels.precision import dot, narrow
+from megatron_evolve.kernels.tile_table import NARROW, Tile
 from megatron_evolve.kernels.tiles import Tiling, launch_order
 
 FETCHED_ROWS = 1024  # mean rows an expert from which the copy engine pays
+# An adapter's gradient is one row or column of blocks: small ones, or most multiprocessors would have none.
+ADAPTER_TILE = Tile(128, 128, 64, warps=4, stages=3)
 
 
 @triton.jit
@@ -82,14 +85,15 @@ def weight_gradient(dy: Rows, x: Rows, tiling: Tiling, out: Matrices, *, accumul
     """
     if dy.choice_of_row is not None or x.choice_of_row is not None:
         raise ValueError("a weight gradient needs rows sorted in memory; got rows read by choice: gather them first")
-    E, tile = out.count, tiling.tiles.weight_gradient
+    E, narrow_side = out.count, min(out.rows, out.columns) <= NARROW
+    tile = ADAPTER_TILE if narrow_side else tiling.tiles.weight_gradient
     bm, bn = (
         min(most, max(16, triton.next_power_of_2(n)))
         for most, n in ((tile.rows, out.rows), (tile.columns, out.columns))
     )
     bk = tile.depth * 2 // x.base.element_size()
     dy_blocks = x_blocks = None
-    if tiling.num_rows >= FETCHED_ROWS * E:
+    if tiling.num_rows >= FETCHED_ROWS * E and not narrow_side:
         dy_blocks, x_blocks = blocks_of_rows(dy, bk, bm), blocks_of_rows(x, bk, bn)
     if dy_blocks is None or x_blocks is None:
         dy_blocks = x_blocks = None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_evolve.kernels.matrices import UNIT, matrices
+from megatron_evolve.kernels.matrices import UNIT, blocks_of, matrices
 
 
 def address(found, e: int) -> int:
@@ -36,3 +36,21 @@ def test_transposed_is_the_same_memory():
 def test_unequal_matrices_are_refused():
     with pytest.raises(ValueError, match=r"must agree in shape, strides, dtype and device; got 2 kinds"):
         matrices([torch.zeros(4, 4), torch.zeros(4, 4).t()[:, :4].contiguous().t()])
+
+
+def test_even_spacing_is_seen_in_either_order():
+    """Megatron's parameter buffer holds the experts last first."""
+    stacked = torch.randn(4, 8, 16)
+    ascending, descending = matrices(list(stacked.unbind())), matrices(list(stacked.unbind())[::-1])
+    assert (ascending.step, descending.step) == (128, -128)
+    assert ascending.base.data_ptr() == descending.base.data_ptr() == stacked.data_ptr()
+    assert [address(descending, e) for e in range(4)] == [w.data_ptr() for w in stacked.unbind()[::-1]]
+    assert matrices([stacked[0], stacked[1], stacked[3]]).step == 0
+    assert matrices(stacked[:1].expand(3, -1, -1)).step == 0
+
+
+def test_the_copy_engine_gets_what_suits_it_alone():
+    assert blocks_of(matrices(torch.zeros(3, 8, 16)), 8, 16).block_shape == [1, 8, 16]
+    assert blocks_of(matrices(torch.zeros(3, 8, 16)).transposed, 8, 16) is None
+    assert blocks_of(matrices(torch.zeros(3, 97, 47)), 16, 16) is None  # rows of 188 bytes
+    assert blocks_of(matrices([torch.zeros(8, 16) for _ in range(2)] + [torch.zeros(32, 16)[:8]]), 8, 16) is None
