@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--layout", default="", metavar="SIZES", help="as tp=2,ep=2; what is left is data parallel")
     parser.add_argument("--micro-rows", type=int, metavar="N", help="most rows that a rank computes at once")
+    parser.add_argument("--packed", action="store_true", help="rows end to end in place of padded ones")
     parser.add_argument("--experts", default="auto", metavar="BACKEND", help="auto, eager, triton or reference")
     return parser
 
@@ -88,6 +89,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "settings": digest_of(settings),
         "seed": arguments.seed,
         "excluded": digest_of(sorted(excluded)) if excluded else None,
+        **({"packed": True} if arguments.packed else {}),  # it decides bits: see `Trainer`
     }
     if _is_done(arguments.out, identity):
         return 0
@@ -100,7 +102,8 @@ def _run(arguments: argparse.Namespace) -> int:
         chunks = open_chunks(arguments.substrate, substrate, arguments.experts)
         tokenizer = read_tokenizer(arguments.substrate)
         packer = Packer(settings.mix, substrate.construction, tokenizer, settings.recipe, arguments.seed, excluded)
-        fitted = train(chunks, packer, arguments.out, identity, arguments.save_every, arguments.micro_rows)
+        how = {"save_every": arguments.save_every, "micro_rows": arguments.micro_rows, "packed": arguments.packed}
+        fitted = train(chunks, packer, arguments.out, identity, **how)
     finally:
         build.stop()
     if runtime.rank == 0:
@@ -115,7 +118,7 @@ def _is_done(out: Path, identity: dict[str, Any]) -> bool:
     if not (out / RESULT_FILE).is_file():
         return False
     result = read_json(out / RESULT_FILE)
-    other = [name for name, value in identity.items() if result.get(name) != value]
+    other = [name for name in {**identity, "packed": True} if result.get(name) != identity.get(name)]
     if other:
         raise ValueError(
             f"{out} holds the result of another run ({', '.join(other)} differ); give each run its own folder"
@@ -155,12 +158,11 @@ def train(
     packer: Packer,
     folder: Path,
     identity: dict[str, Any],
-    save_every: int,
-    micro_rows: int | None = None,
+    **how: Any,
 ) -> Fit:
     """Tune the model by the packer's recipe and write the checkpoint that its evaluation opens, unless it diverged.
 
-    All ranks call it with their part of the model; rank 0 gathers the whole and writes it.
+    All ranks call it with their part of the model; rank 0 gathers the whole and writes it. `how` as in `fit`.
     """
     import torch
 
@@ -173,7 +175,7 @@ def train(
         for chunk in chunks:
             add_lora(chunk, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=packer.seed)
     run = digest_of(identity)
-    fitted = fit(chunks, packer, folder, run=run, save_every=save_every, micro_rows=micro_rows)
+    fitted = fit(chunks, packer, folder, run=run, **how)
     if fitted.diverged is not None:
         return fitted
     kind = "weights" if adapter is None else "adapter"

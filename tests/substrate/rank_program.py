@@ -68,7 +68,8 @@ def steps_of(case: dict[str, Any], weights: Path) -> dict[str, Any]:
 
     recipe = recipe_of(case)
     chunks, source = model_of(case, weights), packer(recipe)
-    trainer, selector = Trainer(chunks, recipe, micro_rows=case.get("micro_rows")), Selector(source)
+    how = {"micro_rows": case.get("micro_rows"), "packed": case.get("packed", False)}
+    trainer, selector = Trainer(chunks, recipe, **how), Selector(source)
     first = 0
     if case.get("restore"):
         first = restore_resume(Path(case["restore"]), "run", trainer, selector).step
