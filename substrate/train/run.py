@@ -135,7 +135,7 @@ def _layout(arguments: argparse.Namespace, substrate: Substrate, settings: Setti
         Architecture.model_validate(substrate.architecture),
         ranks=ranks,
         batch_size=settings.recipe.batch_size,
-        adapter=settings.recipe.adapter is not None and "experts" in settings.recipe.adapter.targets,
+        adapter=settings.recipe.adapter is not None and settings.recipe.adapter.on_experts,
     )
     return layout
 
