@@ -35,6 +35,7 @@ from megatron_evolve.substrate.settings import Settings
 from megatron_evolve.substrate.train.checkpoint import save_checkpoint
 from megatron_evolve.substrate.train.fit import RESUME_FOLDER, Fit, fit
 from megatron_evolve.substrate.train.open import CHECKPOINT_FOLDER, open_chunks
+from megatron_evolve.substrate.train.optimizer import optimizer_taken
 from megatron_evolve.substrate.train.preload import preload
 from megatron_evolve.substrate.train.record import finite
 from megatron_evolve.substrate.train.trained import trained_tensors
@@ -107,8 +108,8 @@ def _run(arguments: argparse.Namespace) -> int:
     finally:
         build.stop()
     if runtime.rank == 0:
-        taken = resolved(arguments.experts)
-        write_json(arguments.out / RESULT_FILE, {**result_of(fitted, identity), "experts": taken})
+        taken = {"experts": resolved(arguments.experts), "optimizer": optimizer_taken(settings.recipe)}
+        write_json(arguments.out / RESULT_FILE, {**result_of(fitted, identity), **taken})
         shutil.rmtree(arguments.out / RESUME_FOLDER, ignore_errors=True)
     return 0
 
