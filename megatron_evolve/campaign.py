@@ -77,6 +77,10 @@ class Training(Frozen):
     @model_validator(mode="after")
     def _ranks_fit(self) -> "Training":
         self.layout.data_parallel(self.ranks)
+        if self.packed and self.layout.cp > 1:
+            raise ValueError(
+                f"packed rows lie whole on a rank; got cp={self.layout.cp}: set cp to 1 or packed to false"
+            )
         return self
 
     @property

@@ -36,6 +36,11 @@ class Choice:
     path: str
     why: str
 
+    @property
+    def serves(self) -> bool:
+        """Whether there is any."""
+        return self.path != REFUSED
+
 
 @dataclass(frozen=True)
 class Machine:

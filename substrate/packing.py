@@ -105,6 +105,23 @@ class Batch:
             packs[most : most + 1] = [packs[most][:half], packs[most][half:]]
         return [self._end_to_end(rows, tuple(widths[row] for row in rows)) for rows in packs]
 
+    def mirrored(self, rank: int, of: int, multiple: int) -> "Batch":
+        """Context-parallel rank `rank`'s part of every row: of 2 x `of` equal pieces one and its mirror image.
+
+        So every rank has as much of causal attention to do, as Megatron's attention takes for granted. Rows are padded
+        first to 2 x `of` x `multiple` places.
+        """
+        pieces = 2 * of
+        tail = -self.tokens_BT.shape[1] % (pieces * multiple)
+
+        def part(array_BT: np.ndarray, padding: int) -> np.ndarray:
+            whole = np.pad(array_BT, ((0, 0), (0, tail)), constant_values=padding)
+            cut = np.split(whole, pieces, axis=1)
+            return np.concatenate([cut[rank], cut[pieces - 1 - rank]], axis=1)
+
+        arrays = map(part, self._arrays, (0, 0, 0, True))
+        return Batch(*arrays, weight_sum=self.weight_sum, families=self.families)
+
     def _end_to_end(self, rows: list[int], widths: tuple[int, ...]) -> "Batch":
         def laid(array_BT: np.ndarray) -> np.ndarray:
             parts = [array_BT[row, :width] for row, width in zip(rows, widths, strict=True)]

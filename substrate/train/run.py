@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_evolve.kernels.backend import resolved
 from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, write_json
+from megatron_evolve.substrate import operations
 from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.layout import Layout
@@ -132,11 +133,14 @@ def _layout(arguments: argparse.Namespace, substrate: Substrate, settings: Setti
     layout, ranks = Layout.from_text(arguments.layout), place_in(os.environ).world_size
     if arguments.micro_rows is not None and arguments.micro_rows < 1:
         raise ValueError(f"--micro-rows must be at least 1; got {arguments.micro_rows}: leave it out for no limit")
+    if arguments.packed and layout.cp > 1:
+        raise ValueError(f"--packed lays rows whole on a rank; got cp={layout.cp}: set cp=1 or leave --packed out")
     layout.check(
         Architecture.model_validate(substrate.architecture),
         ranks=ranks,
         batch_size=settings.recipe.batch_size,
         adapter=settings.recipe.adapter is not None and settings.recipe.adapter.on_experts,
+        context_parallel=operations.context_parallel(operations.machine(bool(operations.gpu_names()))).serves,
     )
     return layout
 

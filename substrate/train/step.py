@@ -97,6 +97,7 @@ class Trainer:
         self.micro_rows, self.packed = micro_rows, packed
         self.device = torch.cuda.current_device()
         self.layout = build.running_layout()
+        assert not (packed and self.layout.cp > 1), "a pack is not cut for context parallelism"
         self.world = torch.distributed.get_world_size()
         self.writes = torch.distributed.get_rank() == 0
         self.rank, self.copies = (
@@ -136,6 +137,7 @@ class Trainer:
         for chunk in self.parallel:
             chunk.eval()
         parts = batch.packed(self._places()) if self.packed else batch.rows_at_most(self.micro_rows)
+        parts = self._in_context(parts)
         if self.layout.vp > 1:  # the interleaved schedule wants a multiple of pp; what is asked twice weighs nothing
             nothing = replace(parts[-1], weights_BT=np.zeros_like(parts[-1].weights_BT))
             parts += [nothing] * (-len(parts) % self.layout.pp)
@@ -146,13 +148,19 @@ class Trainer:
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         """This rank's part of the batch, in as many micro-batches as every other rank has."""
         if not self.packed:
-            parts = batch.narrowed(max(ROWS_MULTIPLE, self.copies))
-            return [one for part in parts for one in part.part(self.rank, self.copies).rows_at_most(self.micro_rows)]
+            parts = [part.part(self.rank, self.copies) for part in batch.narrowed(max(ROWS_MULTIPLE, self.copies))]
+            return self._in_context([one for part in parts for one in part.rows_at_most(self.micro_rows)])
         shares = [batch.part(rank, self.copies) for rank in range(self.copies)]
         most = max(len(share.packed(self._places())) for share in shares)
         # Experts wait for the tokens of all ranks, and virtual stages want a multiple of pp.
         multiple = self.layout.pp if self.layout.vp > 1 else 1
         return shares[self.rank].packed(self._places(), at_least=-(-most // multiple) * multiple)
+
+    def _in_context(self, parts: list[Batch]) -> list[Batch]:
+        from megatron.core import parallel_state
+
+        rank, cp = parallel_state.get_context_parallel_rank(), self.layout.cp
+        return [part.mirrored(rank, cp, multiple=self.layout.tp) for part in parts] if cp > 1 else parts
 
     def _places(self) -> int | None:
         row = -(-self.recipe.sequence_length // PAD_MULTIPLE) * PAD_MULTIPLE
@@ -185,7 +193,7 @@ class Trainer:
         def loss_of(losses_BT: "Tensor") -> tuple["Tensor", "Tensor"]:
             loss = weighted_loss(losses_BT, batch)
             # The wrapper averages gradients over ranks and the schedule over micro-batches; this loss is a sum over
-            # both.
+            # both. Context-parallel ranks the schedule has accounted for.
             return loss * (self.copies * num_parts), loss.detach()
 
         return label_loss(model, batch, self.device), loss_of

@@ -71,6 +71,8 @@ def test_training_on_several_ranks_is_a_setting_of_the_place() -> None:
     assert Training(micro_rows=1, packed=True).options == ("--micro-rows", "1", "--packed")
     with pytest.raises(ValueError, match="layout tp=2 runs on a multiple of 2 ranks; got 3"):
         Training.parse({"ranks": 3, "layout": {"tp": 2}}, where="launch")
+    with pytest.raises(ValueError, match="packed rows lie whole on a rank; got cp=2"):
+        Training.parse({"ranks": 2, "layout": {"cp": 2}, "packed": True}, where="launch")
 
 
 def test_an_origin_trained_on_packed_rows_is_kept_apart(tmp_path: Path) -> None:

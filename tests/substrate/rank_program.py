@@ -17,7 +17,7 @@ from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.manifest import Construction
 from megatron_evolve.substrate.mix import Mix
 from megatron_evolve.substrate.model import build
-from megatron_evolve.substrate.model.architecture import NANO_CPU
+from megatron_evolve.substrate.model.architecture import NANO_CPU, Architecture
 from megatron_evolve.substrate.packing import Packer, Tally
 from megatron_evolve.substrate.puzzles import families
 from megatron_evolve.substrate.recipe import Adapter, Recipe
@@ -39,7 +39,16 @@ def packer(recipe: Recipe) -> Packer:
 
 
 def recipe_of(case: dict[str, Any]) -> Recipe:
-    return RECIPE.replace(adapter=ADAPTER if case["adapter"] else None, **case.get("recipe", {}))
+    return RECIPE.replace(adapter=adapter_of(case) if case["adapter"] else None, **case.get("recipe", {}))
+
+
+def adapter_of(case: dict[str, Any]) -> Adapter:
+    attends = "*" in architecture_of(case).pattern
+    return ADAPTER.replace(targets=tuple(name for name in ADAPTER.targets if attends or name != "attention"))
+
+
+def architecture_of(case: dict[str, Any]) -> Architecture:
+    return Architecture.model_validate(ARCHITECTURE.model_dump() | case.get("architecture", {}))
 
 
 def model_of(case: dict[str, Any], weights: Path) -> list[Any]:
@@ -50,11 +59,11 @@ def model_of(case: dict[str, Any], weights: Path) -> list[Any]:
     from megatron_evolve.substrate.model.weights import load_part
 
     dtype = torch.bfloat16 if case.get("bf16") else torch.float32
-    chunks = build.build_chunks(ARCHITECTURE, seed=3, params_dtype=dtype)
+    chunks = build.build_chunks(architecture_of(case), seed=3, params_dtype=dtype)
     load_part(chunks, [weights])
     if case["adapter"]:
         for chunk in chunks:
-            add_lora(chunk, rank=ADAPTER.rank, alpha=ADAPTER.alpha, targets=ADAPTER.targets, seed=5)
+            add_lora(chunk, rank=ADAPTER.rank, alpha=ADAPTER.alpha, targets=adapter_of(case).targets, seed=5)
     return chunks
 
 

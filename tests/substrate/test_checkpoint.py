@@ -334,6 +334,7 @@ def test_ranks_of_torchrun_hand_on_one_whole_checkpoint_that_opens_alone(substra
         (["--layout", "tp=2"], "layout tp=2 on 1 ranks: it runs on a multiple of 2 ranks"),
         (["--layout", "tp"], "a layout is written as in `tp=2,ep=2`"),
         (["--micro-rows", "0"], "--micro-rows must be at least 1; got 0"),
+        (["--packed", "--layout", "cp=2"], "--packed lays rows whole on a rank; got cp=2"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused_before_anything_starts(substrate, tmp_path, capsys, options, said):
