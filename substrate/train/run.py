@@ -33,7 +33,7 @@ from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.packing import Packer, read_excluded
 from megatron_evolve.substrate.ranks import place_in
 from megatron_evolve.substrate.settings import Settings
-from megatron_evolve.substrate.train.checkpoint import save_checkpoint
+from megatron_evolve.substrate.train.checkpoint import Kind, save_checkpoint, streamed
 from megatron_evolve.substrate.train.fit import RESUME_FOLDER, Fit, fit
 from megatron_evolve.substrate.train.open import CHECKPOINT_FOLDER, open_chunks
 from megatron_evolve.substrate.train.optimizer import optimizer_taken
@@ -167,12 +167,8 @@ def train(
 ) -> Fit:
     """Tune the model by the packer's recipe and write the checkpoint that its evaluation opens, unless it diverged.
 
-    All ranks call it with their part of the model; rank 0 gathers the whole and writes it. `how` as in `fit`.
+    All ranks call it with their part of the model; rank 0 writes the whole as it comes. `how` as in `fit`.
     """
-    import torch
-
-    from megatron_evolve.substrate.model.parts import whole_tensors
-
     adapter = packer.recipe.adapter
     if adapter is not None:
         from megatron_evolve.substrate.model.lora import add_lora
@@ -183,18 +179,26 @@ def train(
     fitted = fit(chunks, packer, folder, run=run, **how)
     if fitted.diverged is not None:
         return fitted
+    state = {**identity, "adapter": adapter.model_dump(mode="json") if adapter else None}
     kind = "weights" if adapter is None else "adapter"
-    tensors = dict(whole_tensors(chunks, trained_tensors(chunks, adapter is not None)))
-    if torch.distributed.get_rank() == 0:
-        save_checkpoint(
-            folder / CHECKPOINT_FOLDER,
-            kind=kind,
-            step=fitted.chosen_step,
-            run=run,
-            tensors={kind: tensors},
-            state={**identity, "adapter": adapter.model_dump(mode="json") if adapter else None},
-        )
+    hand_on(chunks, folder / CHECKPOINT_FOLDER, kind=kind, step=fitted.chosen_step, run=run, state=state)
     return fitted
+
+
+def hand_on(chunks: "Sequence[HybridModel]", folder: Path, *, kind: Kind, **fields: Any) -> None:
+    """Write what training changed as one whole model. All ranks call it; `fields` as in `save_checkpoint`."""
+    import torch
+
+    from megatron_evolve.substrate.model.parts import Whole
+
+    whole = Whole(chunks, trained_tensors(chunks, kind == "adapter"))
+    stream = iter(whole)
+    try:
+        if torch.distributed.get_rank() == 0:
+            save_checkpoint(folder, kind=kind, tensors={kind: streamed(whole, stream)}, **fields)
+    finally:
+        for _ in stream:  # the other ranks' way to send; and where rank 0 could not write, they are heard out
+            pass
 
 
 def result_of(fitted: Fit, identity: dict[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def model_of(case: dict[str, Any], weights: Path) -> list[Any]:
 
 def steps_of(case: dict[str, Any], weights: Path) -> dict[str, Any]:
     """Trains the case's steps from the weights, or from the checkpoint it names; returns what every step measured."""
-    from megatron_evolve.substrate.model.parts import whole_tensors
+    from megatron_evolve.substrate.model.parts import Whole
     from megatron_evolve.substrate.train.resume import restore_resume, save_resume
     from megatron_evolve.substrate.train.selection import Selector
     from megatron_evolve.substrate.train.step import Trainer
@@ -91,8 +91,8 @@ def steps_of(case: dict[str, Any], weights: Path) -> dict[str, Any]:
             own = {"selected": {"step": selector.step, "loss": selector.loss}}
             save_resume(Path(case["save"]), "run", SAVED_AT, trainer, selector, own)
     # sums over all values of a tensor: whatever is joined wrongly moves them
-    sums = {name: [t.double().sum().item(), _ramp(t)] for name, t in whole_tensors(chunks)}
-    chosen = {name: _ramp(tensor) for name, tensor in whole_tensors(chunks, selector.tensors)}
+    sums = {name: [t.double().sum().item(), _ramp(t)] for name, t in Whole(chunks)}
+    chosen = {name: _ramp(tensor) for name, tensor in Whole(chunks, selector.tensors)}
     return {"steps": measured, "held_out": selector.loss, "chosen_step": selector.step, "sums": sums, "chosen": chosen}
 
 
