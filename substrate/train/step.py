@@ -74,7 +74,8 @@ class Trainer:
     `packed` rows lie end to end, so many as fit in the room of `micro_rows` rows of the recipe's sequence length.
 
     Packed or padded, a step's loss and gradient are the same sums. Of the experts' load, by which full fine-tuning
-    moves the routing bias, padding is a part: between the two that bias moves apart.
+    moves the routing bias, padding is a part: between the two that bias moves apart. Prediction heads are the other
+    exception: Megatron takes their loss as a mean over each micro-batch, so it weighs rows by where they were cut.
     """
 
     def __init__(
