@@ -61,11 +61,15 @@ class SearchSpec(Frozen):
 
 
 class Training(Frozen):
-    """How one training run is spread over processes: it changes where a run is computed, not what."""
+    """How one training run is computed: over which processes, in which pieces. It changes no recipe."""
 
     ranks: int = Field(default=1, ge=1, description="processes of one run; what the layout leaves is data parallel")
     layout: Layout = Field(default=Layout(), description="parallel sizes")
     micro_rows: int | None = Field(default=None, ge=1, description="most rows that a rank computes at once")
+    packed: bool = Field(
+        default=False,
+        description="rows end to end in place of padded ones, as many as fit in the room of micro_rows whole rows",
+    )
     experts: Literal["auto", "eager", "triton", "reference"] = Field(
         default="auto", description="maths of the routed experts; auto takes the fused kernels where a GPU is"
     )
@@ -73,6 +77,10 @@ class Training(Frozen):
     @model_validator(mode="after")
     def _ranks_fit(self) -> "Training":
         self.layout.data_parallel(self.ranks)
+        if self.packed and self.layout.cp > 1:
+            raise ValueError(
+                f"packed rows lie whole on a rank; got cp={self.layout.cp}: set cp to 1 or packed to false"
+            )
         return self
 
     @property
@@ -81,7 +89,8 @@ class Training(Frozen):
         sizes = [f"{name}={size}" for name, size in self.layout if size > 1]
         layout = ("--layout", ",".join(sizes)) if sizes else ()
         micro_rows = ("--micro-rows", str(self.micro_rows)) if self.micro_rows else ()
-        return (*layout, *micro_rows, *(("--experts", self.experts) if self.experts != "auto" else ()))
+        packed = ("--packed",) if self.packed else ()
+        return (*layout, *micro_rows, *packed, *(("--experts", self.experts) if self.experts != "auto" else ()))
 
 
 class LaunchSpec(Frozen):

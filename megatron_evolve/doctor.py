@@ -8,16 +8,17 @@ import os
 import platform
 import shutil
 from importlib import metadata, util
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_evolve.substrate.operations import NO_GPU, OPERATIONS, Machine, gpu_names, is_nvidia_apex, machine
+
 REQUIRED = ("torch", "megatron-core", "triton", "numpy", "scipy", "pyarrow", "pydantic", "safetensors", "transformers")
 OPTIONAL = {
-    "transformer-engine": "fused norms and linears on NVIDIA GPUs: pip install 'megatron-evolve[te]'",
+    "transformer-engine": "Adam and context parallelism on NVIDIA GPUs: pip install 'megatron-evolve[te]'",
     "mamba-ssm": "CUDA kernels of the Mamba-2 scan: pip install 'megatron-evolve[ssm]'",
     "causal-conv1d": "CUDA kernel of Mamba's convolution: pip install 'megatron-evolve[ssm]'",
     "nemo-toolkit": "prompt formats of real checkpoints: pip install 'megatron-evolve[nemo]'",
@@ -43,7 +44,7 @@ def examine() -> dict[str, Any]:
         "packages": packages,
         "apex": apex(),
         "launchers": {"local": True, "slurm": shutil.which("sbatch") is not None},
-        "operations": operations(bool(gpus), packages),
+        "operations": operations(machine(bool(gpus)), packages),
         "next": advice(packages),
     }
 
@@ -56,16 +57,6 @@ def version(name: str) -> str | None:
         return None
 
 
-def gpu_names() -> list[str]:
-    """NVIDIA GPUs as the driver lists them, without loading CUDA."""
-    root = Path("/proc/driver/nvidia/gpus")
-    names = []
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        lines = (folder / "information").read_text().splitlines()
-        names.append(next((line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")), "NVIDIA GPU"))
-    return names
-
-
 def memory_bytes() -> int:
     """Physical memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -75,30 +66,17 @@ def apex() -> str:
     """`absent`, `nvidia`, or `other`: the package of that name on PyPI is not NVIDIA's."""
     if util.find_spec("apex") is None:
         return "absent"
-    found = util.find_spec("apex")
-    place = Path(next(iter(found.submodule_search_locations or []), ""))
-    return "nvidia" if (place / "optimizers").is_dir() else "other"
+    return "nvidia" if is_nvidia_apex() else "other"
 
 
-def operations(gpu: bool, packages: dict[str, str | None]) -> dict[str, dict[str, str]]:
-    """Which path each operation takes here, and why."""
-    lacking = [name for name in ("mamba-ssm", "causal-conv1d") if not packages[name]]
-    why_cpu = "no GPU on this machine"
+def operations(here: Machine, packages: dict[str, str | None]) -> dict[str, dict[str, str]]:
+    """Which path each operation takes here, and why: what is built asks the same file."""
+    taken = {name: choose(here) for name, choose in OPERATIONS.items()}
     return {
-        "experts": path("triton", "fused kernels; `launch.training.experts: eager` is plain PyTorch")
-        if gpu and packages["triton"]
-        else path("eager", "triton is not installed" if gpu else why_cpu),
-        "mamba scan": path("mamba-ssm", "installed with causal-conv1d, and a GPU is there")
-        if gpu and not lacking
-        else path("pytorch", f"{' and '.join(lacking)} not installed" if gpu else why_cpu),
-        "attention": path("pytorch", "packed sequences too; Transformer Engine's is not wired in yet"),
-        "norm": path("pytorch RMSNorm", "Transformer Engine's is not wired in yet"),
-        "optimizer": path(
-            "torch AdamW, fused", "NVIDIA Apex is not used on CPU" if not gpu else "Apex is not wired in yet"
-        ),
+        **{name: path(choice.path, choice.why) for name, choice in taken.items()},
         "decoding": path("greedy, own state caches", "convolution, SSM and key-value state are kept between tokens"),
         **engines(packages, shutil.which("vllm") is not None),
-        "communication": path("nccl", "a GPU is there") if gpu else path("gloo", why_cpu),
+        "communication": path("nccl", "a GPU is there") if here.gpu else path("gloo", NO_GPU),
     }
 
 

@@ -34,6 +34,7 @@ from megatron_evolve.substrate.digest import digest_file, digest_of
 from megatron_evolve.substrate.manifest import MANIFEST, Substrate, read_manifest, trainer_sources, verify
 
 BUILD_SECONDS = 3600.0
+PACKED = "-packed"  # ends the folders of an origin trained on packed rows, and of its judge
 
 Progress = Callable[[str, dict[str, Any]], None]
 
@@ -61,7 +62,7 @@ def prepare(
     """Builds, freezes and scores what is missing; verifies every byte of what is there. May raise Stopped."""
     substrate_folder = build_substrate(campaign.substrate, store, launcher, on_progress, stop)
     substrate = verify(substrate_folder)
-    judge_folder = freeze(campaign.judge, substrate, store)
+    judge_folder = freeze(campaign.judge, substrate, store, packed=campaign.launch.training.packed)
     if load_judge(judge_folder).origin is None:
         score_origin(campaign, substrate_folder, substrate, judge_folder, launcher, on_progress, stop)
     judge_process("--verify", str(judge_folder))
@@ -147,9 +148,10 @@ def run_one(
 # --- judge -----------------------------------------------------------------------------------------------------------
 
 
-def freeze(spec: JudgeSpec, substrate: Substrate, store: Path) -> Path:
+def freeze(spec: JudgeSpec, substrate: Substrate, store: Path, *, packed: bool = False) -> Path:
     """The folder of the frozen judge for this substrate; frozen by a process of its own unless it stands in the store.
 
+    `packed`: a judge whose origin is trained on packed rows, as the campaign's candidates are (see `Trainer`).
     This process never opens the external target, not even to name it: a CSV is named by its path, size and time here,
     and by its bytes in the judge.
     """
@@ -160,7 +162,7 @@ def freeze(spec: JudgeSpec, substrate: Substrate, store: Path) -> Path:
             raise ValueError(f"expected the external target at {path}, found no file: check --external")
         named["external"] |= {"bytes": path.stat().st_size, "modified_ns": path.stat().st_mtime_ns}
     name = digest_of([named, substrate.digest, judge_sources(), decoding_packages(spec.engine)])[:12]
-    folder = (store / "judges" / name / "judge").resolve()
+    folder = (store / "judges" / f"{name}{PACKED if packed else ''}" / "judge").resolve()
     make_folder(folder.parent)
     document = {name: named[name] for name in ("dev", "external", "secret")}
     document["engine"] = {**named["engine"], "version": __version__}
@@ -221,6 +223,7 @@ def origin_ground(
     """Where the origin's runs lie: trained beside the substrate, scored beside the judge (or in `scores`)."""
     withheld = exclusions(judge_folder)
     name = "origin" if withheld is None else f"origin-without-{digest_file(withheld)[:8]}"
+    name += PACKED if judge_folder.parent.name.endswith(PACKED) else ""
     return Ground(
         folder=CampaignFolder(substrate_folder.parent / name),
         substrate=substrate_folder,

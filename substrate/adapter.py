@@ -3,7 +3,7 @@
 Two layouts of the same matrices. `each` has two tensors per expert and projection, as vLLM's NemotronH and models with
 one module per expert read them; it is what a submission needs. `stacked` is for transformers 5 with PEFT, which hold
 the experts of a layer in one parameter: A as (experts x rank, in), B as (out, rank x experts) with the expert fastest.
-transformers 5 has no prediction head, so that layout leaves the head's adapters out.
+Neither reader has prediction heads: what a run trained on them (target `mtp`) is in its checkpoint and in no export.
 
 Query, key and value share one A here and have one each there: A is written three times, B is cut by rows.
 """
@@ -60,10 +60,13 @@ def export_adapter(run: Path, folder: Path, out: Path, *, layout: str = "each", 
     architecture = Architecture.model_validate(substrate.architecture)
     tensors = list(adapter_map(architecture, adapter))
     check_names(stored, {piece.source for tensor in tensors for piece in tensor.pieces}, f"the adapter of {run}")
-    kept = [tensor for tensor in tensors if layout == "each" or not re.search(r"\.(experts|mtp)\.", tensor.name)]
+    left = r"\.mtp\." if layout == "each" else r"\.(mtp|experts)\."
+    kept = [tensor for tensor in tensors if not re.search(left, tensor.name)]
     outgoing = [_copied(stored, tensor) for tensor in kept]
     if layout == "stacked" and "experts" in adapter.targets:
         outgoing += _stacked(stored, architecture)
+    if not outgoing:
+        raise ValueError(f"the adapter of {run} is on prediction heads alone, which no export carries: train others")
     if zip_file is not None:
         _check_zip(zip_file, adapter.rank, layout, sum(tensor.num_bytes for tensor in outgoing))
     make_folder(out)
@@ -104,10 +107,13 @@ def peft_config(base: str, architecture: Architecture, adapter: Adapter, layout:
 
 def adapter_map(architecture: Architecture, adapter: Adapter) -> Iterator[Mapped]:
     """Every tensor of the `each` layout as rows of the run's adapter: A (rank, in) and B (out, rank) of each module."""
-    wanted = re.compile("|".join(f"(?:.*\\.)?{OURS[target]}" for target in adapter.targets))
+    main, heads = (
+        re.compile("|".join(f"(?:.*\\.)?{OURS[target]}" for target in targets if target in OURS) or "(?!)")
+        for targets in (adapter.targets, adapter.in_heads)
+    )
     for tensor in to_huggingface(architecture, Naming("model", stacked=False)):
         source = re.fullmatch(r"(.+)\.weight(\d*)", tensor.pieces[0].source)
-        if source is None or not wanted.fullmatch(source[1]):
+        if source is None or not (heads if source[1].startswith("mtp.") else main).fullmatch(source[1]):
             continue
         module, rank = source[1], adapter.rank
         A, B = (rank, tensor.shape[1]), (tensor.shape[0], rank)

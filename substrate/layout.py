@@ -126,7 +126,7 @@ class Layout(Frozen):
             yield f"batch_size {batch_size} must be a multiple of the {copies} data-parallel ranks; change one of them"
         if self.etp > 1 and adapter and "E" in architecture.pattern:
             yield "adapters on experts need etp=1, since no rank sees the whole gradient of A; use ep in its place"
-        if self.cp > 1 and not context_parallel:
+        if self.cp > 1 and not context_parallel and "*" in architecture.pattern + architecture.mtp_pattern:
             yield "context parallelism needs a GPU and Transformer Engine's attention; set cp=1"
         yield from _pipeline(self, architecture, micro_batches)
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from megatron_evolve.substrate.frozen import Frozen
 
-LoraTarget = Literal["attention", "mamba", "experts", "shared", "output"]
+LoraTarget = Literal["attention", "mamba", "experts", "shared", "output", "mtp"]
 Schedule = Literal["cosine", "linear", "constant"]
 Selection = Literal["last", "lowest-loss", "lowest-loss-uniform"]
 
@@ -23,7 +23,8 @@ class Adapter(Frozen):
     targets: tuple[LoraTarget, ...] = Field(
         default=("attention", "mamba", "experts", "shared"),
         min_length=1,
-        description="which projections get an adapter",
+        description="which projections get an adapter: by kind, of the main model's layers; its output; and with `mtp` "
+        "those of the layers in prediction heads",
     )
 
     @model_validator(mode="after")
@@ -31,6 +32,16 @@ class Adapter(Frozen):
         if len(set(self.targets)) != len(self.targets):
             raise ValueError("each adapter target may stand once")
         return self
+
+    @property
+    def in_heads(self) -> tuple[LoraTarget, ...]:
+        """The kinds of projections that get an adapter within prediction heads."""
+        return ("attention", "mamba", "experts", "shared") if "mtp" in self.targets else ()
+
+    @property
+    def on_experts(self) -> bool:
+        """Whether routed experts get adapters."""
+        return "experts" in (*self.targets, *self.in_heads)
 
 
 class Recipe(Frozen):

@@ -10,10 +10,13 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_evolve.substrate import operations
 
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "empty_like", "zeros_like")
 _installed = False
@@ -34,13 +37,20 @@ def install() -> None:
     # One thread adds in one order, so the same seed gives the same bits on any load; and two threads on cores that are
     # shared wait for each other spinning: a step of 0.1 s took 2. A caller with idle cores may raise it afterwards.
     torch.set_num_threads(1)
+    _hide_packages()
     _replace_devices()
     _replace_streams()
     _replace_compiler()
     _replace_random_state()
     _replace_collectives()
-    _replace_optimizer_loading()
     _installed = True
+
+
+def _hide_packages() -> None:
+    """What Megatron takes wherever it can be imported, its optimizer first of all, though it runs on a GPU alone."""
+    for name in operations.MEGATRON_TAKES:
+        if find_spec(name) is not None:
+            sys.modules[name] = None  # type: ignore[assignment]  # an import of it now fails, and Megatron goes on
 
 
 def _replace_devices() -> None:
@@ -170,26 +180,3 @@ def _replace_collectives() -> None:
 
     mappings._gather_along_first_dim = gather_uneven
     mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven
-
-
-def _replace_optimizer_loading() -> None:
-    """Loading the state of a distributed torch AdamW (Apex and Transformer Engine keep `step` elsewhere)."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    set_states, load = DistributedOptimizer._set_main_param_and_optimizer_states, DistributedOptimizer.load_state_dict
-
-    def set_states_with_step(self: Any, model_param: Tensor, tensors: dict[str, Any]) -> None:
-        # It looks up every tensor of the torch state, `step` among them, which the checkpoint does not hold (KeyError).
-        group_index, group_order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group_index]["params"][group_order]]
-        set_states(self, model_param, {"step": state.get("step"), **tensors})
-
-    def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
-        # It gives every parameter the same `step` tensor, which AdamW then advances once per parameter in each step.
-        load(self, state_dict)
-        for state in self.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
-    DistributedOptimizer.load_state_dict = load_with_own_steps

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid import hybrid_block
@@ -39,6 +40,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from megatron_evolve.kernels.backend import resolved
+from megatron_evolve.substrate import operations
 from megatron_evolve.substrate.model import latent
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.model.attention import CausalAttention
@@ -116,11 +118,12 @@ def hybrid_stack_spec(architecture: Architecture, experts: str) -> ModuleSpec:
     # Megatron names its final norm and latent projections itself, outside the spec, and means Transformer Engine's.
     hybrid_block.TENorm = RMSNorm
     latent.install()
+    attends = "*" in architecture.pattern + architecture.mtp_pattern
     return ModuleSpec(
         module=RecomputableStack,
         submodules=HybridStackSubmodules(
             mamba_layer=_mamba_layer(architecture),
-            attention_layer=_attention_layer(),
+            **({"attention_layer": _attention_layer()} if attends else {}),
             moe_layer=_moe_layer(experts),
             mtp_block_spec=_prediction_heads(),
         ),
@@ -142,12 +145,28 @@ def _mamba_layer(architecture: Architecture) -> ModuleSpec:
     )
 
 
+def core_attention(context_parallel: int) -> type[torch.nn.Module]:
+    """Torch's, or for a sequence split over ranks Transformer Engine's. Raises ValueError where that cannot be had."""
+    if context_parallel == 1:
+        return CausalAttention
+    choice = operations.context_parallel(operations.machine(torch.cuda.is_available()))
+    if not choice.serves:
+        raise ValueError(f"cp={context_parallel} needs Transformer Engine's attention, and {choice.why}: set cp=1")
+    if not HAVE_TE:  # Megatron then puts a mock in its place, which would be built without a word
+        raise ValueError(f"cp={context_parallel}: {choice.why}, but Megatron could not import it: mend it or set cp=1")
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    return TEDotProductAttention
+
+
 def _attention_layer() -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=CausalAttention, linear_proj=RowParallelLinear
+            linear_qkv=ColumnParallelLinear,
+            core_attention=core_attention(parallel_state.get_context_parallel_world_size()),
+            linear_proj=RowParallelLinear,
         ),
     )
     return ModuleSpec(

@@ -38,13 +38,16 @@ from torch import Tensor
 
 from megatron_evolve.substrate.model.experts import ExpertWeights
 
-TARGETS = {
+KINDS = {
     "attention": ("self_attention.linear_qkv", "self_attention.linear_proj"),
     "mamba": ("mixer.in_proj", "mixer.out_proj"),
     "experts": ("experts.linear_fc1", "experts.linear_fc2"),
     "shared": ("shared_experts.linear_fc1", "shared_experts.linear_fc2"),
-    "output": ("output_layer",),
 }
+# Prediction heads only when named: transformers has none and the challenge's engine runs without, so what is learned in
+# their adapters is not what is scored. (Megatron-Bridge's matcher takes them in, by the names of their layers.)
+HEADS = "mtp"
+TARGETS = {**KINDS, "output": ("output_layer",), HEADS: tuple(name for names in KINDS.values() for name in names)}
 
 
 class LoraColumnParallelLinear(ColumnParallelLinear):
@@ -196,6 +199,8 @@ def _layers(model: torch.nn.Module, target: str) -> Iterator[tuple[str, torch.nn
     """Layers of one target with their global names: a pipeline stage counts from 0, a name from the model's first."""
     for name, module in model.named_modules():
         if not f".{name}".endswith(tuple(f".{suffix}" for suffix in TARGETS[target])):
+            continue
+        if name.startswith(f"{HEADS}.") != (target == HEADS):
             continue
         local = re.match(r"(.*?\blayers)\.(\d+)\.(.*)", name)
         if local is not None:

@@ -6,12 +6,12 @@ device, unless the package can serve: its kernels need a GPU and the package cau
 
 import sys
 import types
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_evolve.substrate import operations
 from megatron_evolve.substrate.model import mamba
 
 
@@ -93,7 +93,7 @@ def mamba_chunk_scan_combined(*_args: object, **_kwargs: object) -> Tensor:
 
 def package_serves() -> bool:
     """Whether Mamba layers of this process run on the kernels of `mamba_ssm` rather than on the scan of `mamba`."""
-    return torch.cuda.is_available() and all(find_spec(name) for name in ("mamba_ssm", "causal_conv1d"))
+    return operations.mamba_scan(operations.machine(torch.cuda.is_available())).path == "mamba-ssm"
 
 
 def supply() -> None:

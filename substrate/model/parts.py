@@ -7,7 +7,7 @@ the rows that each of them has on a rank (`partition_sizes`): each of these sect
 
     part.slices()           where a rank's slice stands in the whole tensor
     part.joined(pieces)     the whole tensor from all slices
-    whole_tensors(chunks)   every tensor of the model joined on rank 0, one at a time: no rank holds a second model
+    Whole(chunks)           every tensor of the model joined on rank 0, one at a time: no rank holds a second model
 
 Import after `build.prepare`: it needs Megatron.
 """
@@ -117,26 +117,35 @@ def _experts_per_rank(chunk: Module) -> int:
     return chunk.config.num_moe_experts // chunk.config.expert_model_parallel_size
 
 
-def whole_tensors(chunks: Sequence[Module], wanted: Mapping[str, Any] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The whole model's tensors in order of name, on the CPU, for rank 0; the other ranks get none.
+class Whole:
+    """The whole model's tensors for rank 0: all described at once, then joined one at a time, on the CPU.
 
-    `wanted`, if given, maps the names of a rank's own tensors to what is sent in their place, such as earlier values of
-    them; what it does not name is left out. All ranks must run the iterator to its end.
+        whole = Whole(chunks)             # all ranks
+        for name, tensor in whole: ...    # all ranks, to the end: the others send their pieces and get nothing
+
+    Wider dtypes come first, then by name, as a safetensors file holds them. `wanted`, if given, maps the names of a
+    rank's own tensors to what is sent in their place, such as earlier values; what it does not name is left out.
     """
-    parts = parts_of(chunks)
-    if wanted is not None:
-        parts = {name: (part, wanted[name]) for name, (part, _) in parts.items() if name in wanted}
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    described: list[dict[str, Part]] = [{} for _ in range(world)]
-    if world == 1:
-        described[0] = {name: part for name, (part, _) in parts.items()}
-    else:
-        torch.distributed.all_gather_object(described, {name: part for name, (part, _) in parts.items()})
-    for name in sorted(set().union(*described)):
-        owners = _owners(name, described)
-        pieces = [_sent(parts[name][1] if name in parts else None, owner, described[owner][name]) for owner in owners]
-        if rank == 0:
-            yield name, described[owners[0]][name].joined(pieces).cpu()
+
+    def __init__(self, chunks: Sequence[Module], wanted: Mapping[str, Any] | None = None) -> None:
+        held = {name: part for name, part in parts_of(chunks).items() if wanted is None or name in wanted}
+        self._own = {name: tensor if wanted is None else wanted[name] for name, (_, tensor) in held.items()}
+        mine = {name: part for name, (part, _) in held.items()}
+        self._by_rank = [mine]
+        if (world := torch.distributed.get_world_size()) > 1:
+            self._by_rank = [{} for _ in range(world)]
+            torch.distributed.all_gather_object(self._by_rank, mine)
+        found = {name: part for parts in self._by_rank for name, part in parts.items()}
+        self.parts = sorted(found.values(), key=lambda part: (-part.dtype.itemsize, part.name))
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        rank = torch.distributed.get_rank()
+        for part in self.parts:
+            owners = _owners(part.name, self._by_rank)
+            own = self._own.get(part.name)
+            pieces = [_sent(own, owner, self._by_rank[owner][part.name]) for owner in owners]
+            if rank == 0:
+                yield part.name, self._by_rank[owners[0]][part.name].joined(pieces).cpu()
 
 
 def _owners(name: str, described: Sequence[Mapping[str, Part]]) -> list[int]:

@@ -113,13 +113,14 @@ def _damaged(path: Path, found: str) -> ValueError:
     return ValueError(f"{path} must be a whole safetensors file; got {found}: copy or write it again")
 
 
-def write_tensors(path: Path, tensors: Sequence[Outgoing]) -> SourceFile:
+def write_tensors(path: Path, tensors: Sequence[Outgoing], *, marked: bool = True) -> SourceFile:
     """Write one file whole or not at all; gives its size and digest, taken while writing.
 
-    Wider items stand first, so that every tensor is aligned to its own. Raises OSError as the file system does.
+    Wider items stand first, so that every tensor is aligned to its own. `marked` says in the header that the file is
+    PyTorch's, as the hub's files do. Raises OSError as the file system does.
     """
     ordered = sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}} if marked else {}
     end = 0
     for tensor in ordered:
         start, end = end, end + tensor.num_bytes

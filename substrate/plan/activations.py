@@ -27,10 +27,13 @@ class Kept:
 
 
 class Activations:
-    """The bytes of one architecture, layout and job."""
+    """The bytes of one architecture, layout and job; of layers with adapters on `targets` in place of the job's."""
 
-    def __init__(self, architecture: Architecture, layout: Layout, job: Job) -> None:
+    def __init__(
+        self, architecture: Architecture, layout: Layout, job: Job, targets: tuple[str, ...] | None = None
+    ) -> None:
         self.a, self.layout, self.job = architecture, layout, job
+        self.targets = job.adapter.targets if targets is None else targets
         self.x = job.weight_bytes
         self.fused = job.precision == "bf16"
         self.trained = job.mode == "sft"  # a frozen weight needs no input for its gradient
@@ -38,6 +41,10 @@ class Activations:
         self.length = job.sequence_length / layout.cp
         self.T = self.rows * self.length
         self.S = self.T / layout.tp
+
+    def in_heads(self) -> "Activations":
+        """The same for layers of prediction heads."""
+        return Activations(self.a, self.layout, self.job, self.job.adapter.in_heads)
 
     def layer(self, letter: str) -> Kept:
         """One layer of this kind."""
@@ -74,7 +81,7 @@ class Activations:
 
     def _adapted(self, target: str) -> int:
         """Rank of the adapter on this target, of which each product keeps u = A x."""
-        return self.job.adapter.rank if not self.trained and target in self.job.adapter.targets else 0
+        return self.job.adapter.rank if not self.trained and target in self.targets else 0
 
     def _mamba(self) -> tuple[float, float]:
         a, tp = self.a, self.layout.tp

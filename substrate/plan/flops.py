@@ -51,8 +51,9 @@ def layer_forward(a: Architecture, letter: str, sequence_length: int) -> dict[st
     }
 
 
-def pattern_flops(a: Architecture, pattern: str, job: Job) -> Flops:
-    """Operations of the layers of a pattern, as the job trains and recomputes them."""
+def pattern_flops(a: Architecture, pattern: str, job: Job, targets: tuple[str, ...] | None = None) -> Flops:
+    """Operations of the layers of a pattern, as the job trains and recomputes them; `targets` in place of its own."""
+    targets = job.adapter.targets if targets is None else targets
     total = Flops(0.0, 0.0, 0.0)
     for letter in set(pattern):
         count = pattern.count(letter)
@@ -60,7 +61,7 @@ def pattern_flops(a: Architecture, pattern: str, job: Job) -> Flops:
         forward = count * sum(kinds.values())
         between = count * sum(kinds.get(kind, 0.0) for kind in BETWEEN_ACTIVATIONS)
         again = forward if job.recompute == "full" or (job.recompute == "selective" and letter == "E") else 0.0
-        adapted = count * _adapter_forward(a, letter, job) if job.mode == "lora" else 0.0
+        adapted = count * _adapter_forward(a, letter, job.adapter.rank, targets) if job.mode == "lora" else 0.0
         train = 3 * forward if job.mode == "sft" else 2 * forward + between + 3 * adapted
         total += Flops(forward + adapted, train, train + again)
     return total
@@ -70,7 +71,7 @@ def head_flops(a: Architecture, job: Job) -> Flops:
     """Operations of the output table, and of every depth of multi-token prediction with its own logits."""
     times = 3 if job.mode == "sft" else 2
     table = 2 * a.vocab_size * a.hidden_size * (1 + a.mtp_depths) + a.mtp_depths * 4 * a.hidden_size**2
-    further = pattern_flops(a, a.mtp_pattern * a.mtp_depths, job)
+    further = pattern_flops(a, a.mtp_pattern * a.mtp_depths, job, job.adapter.in_heads)
     return Flops(table, times * table, times * table) + further
 
 
@@ -79,14 +80,14 @@ def token_flops(a: Architecture, job: Job) -> Flops:
     return pattern_flops(a, a.pattern, job) + head_flops(a, job)
 
 
-def _adapter_forward(a: Architecture, letter: str, job: Job) -> float:
+def _adapter_forward(a: Architecture, letter: str, rank: int, targets: tuple[str, ...]) -> float:
     """Two thin products beside each adapted matrix."""
-    hidden, rank = a.hidden_size, job.adapter.rank
-    queries, width = a.num_attention_heads * a.head_dim, a.latent_size or hidden
+    hidden, queries = a.hidden_size, a.num_attention_heads * a.head_dim
+    width = a.latent_size or hidden
     sides = {
         "attention": ("*", 2 * hidden + 2 * queries + 2 * a.num_query_groups * a.head_dim),
         "mamba": ("M", 2 * hidden + sum(a.mamba_projection_parts) + a.mamba_inner_size),
         "shared": ("E", 2 * hidden + 2 * a.shared_ffn_size),
         "experts": ("E", a.top_k * (2 * width + 2 * a.expert_ffn_size)),
     }
-    return 2 * rank * sum(sides[target][1] for target in job.adapter.targets if sides.get(target, " ")[0] == letter)
+    return 2 * rank * sum(sides[target][1] for target in targets if sides.get(target, " ")[0] == letter)

@@ -99,7 +99,7 @@ def _activations(
     kept += activations.boundary()
     if not stage.last:
         return kept + busiest, 0.0
-    further = [activations.layer(letter) for letter in a.mtp_pattern]
+    further = [activations.in_heads().layer(letter) for letter in a.mtp_pattern]
     kept += a.mtp_depths * sum(one.kept for one in further)
     busiest = max([busiest, *(one.again + one.working for one in further)])
     head = activations.head(a.mtp_depths)

@@ -90,8 +90,16 @@ def adapter_share(a: Architecture, layout: Layout, stage: Stage, adapter: Adapte
 
     A column-parallel matrix splits its outputs, so B; a row-parallel one its inputs, so A.
     """
-    rank, hidden, tp = adapter.rank, a.hidden_size, layout.tp
-    pattern = stage.pattern + (a.mtp_pattern if stage.last else "")
+    share = _adapters(a, layout, stage.pattern, adapter.rank, adapter.targets)
+    if stage.last:
+        share += _adapters(a, layout, a.mtp_pattern, adapter.rank, adapter.in_heads)
+    if stage.last and "output" in adapter.targets:
+        share += Share(dense=adapter.rank * (a.hidden_size + a.vocab_size / layout.tp))
+    return share
+
+
+def _adapters(a: Architecture, layout: Layout, pattern: str, rank: int, targets: tuple[str, ...]) -> Share:
+    hidden, tp = a.hidden_size, layout.tp
     queries = a.num_attention_heads * a.head_dim
     pairs = {  # target: letter, width inside of a (column-parallel, row-parallel) pair
         "attention": ("*", queries + 2 * a.num_query_groups * a.head_dim + queries),
@@ -99,13 +107,11 @@ def adapter_share(a: Architecture, layout: Layout, stage: Stage, adapter: Adapte
         "shared": ("E", 2 * a.shared_ffn_size),
     }
     dense = expert = 0.0
-    for target in adapter.targets:
+    for target in targets:
         if target in pairs:
             letter, inner = pairs[target]
             dense += pattern.count(letter) * rank * (2 * hidden + inner / tp)
         elif target == "experts":
             widths = 2 * (a.latent_size or hidden) + 2 * a.expert_ffn_size / layout.etp
             expert += pattern.count("E") * a.num_experts / layout.ep * rank * widths
-        elif stage.last:  # the output table
-            dense += rank * (hidden + a.vocab_size / tp)
     return Share(dense, expert)

@@ -110,7 +110,7 @@ def _problem(a: Architecture, layout: Layout, gpus: int, job: Job, transformer_e
     given = {
         "ranks": gpus,
         "batch_size": job.batch_size,
-        "adapter": job.mode == "lora" and "experts" in job.adapter.targets,
+        "adapter": job.mode == "lora" and job.adapter.on_experts,
         "context_parallel": transformer_engine,
     }
     problems = layout.problems(a, **given)

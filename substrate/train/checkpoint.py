@@ -6,12 +6,15 @@ had not been. Files are safetensors and JSON: no pickles, and 0.02 CPU-seconds (
 place of the 3 s of a distributed save.
 
 A folder is written under a temporary name, its manifest last, and renamed. What a run hands on is one whole model,
-which rank 0 gathers and writes; how several ranks save what they need to go on is `resume`'s matter.
+which rank 0 writes as it gathers it, a tensor at a time; how several ranks save what they need to go on is `resume`'s
+matter.
 """
 
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,9 +24,12 @@ from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, w
 from megatron_evolve.substrate.digest import digest_file
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.substrate.manifest import SourceFile
+from megatron_evolve.substrate.model.tensor_file import Outgoing, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from megatron_evolve.substrate.model.parts import Whole
 
 MANIFEST = "manifest.json"
 Kind = Literal["weights", "adapter", "resume"]
@@ -43,33 +49,60 @@ class Checkpoint(Frozen):
 
 
 def save_checkpoint(
-    folder: Path, *, kind: Kind, step: int, run: str, tensors: dict[str, dict[str, "Tensor"]], state: dict[str, Any]
+    folder: Path,
+    *,
+    kind: Kind,
+    step: int,
+    run: str,
+    tensors: dict[str, "dict[str, Tensor] | list[Outgoing]"],
+    state: dict[str, Any],
 ) -> None:
-    """Write `tensors` (file stem to named tensors) and the manifest as `folder`, replacing an older one. Rank 0 only.
+    """Write `tensors` and the manifest as `folder`, replacing an older one. Rank 0 only.
 
+    A file's stem leads to named tensors, or to what `streamed` gives, which needs no more memory than one tensor.
     Raises RunDirError in one sentence for a full disk or a read-only folder; an older checkpoint is then still whole.
     """
     from safetensors.torch import save
 
     for left_behind in folder.parent.glob(f".{folder.name}.*.tmp"):  # by a killed attempt; a run folder has one writer
         shutil.rmtree(left_behind)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    make_folder(partial)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    make_folder(unfinished)
     files = {}
     try:
         for stem, named in tensors.items():
-            path = partial / f"{stem}.safetensors"
+            path = unfinished / f"{stem}.safetensors"
+            if isinstance(named, list):
+                files[path.name] = write_tensors(path, named, marked=False)
+                continue
             # Megatron keeps parameters as views of one buffer; a file wants each tensor by itself.
             write_whole(path, save({name: value.detach().contiguous().clone() for name, value in named.items()}))
             files[path.name] = describe(path)
         manifest = Checkpoint(kind=kind, step=step, run=run, state=state, files=files)
-        write_json(partial / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
+        write_json(unfinished / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
         if folder.exists():
             shutil.rmtree(folder)
-        os.rename(partial, folder)
-    except (RunDirError, OSError):
-        shutil.rmtree(partial, ignore_errors=True)
+        os.rename(unfinished, folder)
+    except RunDirError:
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        told = (error.strerror or str(error)).lower()
+        raise RunDirError(f"cannot write {folder}: {told}; free space there, or make it writable") from error
+
+
+def streamed(whole: "Whole", stream: "Iterator[tuple[str, Tensor]]") -> list[Outgoing]:
+    """The tensors of `stream`, an iterator of `whole`, for `save_checkpoint`: each asked for when it is written."""
+    import torch
+
+    def bytes_of(name: str) -> "Iterator[memoryview]":
+        found, tensor = next(stream)
+        assert found == name, f"{found} came for {name}"
+        yield memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    return [Outgoing(one.name, names[one.dtype], one.shape, partial(bytes_of, one.name)) for one in whole.parts]
 
 
 def describe(path: Path) -> SourceFile:

@@ -70,16 +70,17 @@ def fit(
     run: str,
     save_every: int,
     micro_rows: int | None = None,
+    packed: bool = False,
     tell: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Fit:
     """Train the model in place as `packer.recipe` says; afterwards it holds the weights that the selection rule chose.
 
     `chunks` is this rank's part of the model, and all ranks call this. `run` is the digest of everything that decides
     the bits: an unfinished run with the same digest under `folder` is gone on with. A `resume` checkpoint is written
-    every `save_every` steps (0: never). `micro_rows` as in `Trainer`. `tell` hears of every step.
+    every `save_every` steps (0: never). `micro_rows` and `packed` as in `Trainer`. `tell` hears of every step.
     """
     recipe, tally = packer.recipe, Tally()
-    trainer, selector = Trainer(chunks, recipe, micro_rows=micro_rows), Selector(packer)
+    trainer, selector = Trainer(chunks, recipe, micro_rows=micro_rows, packed=packed), Selector(packer)
     state = _restore(trainer, selector, folder / RESUME_FOLDER, run)
     clock, record = _Clock(state), Record(folder, state.steps_taken) if trainer.writes else None
     diverged = None

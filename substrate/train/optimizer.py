@@ -1,5 +1,6 @@
 """A recipe's optimizer and learning-rate schedule as Megatron's own objects."""
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from torch import Tensor
 
 
 def make_optimizer(
@@ -43,7 +45,42 @@ def make_optimizer(
         # Megatron 0.19 numbers parameters in one order and keeps them in another, and saves one's moments as another's.
         wide = ParamPredicate(name="float32", fn=lambda parameter: parameter.dtype == torch.float32)
         overrides[ParamKey(predicate=wide)] = {"eps": recipe.epsilon}
+    if optimizer_taken(recipe).startswith("torch."):
+        _mend_loading()
     return get_megatron_optimizer(config, list(chunks), config_overrides=overrides, use_gloo_process_groups=False)
+
+
+def optimizer_taken(recipe: Recipe) -> str:
+    """The class that steps, by module and name: the first that Megatron could import (see `operations.optimizer`)."""
+    from megatron.core import optimizer
+
+    kind = optimizer.Adam if recipe.optimizer == "adam" else optimizer.SGD
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@functools.cache
+def _mend_loading() -> None:
+    """Loading the state of a distributed torch AdamW (Apex and Transformer Engine keep `step` elsewhere)."""
+    import torch
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states, load = DistributedOptimizer._set_main_param_and_optimizer_states, DistributedOptimizer.load_state_dict
+
+    def set_states_with_step(self: Any, model_param: "Tensor", tensors: dict[str, Any]) -> None:
+        # It looks up every tensor of the torch state, `step` among them, which the checkpoint does not hold (KeyError).
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group_index]["params"][group_order]]
+        set_states(self, model_param, {"step": state.get("step"), **tensors})
+
+    def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
+        # It gives every parameter the same `step` tensor, which AdamW then advances once per parameter in each step.
+        load(self, state_dict)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
+    DistributedOptimizer.load_state_dict = load_with_own_steps
 
 
 def torch_optimizers(optimizer: "MegatronOptimizer") -> list[Any]:

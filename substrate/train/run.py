@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_evolve.kernels.backend import resolved
 from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, write_json
+from megatron_evolve.substrate import operations
 from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.layout import Layout
@@ -32,9 +33,10 @@ from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.packing import Packer, read_excluded
 from megatron_evolve.substrate.ranks import place_in
 from megatron_evolve.substrate.settings import Settings
-from megatron_evolve.substrate.train.checkpoint import save_checkpoint
+from megatron_evolve.substrate.train.checkpoint import Kind, save_checkpoint, streamed
 from megatron_evolve.substrate.train.fit import RESUME_FOLDER, Fit, fit
 from megatron_evolve.substrate.train.open import CHECKPOINT_FOLDER, open_chunks
+from megatron_evolve.substrate.train.optimizer import optimizer_taken
 from megatron_evolve.substrate.train.preload import preload
 from megatron_evolve.substrate.train.record import finite
 from megatron_evolve.substrate.train.trained import trained_tensors
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--layout", default="", metavar="SIZES", help="as tp=2,ep=2; what is left is data parallel")
     parser.add_argument("--micro-rows", type=int, metavar="N", help="most rows that a rank computes at once")
+    parser.add_argument("--packed", action="store_true", help="rows end to end in place of padded ones")
     parser.add_argument("--experts", default="auto", metavar="BACKEND", help="auto, eager, triton or reference")
     return parser
 
@@ -88,6 +91,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "settings": digest_of(settings),
         "seed": arguments.seed,
         "excluded": digest_of(sorted(excluded)) if excluded else None,
+        **({"packed": True} if arguments.packed else {}),  # it decides bits: see `Trainer`
     }
     if _is_done(arguments.out, identity):
         return 0
@@ -100,12 +104,13 @@ def _run(arguments: argparse.Namespace) -> int:
         chunks = open_chunks(arguments.substrate, substrate, arguments.experts)
         tokenizer = read_tokenizer(arguments.substrate)
         packer = Packer(settings.mix, substrate.construction, tokenizer, settings.recipe, arguments.seed, excluded)
-        fitted = train(chunks, packer, arguments.out, identity, arguments.save_every, arguments.micro_rows)
+        how = {"save_every": arguments.save_every, "micro_rows": arguments.micro_rows, "packed": arguments.packed}
+        fitted = train(chunks, packer, arguments.out, identity, **how)
     finally:
         build.stop()
     if runtime.rank == 0:
-        taken = resolved(arguments.experts)
-        write_json(arguments.out / RESULT_FILE, {**result_of(fitted, identity), "experts": taken})
+        taken = {"experts": resolved(arguments.experts), "optimizer": optimizer_taken(settings.recipe)}
+        write_json(arguments.out / RESULT_FILE, {**result_of(fitted, identity), **taken})
         shutil.rmtree(arguments.out / RESUME_FOLDER, ignore_errors=True)
     return 0
 
@@ -115,7 +120,7 @@ def _is_done(out: Path, identity: dict[str, Any]) -> bool:
     if not (out / RESULT_FILE).is_file():
         return False
     result = read_json(out / RESULT_FILE)
-    other = [name for name, value in identity.items() if result.get(name) != value]
+    other = [name for name in {**identity, "packed": True} if result.get(name) != identity.get(name)]
     if other:
         raise ValueError(
             f"{out} holds the result of another run ({', '.join(other)} differ); give each run its own folder"
@@ -128,11 +133,14 @@ def _layout(arguments: argparse.Namespace, substrate: Substrate, settings: Setti
     layout, ranks = Layout.from_text(arguments.layout), place_in(os.environ).world_size
     if arguments.micro_rows is not None and arguments.micro_rows < 1:
         raise ValueError(f"--micro-rows must be at least 1; got {arguments.micro_rows}: leave it out for no limit")
+    if arguments.packed and layout.cp > 1:
+        raise ValueError(f"--packed lays rows whole on a rank; got cp={layout.cp}: set cp=1 or leave --packed out")
     layout.check(
         Architecture.model_validate(substrate.architecture),
         ranks=ranks,
         batch_size=settings.recipe.batch_size,
-        adapter=settings.recipe.adapter is not None and "experts" in settings.recipe.adapter.targets,
+        adapter=settings.recipe.adapter is not None and settings.recipe.adapter.on_experts,
+        context_parallel=operations.context_parallel(operations.machine(bool(operations.gpu_names()))).serves,
     )
     return layout
 
@@ -155,17 +163,12 @@ def train(
     packer: Packer,
     folder: Path,
     identity: dict[str, Any],
-    save_every: int,
-    micro_rows: int | None = None,
+    **how: Any,
 ) -> Fit:
     """Tune the model by the packer's recipe and write the checkpoint that its evaluation opens, unless it diverged.
 
-    All ranks call it with their part of the model; rank 0 gathers the whole and writes it.
+    All ranks call it with their part of the model; rank 0 writes the whole as it comes. `how` as in `fit`.
     """
-    import torch
-
-    from megatron_evolve.substrate.model.parts import whole_tensors
-
     adapter = packer.recipe.adapter
     if adapter is not None:
         from megatron_evolve.substrate.model.lora import add_lora
@@ -173,21 +176,29 @@ def train(
         for chunk in chunks:
             add_lora(chunk, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=packer.seed)
     run = digest_of(identity)
-    fitted = fit(chunks, packer, folder, run=run, save_every=save_every, micro_rows=micro_rows)
+    fitted = fit(chunks, packer, folder, run=run, **how)
     if fitted.diverged is not None:
         return fitted
+    state = {**identity, "adapter": adapter.model_dump(mode="json") if adapter else None}
     kind = "weights" if adapter is None else "adapter"
-    tensors = dict(whole_tensors(chunks, trained_tensors(chunks, adapter is not None)))
-    if torch.distributed.get_rank() == 0:
-        save_checkpoint(
-            folder / CHECKPOINT_FOLDER,
-            kind=kind,
-            step=fitted.chosen_step,
-            run=run,
-            tensors={kind: tensors},
-            state={**identity, "adapter": adapter.model_dump(mode="json") if adapter else None},
-        )
+    hand_on(chunks, folder / CHECKPOINT_FOLDER, kind=kind, step=fitted.chosen_step, run=run, state=state)
     return fitted
+
+
+def hand_on(chunks: "Sequence[HybridModel]", folder: Path, *, kind: Kind, **fields: Any) -> None:
+    """Write what training changed as one whole model. All ranks call it; `fields` as in `save_checkpoint`."""
+    import torch
+
+    from megatron_evolve.substrate.model.parts import Whole
+
+    whole = Whole(chunks, trained_tensors(chunks, kind == "adapter"))
+    stream = iter(whole)
+    try:
+        if torch.distributed.get_rank() == 0:
+            save_checkpoint(folder, kind=kind, tensors={kind: streamed(whole, stream)}, **fields)
+    finally:
+        for _ in stream:  # the other ranks' way to send; and where rank 0 could not write, they are heard out
+            pass
 
 
 def result_of(fitted: Fit, identity: dict[str, Any]) -> dict[str, Any]:

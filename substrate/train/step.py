@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_evolve.substrate.packing import Batch
+from megatron_evolve.substrate.packing import PAD_MULTIPLE, Batch
 from megatron_evolve.substrate.recipe import Recipe
 from megatron_evolve.substrate.train.optimizer import make_optimizer, make_scheduler, set_step
 
@@ -49,8 +49,13 @@ def label_loss(model: Any, batch: Batch, device: Any) -> "Tensor":
     tokens, labels, weights = (
         torch.from_numpy(array).to(device) for array in (batch.tokens_BT, batch.labels_BT, batch.weights_BT)
     )
+    packed = None
+    if batch.lengths:
+        from megatron_evolve.substrate.model.packed import PackedSequences
+
+        packed = PackedSequences(batch.lengths, device)
     # The mask is for prediction heads alone, which would otherwise learn padding; Megatron reads it nowhere else.
-    return model(tokens, None, None, labels=labels, loss_mask=weights)
+    return model(tokens, None, None, labels=labels, loss_mask=weights, packed_seq_params=packed)
 
 
 def weighted_loss(losses_BT: "Tensor", batch: Batch) -> "Tensor":
@@ -65,10 +70,22 @@ class Trainer:
     """A model with its optimizer and schedule; `step` changes them in place. All ranks give it the same batches.
 
     `chunks` is this rank's part of the model (`build.build_chunks`). `micro_rows` are the most rows that a rank puts
-    through the model at once: fewer take less memory and keep more pipeline stages busy, and change no result.
+    through the model at once: fewer take less memory and keep more pipeline stages busy, and change no result. With
+    `packed` rows lie end to end, so many as fit in the room of `micro_rows` rows of the recipe's sequence length.
+
+    Packed or padded, a step's loss and gradient are the same sums. Of the experts' load, by which full fine-tuning
+    moves the routing bias, padding is a part: between the two that bias moves apart. Prediction heads are the other
+    exception: Megatron takes their loss as a mean over each micro-batch, so it weighs rows by where they were cut.
     """
 
-    def __init__(self, chunks: "Sequence[HybridModel]", recipe: Recipe, *, micro_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        chunks: "Sequence[HybridModel]",
+        recipe: Recipe,
+        *,
+        micro_rows: int | None = None,
+        packed: bool = False,
+    ) -> None:
         import torch
         from megatron.core import parallel_state
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -78,9 +95,10 @@ class Trainer:
 
         self.chunks = list(chunks)
         self.recipe = recipe
-        self.micro_rows = micro_rows
+        self.micro_rows, self.packed = micro_rows, packed
         self.device = torch.cuda.current_device()
         self.layout = build.running_layout()
+        assert not (packed and self.layout.cp > 1), "a pack is not cut for context parallelism"
         self.world = torch.distributed.get_world_size()
         self.writes = torch.distributed.get_rank() == 0
         self.rank, self.copies = (
@@ -109,9 +127,7 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         lr = set_step(self.scheduler, self.recipe, number)
-        parts = batch.narrowed(max(ROWS_MULTIPLE, self.copies))
-        mine = [micro for part in parts for micro in part.part(self.rank, self.copies).rows_at_most(self.micro_rows)]
-        loss = self._run(mine, forward_only=False)
+        loss = self._run(self._micro_batches(batch), forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
         return Measured(self._over_ranks(loss), self._norm(grad_norm), lr)
 
@@ -121,13 +137,35 @@ class Trainer:
 
         for chunk in self.parallel:
             chunk.eval()
-        parts = batch.rows_at_most(self.micro_rows)
+        parts = batch.packed(self._places()) if self.packed else batch.rows_at_most(self.micro_rows)
+        parts = self._in_context(parts)
         if self.layout.vp > 1:  # the interleaved schedule wants a multiple of pp; what is asked twice weighs nothing
             nothing = replace(parts[-1], weights_BT=np.zeros_like(parts[-1].weights_BT))
             parts += [nothing] * (-len(parts) % self.layout.pp)
         with torch.no_grad():
             loss = self._run(parts, forward_only=True)
         return self._over_ranks(loss / self.copies)
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        """This rank's part of the batch, in as many micro-batches as every other rank has."""
+        if not self.packed:
+            parts = [part.part(self.rank, self.copies) for part in batch.narrowed(max(ROWS_MULTIPLE, self.copies))]
+            return self._in_context([one for part in parts for one in part.rows_at_most(self.micro_rows)])
+        shares = [batch.part(rank, self.copies) for rank in range(self.copies)]
+        most = max(len(share.packed(self._places())) for share in shares)
+        # Experts wait for the tokens of all ranks, and virtual stages want a multiple of pp.
+        multiple = self.layout.pp if self.layout.vp > 1 else 1
+        return shares[self.rank].packed(self._places(), at_least=-(-most // multiple) * multiple)
+
+    def _in_context(self, parts: list[Batch]) -> list[Batch]:
+        from megatron.core import parallel_state
+
+        rank, cp = parallel_state.get_context_parallel_rank(), self.layout.cp
+        return [part.mirrored(rank, cp, multiple=self.layout.tp) for part in parts] if cp > 1 else parts
+
+    def _places(self) -> int | None:
+        row = -(-self.recipe.sequence_length // PAD_MULTIPLE) * PAD_MULTIPLE
+        return self.micro_rows and self.micro_rows * row
 
     def _run(self, parts: list[Batch], *, forward_only: bool) -> "Tensor":
         """Puts micro-batches through the model by Megatron's schedule. This rank's part of the loss, () float32."""
@@ -156,7 +194,7 @@ class Trainer:
         def loss_of(losses_BT: "Tensor") -> tuple["Tensor", "Tensor"]:
             loss = weighted_loss(losses_BT, batch)
             # The wrapper averages gradients over ranks and the schedule over micro-batches; this loss is a sum over
-            # both.
+            # both. Context-parallel ranks the schedule has accounted for.
             return loss * (self.copies * num_parts), loss.detach()
 
         return label_loss(model, batch, self.device), loss_of

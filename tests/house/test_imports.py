@@ -26,7 +26,18 @@ TORCH_FREE_FILES = [
     *sorted((ROOT / "substrate" / "puzzles").rglob("*.py")),
     *(
         ROOT / "substrate" / f"{name}.py"
-        for name in ["digest", "frozen", "layout", "manifest", "mix", "ranks", "recipe", "settings", "tokenizer"]
+        for name in [
+            "digest",
+            "frozen",
+            "layout",
+            "manifest",
+            "mix",
+            "operations",
+            "ranks",
+            "recipe",
+            "settings",
+            "tokenizer",
+        ]
     ),
     *(ROOT / "substrate" / f"{name}.py" for name in ["adapter", "chat", "checkpoint_tokenizer", "exchange"]),
     *(ROOT / "substrate" / "model" / f"{name}.py" for name in ["architecture", "tensor_file", "weight_map"]),

@@ -10,6 +10,7 @@ from megatron_evolve.campaign import SHIPPED, Campaign, Training, find_campaign,
 from megatron_evolve.candidate import candidate
 from megatron_evolve.document import load_yaml
 from megatron_evolve.jobs import Ground, Run
+from megatron_evolve.prepare import PACKED, origin_ground
 from megatron_evolve.schema import describe, json_schema
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.layout import Layout
@@ -67,8 +68,19 @@ def test_training_on_several_ranks_is_a_setting_of_the_place() -> None:
     assert spread.options == ("--layout", "tp=2", "--micro-rows", "8")
     assert Training().options == ()
     assert Training(experts="eager").options == ("--experts", "eager")
+    assert Training(micro_rows=1, packed=True).options == ("--micro-rows", "1", "--packed")
     with pytest.raises(ValueError, match="layout tp=2 runs on a multiple of 2 ranks; got 3"):
         Training.parse({"ranks": 3, "layout": {"tp": 2}}, where="launch")
+    with pytest.raises(ValueError, match="packed rows lie whole on a rank; got cp=2"):
+        Training.parse({"ranks": 2, "layout": {"cp": 2}, "packed": True}, where="launch")
+
+
+def test_an_origin_trained_on_packed_rows_is_kept_apart(tmp_path: Path) -> None:
+    padded, packed = (
+        origin_ground(tmp_path / "s" / "substrate", tmp_path / name / "judge", 60.0).folder.root
+        for name in ("abc", f"abc{PACKED}")
+    )
+    assert (padded.name, packed.name) == ("origin", "origin-packed") and padded.parent == packed.parent
 
 
 def test_a_job_of_several_ranks_is_torchrun_s_and_takes_as_many_cores(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.manifest import Construction
 from megatron_evolve.substrate.mix import Mix
 from megatron_evolve.substrate.model import build
-from megatron_evolve.substrate.model.architecture import NANO_CPU
+from megatron_evolve.substrate.model.architecture import NANO_CPU, Architecture
 from megatron_evolve.substrate.packing import Packer, Tally
 from megatron_evolve.substrate.puzzles import families
 from megatron_evolve.substrate.recipe import Adapter, Recipe
@@ -39,7 +39,16 @@ def packer(recipe: Recipe) -> Packer:
 
 
 def recipe_of(case: dict[str, Any]) -> Recipe:
-    return RECIPE.replace(adapter=ADAPTER if case["adapter"] else None, **case.get("recipe", {}))
+    return RECIPE.replace(adapter=adapter_of(case) if case["adapter"] else None, **case.get("recipe", {}))
+
+
+def adapter_of(case: dict[str, Any]) -> Adapter:
+    attends = "*" in architecture_of(case).pattern
+    return ADAPTER.replace(targets=tuple(name for name in ADAPTER.targets if attends or name != "attention"))
+
+
+def architecture_of(case: dict[str, Any]) -> Architecture:
+    return Architecture.model_validate(ARCHITECTURE.model_dump() | case.get("architecture", {}))
 
 
 def model_of(case: dict[str, Any], weights: Path) -> list[Any]:
@@ -50,17 +59,17 @@ def model_of(case: dict[str, Any], weights: Path) -> list[Any]:
     from megatron_evolve.substrate.model.weights import load_part
 
     dtype = torch.bfloat16 if case.get("bf16") else torch.float32
-    chunks = build.build_chunks(ARCHITECTURE, seed=3, params_dtype=dtype)
+    chunks = build.build_chunks(architecture_of(case), seed=3, params_dtype=dtype)
     load_part(chunks, [weights])
     if case["adapter"]:
         for chunk in chunks:
-            add_lora(chunk, rank=ADAPTER.rank, alpha=ADAPTER.alpha, targets=ADAPTER.targets, seed=5)
+            add_lora(chunk, rank=ADAPTER.rank, alpha=ADAPTER.alpha, targets=adapter_of(case).targets, seed=5)
     return chunks
 
 
 def steps_of(case: dict[str, Any], weights: Path) -> dict[str, Any]:
     """Trains the case's steps from the weights, or from the checkpoint it names; returns what every step measured."""
-    from megatron_evolve.substrate.model.parts import whole_tensors
+    from megatron_evolve.substrate.model.parts import Whole
     from megatron_evolve.substrate.train.resume import restore_resume, save_resume
     from megatron_evolve.substrate.train.selection import Selector
     from megatron_evolve.substrate.train.step import Trainer
@@ -68,7 +77,8 @@ def steps_of(case: dict[str, Any], weights: Path) -> dict[str, Any]:
 
     recipe = recipe_of(case)
     chunks, source = model_of(case, weights), packer(recipe)
-    trainer, selector = Trainer(chunks, recipe, micro_rows=case.get("micro_rows")), Selector(source)
+    how = {"micro_rows": case.get("micro_rows"), "packed": case.get("packed", False)}
+    trainer, selector = Trainer(chunks, recipe, **how), Selector(source)
     first = 0
     if case.get("restore"):
         first = restore_resume(Path(case["restore"]), "run", trainer, selector).step
@@ -81,8 +91,8 @@ def steps_of(case: dict[str, Any], weights: Path) -> dict[str, Any]:
             own = {"selected": {"step": selector.step, "loss": selector.loss}}
             save_resume(Path(case["save"]), "run", SAVED_AT, trainer, selector, own)
     # sums over all values of a tensor: whatever is joined wrongly moves them
-    sums = {name: [t.double().sum().item(), _ramp(t)] for name, t in whole_tensors(chunks)}
-    chosen = {name: _ramp(tensor) for name, tensor in whole_tensors(chunks, selector.tensors)}
+    sums = {name: [t.double().sum().item(), _ramp(t)] for name, t in Whole(chunks)}
+    chosen = {name: _ramp(tensor) for name, tensor in Whole(chunks, selector.tensors)}
     return {"steps": measured, "held_out": selector.loss, "chosen_step": selector.step, "sums": sums, "chosen": chosen}
 
 

@@ -17,11 +17,12 @@ from megatron_evolve.substrate.checkpoint_tokenizer import exported
 from megatron_evolve.substrate.exchange import export_hf, import_hf
 from megatron_evolve.substrate.manifest import Substrate
 from megatron_evolve.substrate.model import build, huggingface, weights
-from megatron_evolve.substrate.model.architecture import NANO_CPU
+from megatron_evolve.substrate.model.architecture import NANO_CPU, Architecture
 from megatron_evolve.substrate.tokenizer import nano_tokenizer
 from megatron_evolve.substrate.train.checkpoint import save_checkpoint
 
 ALL = ("attention", "mamba", "experts", "shared", "output")
+HEADED = Architecture.model_validate(NANO_CPU.model_dump() | {"mtp_pattern": "*E", "mtp_depths": 2})
 TOKENS = torch.randint(0, NANO_CPU.vocab_size, (2, 60), generator=torch.Generator().manual_seed(2))
 # largest difference of two float32 logits near 1; measured 2e-6
 CLOSE = 2e-4
@@ -48,12 +49,14 @@ def base(tmp_path_factory) -> tuple[Path, Substrate, Path]:
     build.stop()
 
 
-def trained(base, folder: Path, *, rank: int = 3, targets: tuple[str, ...] = ALL) -> torch.Tensor:
+def trained(
+    base, folder: Path, *, rank: int = 3, targets: tuple[str, ...] = ALL, architecture: Architecture = NANO_CPU
+) -> torch.Tensor:
     """A run's folder with a trained-looking adapter, and the logits of its model."""
     from megatron_evolve.substrate.model.lora import adapter_state, add_lora
 
-    substrate_folder, substrate, _ = base
-    model = build.build_model(NANO_CPU, seed=1).eval()
+    substrate_folder, substrate, *_ = base
+    model = build.build_model(architecture, seed=1).eval()
     weights.load_part([model], substrate.weight_paths(substrate_folder))
     add_lora(model, rank=rank, alpha=2.0 * rank, targets=targets, seed=5)
     rng = torch.Generator().manual_seed(7)
@@ -96,6 +99,19 @@ def peft(monkeypatch):
 
     monkeypatch.setattr(tuners_utils, "_check_lora_target_modules_mamba", lambda *_: None)
     return package
+
+
+@pytest.fixture(scope="module")
+def headed(base, tmp_path_factory) -> tuple[Path, Substrate]:
+    """A substrate whose model also predicts two further tokens."""
+    folder = tmp_path_factory.mktemp("headed")
+    state = huggingface.to_huggingface(weights.state_of(build.build_model(HEADED, seed=0)), HEADED)
+    (folder / "source").mkdir()
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "source" / "model.safetensors")
+    (folder / "source" / "config.json").write_text(json.dumps(huggingface.huggingface_config(HEADED)))
+    for file, document in exported(nano_tokenizer()).items():
+        (folder / "source" / file).write_text(json.dumps(document))
+    return folder / "substrate", import_hf(folder / "source", folder / "substrate", name="headed")
 
 
 def their_model(base):
@@ -239,6 +255,37 @@ def test_the_keys_are_those_of_vllm(each):
     config = json.loads((each / CONFIG_FILE).read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (3, 6, "LORA")
     assert set(config["target_modules"]) == {name.split(".")[-3] for name in state}
+
+
+@pytest.mark.parametrize("layout", ["each", "stacked"])
+def test_prediction_heads_are_in_no_export(base, headed, layout, tmp_path):
+    """Whether the heads were adapted or not, the files are those of the same run on a model without heads."""
+    trained(base, tmp_path / "plain")
+    export_adapter(tmp_path / "plain", base[0], tmp_path / "expected", layout=layout)
+    expected = load_file(tmp_path / "expected" / TENSORS_FILE)
+    for name, targets in (("without", ALL), ("with", (*ALL, "mtp"))):
+        trained(headed, tmp_path / name, targets=targets, architecture=HEADED)
+        stored = load_file(tmp_path / name / "checkpoint" / "adapter.safetensors")
+        assert any(key.startswith("mtp.") for key in stored) == (name == "with")
+        export_adapter(tmp_path / name, headed[0], tmp_path / f"{name} out", layout=layout)
+        assert load_file(tmp_path / f"{name} out" / TENSORS_FILE).keys() == expected.keys()
+        if layout == "each":
+            check_submission(tmp_path / f"{name} out", HEADED)
+
+
+def test_an_adapter_on_heads_alone_has_nothing_to_export(headed, tmp_path):
+    trained(headed, tmp_path / "run", targets=("mtp",), architecture=HEADED)
+    with pytest.raises(ValueError, match="on prediction heads alone, which no export carries"):
+        export_adapter(tmp_path / "run", headed[0], tmp_path / "adapter")
+
+
+def test_a_merged_export_carries_the_heads_adapters(headed, tmp_path):
+    trained(headed, tmp_path / "run", targets=("mtp",), architecture=HEADED)
+    export_hf(headed[0], tmp_path / "hf", run=tmp_path / "run")
+    before = load_file(headed[0].parent / "source" / "model.safetensors")
+    after = load_file(tmp_path / "hf" / "model.safetensors")
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("mtp.") for name in changed)
 
 
 def test_the_submission_holds_both_files_at_its_root(base, run, tmp_path):

@@ -124,6 +124,18 @@ def test_a_run_leaves_a_checkpoint_and_its_result_last(substrate, tmp_path):
     assert (folder / "result.json").stat().st_mtime_ns == before
 
 
+def test_a_packed_run_has_the_losses_of_a_padded_one_and_says_that_it_is_another(substrate, tmp_path, capsys):
+    fields = {"adapter": Adapter(rank=2, alpha=4.0), "epsilon": 1e-4}
+    padded, packed = (arguments(substrate, tmp_path, name, **fields) for name in ("padded", "packed"))
+    assert run.main(padded) == run.main([*packed, "--packed"]) == 0
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("padded", "packed")]
+    for one, other in zip(*(map(json.loads, text) for text in lines), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)  # of nothing but numbers, the tokens of a step among them
+    assert json.loads((tmp_path / "packed" / "result.json").read_text())["packed"]
+    assert run.main([*padded, "--packed"]) == run.main(packed) == 1
+    assert capsys.readouterr().err.count("the result of another run (packed differ)") == 2
+
+
 @pytest.mark.parametrize("adapter", [None, Adapter(rank=2, alpha=4.0)])
 def test_what_a_run_hands_on_is_what_opens(substrate, tmp_path, adapter):
     assert run.main(arguments(substrate, tmp_path, adapter=adapter)) == 0
@@ -322,6 +334,7 @@ def test_ranks_of_torchrun_hand_on_one_whole_checkpoint_that_opens_alone(substra
         (["--layout", "tp=2"], "layout tp=2 on 1 ranks: it runs on a multiple of 2 ranks"),
         (["--layout", "tp"], "a layout is written as in `tp=2,ep=2`"),
         (["--micro-rows", "0"], "--micro-rows must be at least 1; got 0"),
+        (["--packed", "--layout", "cp=2"], "--packed lays rows whole on a rank; got cp=2"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused_before_anything_starts(substrate, tmp_path, capsys, options, said):

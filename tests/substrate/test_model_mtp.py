@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.model import build, decode, huggingface, weights
 from megatron_evolve.substrate.model.architecture import Architecture
+from megatron_evolve.substrate.plan.parameters import adapter_share, stages
+from megatron_evolve.substrate.recipe import Adapter
 from tests.substrate.enlarged import SMALL, build_enlarged
 
 DEPTHS, SCALE = 2, 0.3
@@ -101,6 +104,36 @@ def test_one_head_serves_every_depth_and_is_counted(model: torch.nn.Module) -> N
     heads = sum(p.numel() for p in model.mtp.parameters())
     assert heads == HEADED.num_mtp_parameters()
     assert sum(p.numel() for p in model.parameters()) == HEADED.num_parameters() + heads
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_adapters_leave_heads_alone_unless_named(named: bool) -> None:
+    from megatron_evolve.substrate.model.lora import add_lora
+
+    model = build_enlarged(HEADED)
+    kinds = ("attention", "mamba", "experts", "shared", "output")
+    adapter = Adapter(rank=2, alpha=4.0, targets=(*kinds, "mtp") if named else kinds)
+    add_lora(model, rank=2, alpha=4.0, targets=adapter.targets, seed=0)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    in_heads = {name for name in trained if name.startswith("mtp.")}
+    assert len(in_heads) == (2 * (2 + 4) if named else 0)  # A and B of one attention and one expert layer
+    assert len(trained) - len(in_heads) == 2 * (2 * len(HEADED.pattern) + 2 * HEADED.pattern.count("E") + 1)
+    (stage,) = stages(HEADED, Layout())
+    assert sum(p.numel() for p in trained.values()) == adapter_share(HEADED, Layout(), stage, adapter).total
+
+
+def test_the_main_model_learns_from_frozen_heads(model: torch.nn.Module, rows: tuple[Tensor, Tensor, Tensor]) -> None:
+    """The heads' loss reaches the adapters of the layers below them, as in Megatron-Bridge's recipes."""
+    from megatron_evolve.substrate.model.lora import add_lora
+
+    found = {}
+    for scale in (SCALE, 0.0):
+        adapted = build_enlarged(HEADED, mtp_loss_scaling_factor=scale)
+        add_lora(adapted, rank=2, alpha=4.0, targets=("attention",), seed=0)
+        adapted(rows[0], None, None, labels=rows[1]).mean().backward()
+        found[scale] = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+    assert all(name.startswith("decoder.") for name in found[SCALE])
+    assert any(not torch.allclose(found[SCALE][name], found[0.0][name]) for name in found[SCALE])
 
 
 def test_the_weight_map_has_them_under_their_own_names(model: torch.nn.Module) -> None:

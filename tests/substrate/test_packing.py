@@ -197,6 +197,21 @@ def test_narrowing_keeps_every_row_and_saves_padding():
     assert batch.narrowed(64) == [batch]
 
 
+@pytest.mark.parametrize(("ranks", "multiple"), [(2, 1), (2, 2), (3, 1)])
+def test_context_parallel_ranks_share_out_every_row(ranks, multiple):
+    """Pieces of one length, the earliest with the latest; together they are the row, and then padding."""
+    batch = batches(packer())[0]
+    parts = [batch.mirrored(rank, ranks, multiple) for rank in range(ranks)]
+    width = parts[0].tokens_BT.shape[1] // 2
+    assert all(part.tokens_BT.shape[1] == 2 * width and width % multiple == 0 for part in parts)
+    for name in ("tokens_BT", "labels_BT", "weights_BT", "padding_BT"):
+        firsts = [getattr(part, name)[:, :width] for part in parts]
+        lasts = [getattr(part, name)[:, width:] for part in reversed(parts)]
+        whole, expected = np.concatenate(firsts + lasts, axis=1), getattr(batch, name)
+        assert np.array_equal(whole[:, : expected.shape[1]], expected)
+        assert (whole[:, expected.shape[1] :] == (name == "padding_BT")).all()
+
+
 def test_a_run_of_rows_costs_a_second_at_most():
     start = time.process_time()
     tally = Tally()

@@ -35,7 +35,7 @@ def test_plan_is_within_a_tenth_of_every_measured_peak(processes: int, cases: in
     rows = measure(processes)
     assert len(rows) == cases
     for row in rows:
-        assert 0.95 < row["planned"] / row["measured"] < 1.05, row  # measured 0.98 to 1.03
+        assert 0.95 < row["planned"] / row["measured"] < 1.05, row  # measured 0.98 to 1.04
         assert 0.85 < row["planned_at_rest"] / row["measured_at_rest"] <= 1, row
         if row["profiled"]:  # two ways of counting agree
             assert row["measured"] == pytest.approx(row["profiled"], rel=0.01)

@@ -60,6 +60,17 @@ BF16 = {
     1: {"alone, bf16": {"layout": "", "bf16": True}},
     2: {"tensor, bf16": {"layout": "tp=2", "bf16": True}},
 }
+PACKED = {  # rows end to end, in packs of 1 or 8 rows' room; ranks cut their own rows into packs
+    1: {"alone, packed": {"layout": "", "packed": True}},
+    2: {
+        "data, packed": {"layout": "", "packed": True, "micro_rows": 8},
+        "tensor and sequence, packed": {"layout": "tp=2", "packed": True, "micro_rows": 8},
+        "expert, packed": {"layout": "ep=2", "packed": True, "micro_rows": 8},
+        "pipeline, packed": {"layout": "pp=2", "packed": True, "micro_rows": 8},
+        "data, packed" + LORA: {"layout": "", "packed": True, "micro_rows": 8, "adapter": True},
+    },
+    3: {"virtual stages, packed": {"layout": "pp=3,vp=2", "packed": True, "micro_rows": 8}},
+}
 SAVED = {"tensor and sequence", "tensor and sequence" + LORA, "expert", "tensor, bf16"}  # after half of the steps
 RESUMED = {  # where what those cases saved is gone on with
     2: {
@@ -149,7 +160,7 @@ def measured(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     folder = tmp_path_factory.mktemp("measured")
     found = {}
     for ranks, layouts in LAYOUTS.items():
-        cases = both(layouts) | BF16.get(ranks, {}) | RESUMED.get(ranks, {})
+        cases = both(layouts) | BF16.get(ranks, {}) | RESUMED.get(ranks, {}) | PACKED.get(ranks, {})
         cases = {name: {**case, "save": str(folder / name)} if name in SAVED else case for name, case in cases.items()}
         for case in cases.values():
             if "restore" in case:
@@ -175,6 +186,12 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_every_layout_trains_as_one_process_does(ranks: int, name: str, measured: dict[str, Any]) -> None:
     assert len(measured[name]["steps"]) == 4
     assert_same(measured[name], measured["alone" + LORA if name.endswith(LORA) else "alone"])
+
+
+@pytest.mark.parametrize("name", [name for cases in PACKED.values() for name in cases])
+def test_packed_rows_train_as_one_process_does(name: str, measured: dict[str, Any]) -> None:
+    """Under an adapter as padded rows, too; full fine-tuning moves the routing bias by a load without their padding."""
+    assert_same(measured[name], measured["alone" + LORA if name.endswith(LORA) else "alone, packed"])
 
 
 def test_bfloat16_is_near_one_process_and_goes_on_elsewhere(measured: dict[str, Any]) -> None:

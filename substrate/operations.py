@@ -1,0 +1,153 @@
+"""Which implementation each operation takes on a machine, and why: one answer for who builds and for who reports.
+
+    here = machine(gpu=bool(gpu_names()))
+    optimizer(here)         Choice(path="Apex FusedAdam", why="apex 0.1 is importable, and a GPU is there")
+
+Nothing is imported to find out, and torch is not needed: a package is there if its module can be found, and its version
+is what its metadata say. One that is there and broken is taken for good here; who imports it tells its error.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from types import MappingProxyType
+
+# module: the distribution that brings it
+PACKAGES = {
+    "triton": "triton",
+    "transformer_engine": "transformer-engine",
+    "mamba_ssm": "mamba-ssm",
+    "causal_conv1d": "causal-conv1d",
+    "fla": "flash-linear-attention",
+    "apex": "apex",
+    "nvidia_resiliency_ext": "nvidia-resiliency-ext",
+}
+# Megatron takes these wherever they can be imported, and their kernels run on a GPU alone: see `model.cpu`.
+MEGATRON_TAKES = ("transformer_engine", "apex")
+NO_GPU = "no GPU on this machine"
+REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation taken, and the reason."""
+
+    path: str
+    why: str
+
+    @property
+    def serves(self) -> bool:
+        """Whether there is any."""
+        return self.path != REFUSED
+
+
+@dataclass(frozen=True)
+class Machine:
+    """All that the choices depend on: whether there is a GPU, and the version of each package that is there."""
+
+    gpu: bool
+    versions: Mapping[str, str]  # by module
+
+    def has(self, *modules: str) -> bool:
+        """Whether there is a GPU, and every one of these modules."""
+        return self.gpu and all(module in self.versions for module in modules)
+
+    def names(self, *modules: str) -> str:
+        """Those that are there, with their versions."""
+        return " and ".join(f"{PACKAGES[name]} {self.versions[name]}" for name in modules)
+
+    def lacks(self, *modules: str) -> str:
+        """Why `has` is false."""
+        missing = " and ".join(PACKAGES[module] for module in modules if module not in self.versions)
+        return f"{missing} not installed" if self.gpu else NO_GPU
+
+
+def machine(gpu: bool) -> Machine:
+    """This process's machine. `gpu` is the caller's finding: the driver's list, or torch's once it is loaded."""
+    versions = {name: _version(distribution) for name, distribution in PACKAGES.items() if util.find_spec(name)}
+    if "apex" in versions and not is_nvidia_apex():
+        del versions["apex"]
+    return Machine(gpu, MappingProxyType(versions))
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "of unknown version"  # a source tree on the path, as Apex often is
+
+
+def is_nvidia_apex() -> bool:
+    """Whether the module `apex` is NVIDIA's: the package of that name on PyPI is a web toolkit."""
+    found = util.find_spec("apex")
+    place = Path(next(iter((found and found.submodule_search_locations) or []), ""))
+    return found is not None and (place / "optimizers").is_dir()
+
+
+def gpu_names() -> list[str]:
+    """NVIDIA GPUs as the driver lists them, without loading CUDA."""
+    root = Path("/proc/driver/nvidia/gpus")
+    names = []
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        lines = (folder / "information").read_text().splitlines()
+        names.append(next((line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")), "NVIDIA GPU"))
+    return names
+
+
+def experts(here: Machine) -> Choice:
+    """The routed experts' maths, as `kernels.backend` resolves `auto`."""
+    if here.has("triton"):
+        return Choice("triton", "fused kernels; `launch.training.experts: eager` is plain PyTorch")
+    return Choice("eager", here.lacks("triton"))
+
+
+def mamba_scan(here: Machine) -> Choice:
+    """Scan, convolution and gated norm of Mamba layers: mamba-ssm's scan calls causal-conv1d, so both or neither."""
+    if here.has("mamba_ssm", "causal_conv1d"):
+        return Choice("mamba-ssm", f"{here.names('mamba_ssm', 'causal_conv1d')} installed, and a GPU is there")
+    other = f"; {here.names('fla')} is not used" if "fla" in here.versions else ""
+    return Choice("pytorch", here.lacks("mamba_ssm", "causal_conv1d") + other)
+
+
+def attention(here: Machine) -> Choice:
+    """Core attention on one context-parallel rank."""
+    return Choice("pytorch", "also for packed sequences; Transformer Engine's serves context parallelism alone")
+
+
+def context_parallel(here: Machine) -> Choice:
+    """Core attention where the sequence is split over ranks, which torch's does not do."""
+    if here.has("transformer_engine"):
+        return Choice("transformer-engine", f"{here.names('transformer_engine')} installed, and a GPU is there")
+    return Choice(REFUSED, here.lacks("transformer_engine"))
+
+
+def norm(here: Machine) -> Choice:
+    """Norms and linear layers."""
+    return Choice("pytorch", "Megatron's own layers, which adapters are made for; Transformer Engine's are not used")
+
+
+def optimizer(here: Machine) -> Choice:
+    """Adam as Megatron takes it: what it can import, in this order."""
+    if here.has("transformer_engine"):
+        return Choice("Transformer Engine FusedAdam", f"Megatron prefers it; {here.names('transformer_engine')}")
+    if here.has("apex"):
+        return Choice("Apex FusedAdam", f"Megatron takes it without Transformer Engine; {here.names('apex')}")
+    return Choice("torch AdamW", NO_GPU if not here.gpu else here.lacks("transformer_engine", "apex"))
+
+
+def restarts(here: Machine) -> Choice:
+    """Who starts a lost run again."""
+    there = "nvidia_resiliency_ext" in here.versions
+    return Choice("launcher", f"{here.names('nvidia_resiliency_ext')} is not used" if there else "from its checkpoint")
+
+
+OPERATIONS = {
+    "experts": experts,
+    "mamba scan": mamba_scan,
+    "attention": attention,
+    "context parallel": context_parallel,
+    "norm": norm,
+    "optimizer": optimizer,
+    "restarts": restarts,
+}

@@ -1,0 +1,140 @@
+"""Which implementation each operation takes, for the right reason. Packages and GPUs are feigned, none of them run."""
+
+import json
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_evolve import doctor
+from megatron_evolve.kernels import backend
+from megatron_evolve.substrate import operations
+from megatron_evolve.substrate.operations import NO_GPU, OPERATIONS, PACKAGES, Machine
+
+EVERYTHING = dict.fromkeys(PACKAGES, "9.1")
+
+
+def chosen(gpu: bool, *modules: str) -> dict[str, operations.Choice]:
+    return {name: choose(Machine(gpu, dict.fromkeys(modules, "9.1"))) for name, choose in OPERATIONS.items()}
+
+
+def test_without_a_gpu_every_operation_is_plain_pytorch_whatever_is_installed() -> None:
+    for found in (chosen(False), chosen(False, *PACKAGES)):
+        paths = {name: choice.path for name, choice in found.items()}
+        assert paths == {
+            "experts": "eager",
+            "mamba scan": "pytorch",
+            "attention": "pytorch",
+            "context parallel": operations.REFUSED,
+            "norm": "pytorch",
+            "optimizer": "torch AdamW",
+            "restarts": "launcher",
+        }
+        for name in ("experts", "mamba scan", "context parallel", "optimizer"):
+            assert found[name].why.startswith(NO_GPU), name
+
+
+@pytest.mark.parametrize(
+    ("modules", "operation", "path", "why"),
+    [
+        ((), "experts", "eager", "triton not installed"),
+        (("triton",), "experts", "triton", "fused kernels"),
+        ((), "mamba scan", "pytorch", "mamba-ssm and causal-conv1d not installed"),
+        (("mamba_ssm",), "mamba scan", "pytorch", "causal-conv1d not installed"),
+        (
+            ("causal_conv1d", "fla"),
+            "mamba scan",
+            "pytorch",
+            "mamba-ssm not installed; flash-linear-attention 9.1 is not",
+        ),
+        (("mamba_ssm", "causal_conv1d"), "mamba scan", "mamba-ssm", "mamba-ssm 9.1 and causal-conv1d 9.1 installed"),
+        ((), "optimizer", "torch AdamW", "transformer-engine and apex not installed"),
+        (("apex",), "optimizer", "Apex FusedAdam", "Megatron takes it without Transformer Engine; apex 9.1"),
+        (("apex", "transformer_engine"), "optimizer", "Transformer Engine FusedAdam", "transformer-engine 9.1"),
+        ((), "context parallel", "refused", "transformer-engine not installed"),
+        (("transformer_engine",), "context parallel", "transformer-engine", "transformer-engine 9.1 installed"),
+        (("nvidia_resiliency_ext",), "restarts", "launcher", "nvidia-resiliency-ext 9.1 is not used"),
+    ],
+)
+def test_on_a_gpu_the_packages_decide(modules: tuple[str, ...], operation: str, path: str, why: str) -> None:
+    found = chosen(True, *modules)[operation]
+    assert found.path == path and why in found.why
+
+
+def test_a_package_is_there_if_its_module_can_be_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = util.find_spec
+    monkeypatch.setattr(operations.util, "find_spec", lambda name: None if name in PACKAGES else real(name))
+    assert operations.machine(True).versions == {}
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(operations.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(operations.metadata, "version", lambda distribution: "9.1")
+    assert operations.machine(True).versions == {name: "9.1" for name in PACKAGES if name != "apex"}  # a web toolkit
+    (tmp_path / "optimizers").mkdir()
+    assert operations.machine(True).versions == EVERYTHING
+
+
+def test_the_doctor_and_the_kernels_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        here = operations.machine(gpu)
+        assert operations.experts(here).path == backend.resolved("auto")
+        told = doctor.operations(here, dict.fromkeys((*doctor.REQUIRED, *doctor.OPTIONAL)))
+        assert {name: told[name]["path"] for name in OPERATIONS} == {n: f(here).path for n, f in OPERATIONS.items()}
+
+
+# Packages with the one thing that Megatron's optimizer asks of them.
+FUSED = "class FusedAdam: pass\nclass FusedSGD: pass\n"
+APEX = {"apex/__init__.py": "", "apex/optimizers/__init__.py": FUSED}
+TE = {
+    "transformer_engine/__init__.py": "__version__ = '2.9.0'\n",
+    "transformer_engine/pytorch/__init__.py": "",
+    "transformer_engine/pytorch/optimizers.py": FUSED,
+}
+WEB_TOOLKIT = {"apex/__init__.py": ""}
+# Transformer Engine on a GPU is not among them: all of Megatron asks much more of it than a feigned one has.
+CASES = [({}, True), (APEX, True), (WEB_TOOLKIT, True), (APEX, False), (TE | APEX, False)]
+# One child a case: what will be taken, said before Megatron is imported, and what Megatron then took.
+PROGRAM = """
+import json
+import os
+import sys
+
+import torch
+import megatron_evolve.substrate.train.optimizer
+from megatron_evolve.substrate import operations
+from megatron_evolve.substrate.model import cpu
+from megatron_evolve.substrate.recipe import Recipe
+
+for folder, gpu in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        sys.path.insert(0, folder)
+        said = operations.optimizer(operations.machine(gpu)).path
+        torch.cuda.is_available = lambda: gpu
+        cpu.install()  # nothing where a GPU is
+        took = [megatron_evolve.substrate.train.optimizer.optimizer_taken(Recipe(optimizer=o)) for o in ("adam", "sgd")]
+        print(json.dumps([said, *took]), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="feigns a GPU")
+def test_megatron_takes_the_optimizer_that_was_foretold(tmp_path: Path) -> None:
+    arguments = []
+    for number, (packages, gpu) in enumerate(CASES):
+        folder = tmp_path / str(number)
+        for name, text in packages.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        arguments.append((str(folder), gpu))
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, json.dumps(arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    torch_s = ["torch AdamW", "torch.optim.adamw.AdamW", "torch.optim.sgd.SGD"]
+    apex = ["Apex FusedAdam", "apex.optimizers.FusedAdam", "apex.optimizers.FusedSGD"]
+    assert [json.loads(line) for line in run.stdout.splitlines()] == [torch_s, apex, torch_s, torch_s, torch_s]
