@@ -17,7 +17,8 @@ from megatron_evolve.candidate import candidate, run_seed
 from megatron_evolve.doctor import gpu_names
 from megatron_evolve.document import load_yaml
 from megatron_evolve.dry_run import dry_run
-from megatron_evolve.loop import Session, run_campaign
+from megatron_evolve.launch.job import Job, Resources
+from megatron_evolve.loop import Session, launcher_of, run_campaign
 from megatron_evolve.preflight import preflight
 from megatron_evolve.site import Site, find_site, load_site
 from megatron_evolve.substrate.exchange import imported_default
@@ -103,6 +104,16 @@ def test_one_node_starts_its_ranks_with_torchrun(told: dict[str, dict[str, Any]]
     assert imported["argv"][:4] == ["megatron-evolve", "substrate", "import-hf", "DIR"]
     assert imported["argv"][-1] == found["substrate"]["folder"] and found["substrate"]["digest"] is None
     assert any("--external" in note for note in found["notes"])
+
+
+def test_the_script_for_a_run_by_hand_starts_the_same_ranks(told: dict[str, dict[str, Any]]) -> None:
+    argv = step(told["nemotron3-nano-lora"], "train")["argv"]
+    own = argv[argv.index("--substrate") :]
+    own = own[: own.index("--layout")] + own[own.index("--layout") + 2 :]
+    script = Path(__file__).parents[2] / "launch" / "torchrun.sh"
+    env = tiny.environment(PYTHON="echo")  # it says the words that it would start Python with
+    said = subprocess.run(["sh", script, "8", "ep=8", *own], env=env, capture_output=True, text=True, check=True)
+    assert sorted(said.stdout.split()) == sorted(argv[1:])
 
 
 def test_several_nodes_start_their_ranks_with_srun(told: dict[str, dict[str, Any]]) -> None:
@@ -219,6 +230,19 @@ def test_the_run_itself_refuses_what_cannot_work_yet_and_writes_nothing(tmp_path
         assert "the driver of this machine lists" in refused("nemotron3-nano-lora", NODE)
     else:
         assert "substrate import-hf DIR --name nemotron3-nano" in refused("nemotron3-nano-lora", NODE)
+
+
+def test_the_launcher_gives_the_gpus_that_the_controller_may_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    campaign = real("nemotron3-nano-lora")
+    session = Session(tmp_path, tmp_path, lambda what, facts: None, lambda: False, NODE)
+    with (
+        launcher_of(campaign.replace(launch=campaign.launch.replace(cores=64)), session) as launcher,
+        pytest.raises(ValueError, match="has 2 GPUs to give; job a asks for 3"),
+    ):
+        launcher.submit(Job("a", ("true",), tmp_path / "a", 1.0, "done", resources=Resources(gpus=3)))
 
 
 def test_a_campaign_without_gpus_has_scripts_and_no_gpu_hours(tmp_path: Path) -> None:
