@@ -28,5 +28,8 @@ for folder in SUBFOLDERS:
 setup(
     packages=sorted(package_dir),
     package_dir=package_dir,
-    package_data={"megatron_evolve": ["campaigns/*.yaml", "sites/*.yaml", "worlds/*.yaml"]},
+    package_data={
+        "megatron_evolve": ["campaigns/*.yaml", "sites/*.yaml", "worlds/*.yaml"],
+        "megatron_evolve.kernels": ["tile_table.json"],
+    },
 )

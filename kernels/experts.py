@@ -116,7 +116,7 @@ def grouped_experts(
     for the matrices; whoever owns the parameters then marks them as done (Megatron's `grad_added_to_main_grad`).
     """
     W1, W2 = parts_of(W1_EFH), parts_of(W2_EHF)
-    tiles = tiling(counts_on_device(counts_E, x_MH, len(x_MH), W1), len(x_MH))
+    tiles = tiling(counts_on_device(counts_E, x_MH, len(x_MH), W1), len(x_MH), W1[0].shape[-2:])
     return _apply(x_MH, p_M, tiles, None, W1, W2, (lora1, lora2), main_grads)
 
 
@@ -134,7 +134,7 @@ def routed_experts(
     """The same from tokens to tokens (T, H): `permute`, `grouped_experts` and `unpermute` without the copies."""
     W1, W2 = parts_of(W1_EFH), parts_of(W2_EHF)
     num_rows = plan.row_of_choice_TK.numel()
-    tiles = tiling(counts_on_device(plan.counts_E, x_TH, num_rows, W1), num_rows)
+    tiles = tiling(counts_on_device(plan.counts_E, x_TH, num_rows, W1), num_rows, W1[0].shape[-2:])
     return _apply(x_TH, p_TK, tiles, plan, W1, W2, (lora1, lora2), main_grads)
 
 

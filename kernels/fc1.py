@@ -20,8 +20,7 @@ from megatron_evolve.kernels.grouped_product import (
     add_product,
     block_at,
     block_of_program,
-    depth_of,
-    launch_shape,
+    launch,
 )
 from megatron_evolve.kernels.matrices import Matrices
 from megatron_evolve.kernels.precision import narrow, relu
@@ -29,14 +28,17 @@ from megatron_evolve.kernels.tiles import Tiling
 
 
 @triton.jit
-def _fc1(x, W, u, B, p, tiles, h_MF, a_MF, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
+def _fc1(
+    x, W, u, B, p, tiles, h_MF, a_MF,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     e, first, live_M, f, _ = block_of_program(tiles, W.rows, BM, BN)
     if e < 0:
         return
     m = first + tl.arange(0, BM)
-    h = add_product(tl.zeros([BM, BN], tl.float32), x, m, live_M, W, e, f, BK)
+    h = add_product(tl.zeros([BM, BN], tl.float32), x, m, live_M, W, e, f, BK, EVEN)
     if BR > 0:
-        h = add_product(h, u, m, live_M, B, e, f, BR)
+        h = add_product(h, u, m, live_M, B, e, f, BR, False)
     h = narrow(h, h_MF.dtype.element_ty)
     live = live_M[:, None] & (f < W.rows)[None, :]
     tl.store(block_at(h_MF, first, f, W.rows, BM), h, mask=live)
@@ -53,21 +55,7 @@ def fc1_squared_relu(
     """h and a, both (M, F) in the dtype of x; p is (M,), or (T, K) where x is read by choice."""
     h_MF = x.base.new_empty(tiling.num_rows, W.rows)
     a_MF = h_MF.new_empty(h_MF.shape)
-    grid, tile = launch_shape(tiling, W)
+    grid, constants = launch(tiling, tiling.tiles.fc1, W, adapter)
     if h_MF.numel():
-        _fc1[grid](
-            x,
-            W,
-            *(adapter or (None, None)),
-            p.contiguous(),
-            tiling.map,
-            h_MF,
-            a_MF,
-            BM=tile.rows,
-            BN=tile.columns,
-            BK=tile.depth,
-            BR=depth_of(adapter),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        _fc1[grid](x, W, *(adapter or (None, None)), p.contiguous(), tiling.map, h_MF, a_MF, **constants)
     return h_MF, a_MF

@@ -21,38 +21,55 @@ from megatron_evolve.kernels.grouped_product import (
     add_product,
     block_at,
     block_of_program,
-    depth_of,
-    launch_shape,
+    launch,
 )
 from megatron_evolve.kernels.matrices import Matrices
 from megatron_evolve.kernels.precision import narrow, relu
 from megatron_evolve.kernels.tiles import Tiling
 
+WHOLE_BLOCK = 128 * 128  # numbers; a larger block goes through the activation in halves
+
+
+@triton.jit
+def _through_activation(da, p_M, h_MF, first, live_M, f, F, dh_MF, dp_NM, part, num_rows, a_MF, BM: tl.constexpr):
+    """One block of da (BM, columns) to dh, to this block's part of dp, and to a where it is wanted."""
+    # Beyond F, in the half tile of 1856, da and h are zeros: dp takes nothing from there.
+    live = live_M[:, None] & (f < F)[None, :]
+    r = relu(tl.load(block_at(h_MF, first, f, F, BM), mask=live, other=0.0).to(tl.float32))
+    if a_MF is not None:
+        a = narrow(p_M[:, None] * r * r, a_MF.dtype.element_ty)
+        tl.store(block_at(a_MF, first, f, F, BM), a, mask=live)
+    rda = r * da
+    m = first + tl.arange(0, BM)
+    tl.store(dp_NM + part.to(tl.int64) * num_rows + m, tl.sum(r * rda, 1), mask=live_M)
+    dh = narrow(2.0 * p_M[:, None] * rda, dh_MF.dtype.element_ty)
+    tl.store(block_at(dh_MF, first, f, F, BM), dh, mask=live)
+
 
 @triton.jit
 def _fc2_gradient(
     dy, W, u, B, p, h_MF, tiles, dh_MF, dp_NM, a_MF, num_rows,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     e, first, live_M, f, column = block_of_program(tiles, W.rows, BM, BN)
     if e < 0:
         return
     m = first + tl.arange(0, BM)
-    # Beyond F, in the half tile of 1856, W and h load as zeros: dp takes nothing from there.
-    da = add_product(tl.zeros([BM, BN], tl.float32), dy, m, live_M, W, e, f, BK)
+    da = add_product(tl.zeros([BM, BN], tl.float32), dy, m, live_M, W, e, f, BK, EVEN)
     if BR > 0:
-        da = add_product(da, u, m, live_M, B, e, f, BR)
-    live = live_M[:, None] & (f < W.rows)[None, :]
+        da = add_product(da, u, m, live_M, B, e, f, BR, False)
     choice = m if dy.choice_of_row is None else tl.load(dy.choice_of_row + m, mask=live_M, other=0)
     p_M = tl.load(p + choice, mask=live_M, other=0.0).to(tl.float32)
-    r = relu(tl.load(block_at(h_MF, first, f, W.rows, BM), mask=live, other=0.0).to(tl.float32))
-    if a_MF is not None:
-        a = narrow(p_M[:, None] * r * r, a_MF.dtype.element_ty)
-        tl.store(block_at(a_MF, first, f, W.rows, BM), a, mask=live)
-    rda = r * da
-    tl.store(dp_NM + column.to(tl.int64) * num_rows + m, tl.sum(r * rda, 1), mask=live_M)
-    dh = narrow(2.0 * p_M[:, None] * rda, dh_MF.dtype.element_ty)
-    tl.store(block_at(dh_MF, first, f, W.rows, BM), dh, mask=live)
+    if HALVES:  # one after the other: beside a sum of 128 numbers a thread, a whole block of h spilled 450 bytes
+        half: tl.constexpr = BN // 2
+        da_0, da_1 = tl.split(tl.permute(tl.reshape(da, (BM, 2, half)), (0, 2, 1)))
+        f = column * BN + tl.arange(0, half)
+        part = 2 * column
+        _through_activation(da_0, p_M, h_MF, first, live_M, f, W.rows, dh_MF, dp_NM, part, num_rows, a_MF, BM)
+        f += half
+        _through_activation(da_1, p_M, h_MF, first, live_M, f, W.rows, dh_MF, dp_NM, part + 1, num_rows, a_MF, BM)
+    else:
+        _through_activation(da, p_M, h_MF, first, live_M, f, W.rows, dh_MF, dp_NM, column, num_rows, a_MF, BM)
 
 
 def fc2_gradient(
@@ -62,27 +79,13 @@ def fc2_gradient(
 
     p is (M,), or (T, K) where dy is read by choice.
     """
-    grid, tile = launch_shape(tiling, W)
+    grid, constants = launch(tiling, tiling.tiles.fc2_gradient, W, adapter)
     dh_MF = h_MF.new_empty(h_MF.shape)
     a_MF = h_MF.new_empty(h_MF.shape) if keep_a else None
-    dp_NM = p.new_empty(triton.cdiv(W.rows, tile.columns), tiling.num_rows, dtype=torch.float32)
+    halves = constants["BM"] * constants["BN"] > WHOLE_BLOCK
+    num_parts = triton.cdiv(W.rows, constants["BN"]) * (2 if halves else 1)
+    dp_NM = p.new_empty(num_parts, tiling.num_rows, dtype=torch.float32)
     if h_MF.numel():
-        _fc2_gradient[grid](
-            dy,
-            W,
-            *(adapter or (None, None)),
-            p.contiguous(),
-            h_MF,
-            tiling.map,
-            dh_MF,
-            dp_NM,
-            a_MF,
-            tiling.num_rows,
-            BM=tile.rows,
-            BN=tile.columns,
-            BK=tile.depth,
-            BR=depth_of(adapter),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        given = (dy, W, *(adapter or (None, None)), p.contiguous(), h_MF, tiling.map, dh_MF, dp_NM, a_MF)
+        _fc2_gradient[grid](*given, tiling.num_rows, HALVES=halves, **constants)
     return dh_MF, dp_NM.sum(0), a_MF

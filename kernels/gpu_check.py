@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the JSON lines there too")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"start no case after it ({SECONDS})")
     parser.add_argument("--checks-only", action="store_true", help="correctness alone")
+    parser.add_argument("--share", help=argparse.SUPPRESS)  # i/n: this share of the checks, and of what to compile
     options = parser.parse_args(argv)
     import torch
 
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("gpu_check: TRITON_INTERPRET is set, so nothing would be compiled: unset it", file=sys.stderr)
         return 2
+    if options.share:
+        return share(options.share, checks_only=options.checks_only)
     ok = True
     file = options.out.open("w", encoding="utf-8") if options.out else None
     try:
@@ -49,12 +52,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if ok else 1
 
 
+def share(name: str, *, checks_only: bool) -> int:
+    """One process's part: its checks, then one untimed run of its part of the benchmark."""
+    from megatron_evolve.kernels.bench import checks, targets
+    from megatron_evolve.kernels.bench.shares import turn
+
+    ok = True
+    for row in checks.checks("cuda", checks.Sizes(), turn(name)):
+        ok = ok and row["ok"]
+        print(json.dumps(row), flush=True)
+    if not checks_only:
+        targets.warm("cuda", turn(name))
+    return 0 if ok else 1
+
+
 def report(until: float, *, checks_only: bool) -> Iterator[dict]:
     """The machine, the checks, the ceilings, the benchmark, the targets."""
     import torch
     import triton
 
-    from megatron_evolve.kernels.bench import checks, targets
+    from megatron_evolve.kernels.bench import checks, shares, targets
     from megatron_evolve.kernels.bench.rows import commit, device_name
 
     device = "cuda"
@@ -67,7 +84,8 @@ def report(until: float, *, checks_only: bool) -> Iterator[dict]:
         "tolerances": checks.tolerances(),
     }
     start, right = time.monotonic(), True
-    for row in checks.checks(device, checks.Sizes()):
+    own = [str(Path(__file__).resolve()), *(["--checks-only"] if checks_only else [])]
+    for row in (*shares.run(own, shares.num_shares()), *checks.check_graph(device, checks.Sizes())):
         right = right and row["ok"]
         yield row
     yield {"checks_s": round(time.monotonic() - start, 1), "all_right": right}

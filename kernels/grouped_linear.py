@@ -76,7 +76,7 @@ def gradient_of(
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MI, counts_E, scale, A_ERI, B_EOR, *W):
-        ctx.tiles, ctx.scale = tiling(counts_E, len(x_MI)), scale
+        ctx.tiles, ctx.scale = tiling(counts_E, len(x_MI), W[0].shape[-2:]), scale
         x = rows(x_MI)
         adapter = None if A_ERI is None else adapter_of(x, A_ERI, B_EOR, scale, ctx.tiles)
         ctx.save_for_backward(x_MI, None if adapter is None else adapter.u.base, A_ERI, B_EOR, *W)

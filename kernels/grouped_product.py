@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_evolve.kernels.matrices import Matrices
 from megatron_evolve.kernels.precision import check, dot, narrow
-from megatron_evolve.kernels.tiles import Tile, Tiling, launch_order
+from megatron_evolve.kernels.tile_table import NARROW, Tile
+from megatron_evolve.kernels.tiles import Tiling, launch_order
 
 
 class Rows(NamedTuple):
@@ -53,17 +54,24 @@ def offset_of_row(x, m, live_M):
 
 
 @triton.jit
-def add_product(acc, x, m, live_M, W, e, o, BK: tl.constexpr):
-    """acc[m, o] + sum_i x[row(m), i] W_e[o, i]; rows and columns beyond the edge count as zeros."""
+def add_product(acc, x, m, live_M, W, e, o, BK: tl.constexpr, EVEN: tl.constexpr):
+    """acc[m, o] + sum_i x[row(m), i] W_e[o, i]; rows and columns beyond the edge count as zeros.
+
+    EVEN: the sum has a whole number of blocks, so that the loop checks no edge.
+    """
     k = tl.arange(0, BK)
     matrix = W.base + tl.load(W.offset_E + e) * W.unit
     x_at = x.base + offset_of_row(x, m, live_M)[:, None] + k[None, :]
     w_at = matrix + k[:, None] * W.column_stride + o[None, :] * W.row_stride
     live_N = o < W.rows
     for first in range(0, W.columns, BK):
-        live_K = k < W.columns - first
-        x_block = tl.load(x_at, mask=live_M[:, None] & live_K[None, :], other=0.0)
-        w_block = tl.load(w_at, mask=live_K[:, None] & live_N[None, :], other=0.0)
+        if EVEN:
+            x_block = tl.load(x_at, mask=live_M[:, None], other=0.0)
+            w_block = tl.load(w_at, mask=live_N[None, :], other=0.0)
+        else:
+            live_K = k < W.columns - first
+            x_block = tl.load(x_at, mask=live_M[:, None] & live_K[None, :], other=0.0)
+            w_block = tl.load(w_at, mask=live_K[:, None] & live_N[None, :], other=0.0)
         acc = dot(x_block, w_block, acc)
         x_at += BK
         w_at += BK * W.column_stride
@@ -90,15 +98,18 @@ def block_at(base, first, o, num_columns, BM: tl.constexpr):
 
 
 @triton.jit
-def _product(x, W, u, B, scale, tiles, out, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
+def _product(
+    x, W, u, B, scale, tiles, out,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     e, first, live_M, o, _ = block_of_program(tiles, W.rows, BM, BN)
     if e < 0:
         return
     m = first + tl.arange(0, BM)
     acc = tl.zeros([BM, BN], tl.float32)
-    acc = add_product(acc, x, m, live_M, W, e, o, BK) * scale
+    acc = add_product(acc, x, m, live_M, W, e, o, BK, EVEN) * scale
     if BR > 0:
-        acc = add_product(acc, u, m, live_M, B, e, o, BR)
+        acc = add_product(acc, u, m, live_M, B, e, o, BR, False)
     live = live_M[:, None] & (o < W.rows)[None, :]
     tl.store(block_at(out, first, o, W.rows, BM), narrow(acc, out.dtype.element_ty), mask=live)
 
@@ -108,35 +119,26 @@ def depth_of(adapter: Adapter | None) -> int:
     return 0 if adapter is None else max(16, triton.next_power_of_2(adapter.B.columns))
 
 
-def launch_shape(tiling: Tiling, W: Matrices) -> tuple[tuple[int], Tile]:
-    """Grid and tile of a product with as many columns as W has rows: an adapter, being narrow, gets narrow blocks.
+def launch(tiling: Tiling, tile: Tile, W: Matrices, adapter: Adapter | None) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and compile-time constants of a product with as many columns as W has rows.
 
-    Numbers of four bytes go half as deep: 32 rows and 128 deep would take 240 KiB of shared memory; a block has 227.
+    An adapter, being narrow, gets narrow blocks. Numbers of four bytes go half as deep: 32 rows and 128 deep would take
+    240 KiB of shared memory; a block has 227.
     """
-    tile = tiling.tile
-    columns, depth = min(tile.columns, max(16, triton.next_power_of_2(W.rows))), tile.depth * 2 // W.base.element_size()
-    return (tiling.map.num_tiles * triton.cdiv(W.rows, columns),), tile._replace(columns=columns, depth=depth)
+    columns = min(tile.columns, max(16, triton.next_power_of_2(W.rows)))
+    depth = tile.depth * 2 // W.base.element_size()
+    constants = {"BM": tile.rows, "BN": columns, "BK": depth, "BR": depth_of(adapter), "EVEN": W.columns % depth == 0}
+    constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    return (tiling.map.num_tiles * triton.cdiv(W.rows, columns),), constants
 
 
 def product(x: Rows, W: Matrices, tiling: Tiling, adapter: Adapter | None = None, scale: float = 1.0) -> Tensor:
     """(M, O) in the dtype of the rows; W is E x (O, I). `scale` multiplies the first sum."""
     out_MO = x.base.new_empty(tiling.num_rows, W.rows)
-    grid, tile = launch_shape(tiling, W)
+    tile = tiling.tiles.adapter if W.rows <= NARROW else tiling.tiles.product
+    grid, constants = launch(tiling, tile, W, adapter)
     if out_MO.numel():
-        _product[grid](
-            x,
-            W,
-            *(adapter or (None, None)),
-            scale,
-            tiling.map,
-            out_MO,
-            BM=tile.rows,
-            BN=tile.columns,
-            BK=tile.depth,
-            BR=depth_of(adapter),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        _product[grid](x, W, *(adapter or (None, None)), scale, tiling.map, out_MO, **constants)
     return out_MO
 
 
@@ -172,7 +174,7 @@ def weight_gradient(dy: Rows, x: Rows, tiling: Tiling, out: Matrices, *, accumul
 
     An expert without rows gets zeros, or is not touched when adding.
     """
-    E, tile = tiling.map.start_E1.numel() - 1, tiling.gradient_tile
+    E, tile = tiling.map.start_E1.numel() - 1, tiling.tiles.weight_gradient
     bm, bn = (
         min(most, max(16, triton.next_power_of_2(n)))
         for most, n in ((tile.rows, out.rows), (tile.columns, out.columns))

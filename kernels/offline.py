@@ -26,12 +26,14 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from megatron_evolve.kernels import fused, gated_norm, linear_cross_entropy, tiles
+from megatron_evolve.kernels.tile_table import Entry, entries
 
 CHIPS = {"sm_90a": 90, "sm_100": 100}  # H100 and H200; B200
 MAX_SHARED_BYTES = 232_448  # 227 KiB a block, on both
 MAX_REGISTERS = 65_536  # a block's, all threads together
 NANO_WIDTH, NANO_HIDDEN, NANO_CHOSEN = 2688, 1856, 6  # Nemotron-3-Nano; 1856 is 14.5 x 128
 LORA_RANK = 32
+OTHER_SHAPE = "2688x1024"  # Nemotron-3-Super's
 VOCABULARY = 131_072
 NUM_EXPERTS = 4  # no kernel is compiled for it
 FLOAT32_ROWS = (32, 512)  # mean rows an expert: the tile deepest for its rows, and the largest
@@ -118,24 +120,42 @@ def _read(kernel: JITFunction, constants: dict[str, int], compiled) -> Compiled:
 
 
 def compile_all(chip: str) -> list[Compiled]:
-    """Every kernel at Nano's widths in bfloat16, once for each row of the tile tables; two tiles in float32 too.
+    """Every kernel in bfloat16, once for each entry of the tile table; two tiles in float32 too.
 
     Tensors without storage also prove that nothing is read back to the host: it would raise here.
     """
     with compiling(chip) as results, torch.device("meta"):
-        for most, tile in tiles.ROW_TILES:
+        for entry in entries():
             # registers run short where blocks are large: small ones are compiled with each switch, large ones with
             # each pair of switches (127 s of CPU for both chips with all pairs of all tiles)
-            _experts(NUM_EXPERTS * (most or 512), pairs=tile.rows >= 64)
+            _experts(mean_rows(entry) * NUM_EXPERTS, pairs=entry.tiles.fc1.rows >= 64, widths=widths(entry))
         for rows in FLOAT32_ROWS:
             _experts(NUM_EXPERTS * rows, pairs=False, dtype=torch.float32)
         _rest()
     return results
 
 
-def _experts(num_rows: int, *, pairs: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+def mean_rows(entry: Entry) -> int:
+    """A mean number of rows per expert for which the ops choose that entry of the table."""
+    others = [other.most_rows for other in entries() if other.shape == entry.shape and other.most_rows]
+    return entry.most_rows or 2 * max(others, default=256)
+
+
+def widths(entry: Entry) -> tuple[int, int]:
+    """Model and hidden width that the entry is for; Super's stand for any other."""
+    hidden, model = (int(n) for n in (entry.shape or OTHER_SHAPE).split("x"))
+    return model, hidden
+
+
+def _experts(
+    num_rows: int,
+    *,
+    pairs: bool,
+    widths: tuple[int, int] = (NANO_WIDTH, NANO_HIDDEN),
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """By both doors: trained whole, into main gradients from tokens; and frozen, with adapters of rank 32."""
-    T, K, E, H, F = num_rows // NANO_CHOSEN, NANO_CHOSEN, NUM_EXPERTS, NANO_WIDTH, NANO_HIDDEN
+    T, K, E, (H, F) = num_rows // NANO_CHOSEN, NANO_CHOSEN, NUM_EXPERTS, widths
 
     def leaf(*shape: int, trained: bool = True) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, requires_grad=trained)
@@ -163,7 +183,7 @@ def _rest() -> None:
         W_EH = torch.empty(num_experts, width, dtype=torch.bfloat16)
         idx_TK, p_TK = fused.router_from_tokens(x_TH, W_EH, torch.empty(num_experts), num_chosen, 1.0)
         plan = fused.route_plan(idx_TK, num_experts)
-        tiles.tiling(plan.counts_E, idx_TK.numel())
+        tiles.tiling(plan.counts_E, idx_TK.numel(), (NANO_HIDDEN, NANO_WIDTH))
         rows, _ = fused.permute(x_TH, p_TK, plan)
         fused.unpermute(rows, plan).sum().backward()
         logits_TE = torch.empty(256, num_experts, requires_grad=True)

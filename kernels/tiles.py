@@ -1,4 +1,4 @@
-"""Which tile a grouped product uses, and which rows of which expert each tile covers.
+"""Which rows of which expert each tile of a grouped product covers.
 
 Rows stand sorted by expert. A tile holds rows of one expert only, so expert e needs ceil(count_e / rows) tiles. How
 many that are is known on the device alone; the host launches the upper bound
@@ -16,31 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_evolve.kernels.tile_table import Tiles, chosen
 
-class Tile(NamedTuple):
-    """One program's block of a product, and how it is compiled."""
-
-    rows: int
-    columns: int
-    depth: int  # of the sum, in one step of the loop
-    warps: int
-    stages: int  # of loads in flight
-
-
-# Largest mean rows per expert -> tile. 128 columns: 1856 = 14.5 tiles wastes 3.4 %, 2688 = 21 tiles nothing (256 would
-# waste 9.4 and 4.5 %). Few rows leave a product bound by reading weights: wide steps, and little padding of rows.
-# Chosen by arithmetic and by what compiles without spills; not measured on a GPU.
-ROW_TILES = (
-    (16, Tile(16, 128, 128, warps=4, stages=4)),
-    (32, Tile(32, 128, 128, warps=4, stages=4)),
-    (96, Tile(64, 128, 64, warps=4, stages=4)),
-    (None, Tile(128, 128, 64, warps=8, stages=4)),
-)
-# The same for a weight gradient, whose sum runs over the rows.
-GRADIENT_TILES = (
-    (32, Tile(128, 128, 32, warps=8, stages=4)),
-    (None, Tile(128, 128, 64, warps=8, stages=4)),
-)
 # Rows of one wide tile are launched column by column for this many tiles, so that a weight block read once from memory
 # serves them all from L2.
 GROUP = tl.constexpr(8)
@@ -60,14 +37,8 @@ class Tiling(NamedTuple):
     """The rows of one layer cut into tiles, once for all its products, forward and backward."""
 
     num_rows: int
-    tile: Tile  # of products whose result has a row per row
-    gradient_tile: Tile  # of weight gradients
+    tiles: Tiles
     map: TileMap
-
-
-def choose(table: tuple, num_rows: int, num_experts: int) -> Tile:
-    """The tile for the mean rows per expert: known on the host, and few values, so few compilations."""
-    return next(tile for most, tile in table if most is None or num_rows <= most * num_experts)
 
 
 @triton.jit
@@ -111,10 +82,13 @@ def tile_map(counts_E: Tensor, num_rows: int, tile_rows: int) -> TileMap:
     return found
 
 
-def tiling(counts_E: Tensor, num_rows: int) -> Tiling:
-    """Tiles for rows sorted by expert; counts_E as in `tile_map`, on the rows' device."""
-    tile, gradient_tile = (choose(table, num_rows, counts_E.numel()) for table in (ROW_TILES, GRADIENT_TILES))
-    return Tiling(num_rows, tile, gradient_tile, tile_map(counts_E, num_rows, tile.rows))
+def tiling(counts_E: Tensor, num_rows: int, shape: tuple[int, int], tiles: Tiles | None = None) -> Tiling:
+    """Tiles for rows sorted by expert; counts_E as in `tile_map`, on the rows' device.
+
+    `shape` is that of the layer's first matrices, rows and columns; `tiles` replaces what the table has for it.
+    """
+    tiles = tiles or chosen(*shape, num_rows, counts_E.numel())
+    return Tiling(num_rows, tiles, tile_map(counts_E, num_rows, tiles.fc1.rows))
 
 
 @triton.jit

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from megatron_evolve.kernels import reference
 from megatron_evolve.kernels.bench import problem as problems
-from megatron_evolve.kernels.bench.cases import DTYPES, Case, experts, memory_bound
+from megatron_evolve.kernels.bench.cases import DTYPES, Case, Prepare, experts, memory_bound
 from megatron_evolve.kernels.bench.problem import Prepared, Problem
 from megatron_evolve.kernels.bench.rows import FAILURES, TOLERANCE, examined, first_line, outcome, parts_of
+from megatron_evolve.kernels.bench.shares import Turn, everything
 from megatron_evolve.kernels.linear_cross_entropy import linear_cross_entropy
 from megatron_evolve.kernels.roofline import Shape
 
@@ -80,7 +81,7 @@ def beyond(run: Prepared, problem: Problem, device: str, plain: Prepared | None 
     return found
 
 
-def check_experts(device: str, sizes: Sizes) -> Iterator[dict]:
+def check_experts(device: str, sizes: Sizes, mine: Turn = everything) -> Iterator[dict]:
     for dtype in sizes.dtypes:
         for name, shape, max_vio in expert_shapes(sizes):
             # compiling in float32 takes a second a kernel: adapters alone take it through each
@@ -93,20 +94,22 @@ def check_experts(device: str, sizes: Sizes) -> Iterator[dict]:
                     plain = prepare["eager"][1]() if case.shape.tokens else None
                     return beyond(prepare["triton"][1](), problem, device, plain)
 
-                yield judged(f"experts: {name}, {mode}", dtype, check)
+                if mine():
+                    yield judged(f"experts: {name}, {mode}", dtype, check)
 
 
-def check_memory_bound(device: str, sizes: Sizes) -> Iterator[dict]:
+def check_memory_bound(device: str, sizes: Sizes, mine: Turn = everything) -> Iterator[dict]:
     for dtype in sizes.dtypes:
         for problem, prepare in memory_bound(device, sizes.tokens, triton=True, dtype=DTYPES[dtype]):
-            yield judged(
-                problem.op,
-                dtype,
-                lambda problem=problem, prepare=prepare: beyond(prepare["triton"][1](), problem, device),
-            )
+
+            def check(problem: Problem = problem, prepare: Prepare = prepare) -> dict:
+                return beyond(prepare["triton"][1](), problem, device)
+
+            if mine():
+                yield judged(problem.op, dtype, check)
 
 
-def check_loss(device: str, sizes: Sizes) -> Iterator[dict]:
+def check_loss(device: str, sizes: Sizes, mine: Turn = everything) -> Iterator[dict]:
     for dtype in sizes.dtypes:
 
         def check(dtype: str = dtype) -> dict:
@@ -126,7 +129,8 @@ def check_loss(device: str, sizes: Sizes) -> Iterator[dict]:
             problem = Problem("linear_cross_entropy", {}, {"x": x_TH}, dloss_T, (), held, want, {})
             return beyond(lambda: linear_cross_entropy(x_TH, W_VH, target_T), problem, device)
 
-        yield judged("linear_cross_entropy", dtype, check)
+        if mine():
+            yield judged("linear_cross_entropy", dtype, check)
 
 
 def check_graph(device: str, sizes: Sizes) -> Iterator[dict]:
@@ -157,14 +161,12 @@ def check_graph(device: str, sizes: Sizes) -> Iterator[dict]:
     yield judged("experts in a CUDA graph", case.dtype, check)
 
 
-def checks(device: str, sizes: Sizes) -> Iterator[dict]:
-    """Every check in turn; the graph last, since a failed capture may leave the device unusable."""
+def checks(device: str, sizes: Sizes, mine: Turn = everything) -> Iterator[dict]:
+    """Every check in turn, or a share of them, but for `check_graph`: a failed capture may leave a device unusable."""
     poison(device)
-    yield from check_experts(device, sizes)
-    yield from check_memory_bound(device, sizes)
-    yield from check_loss(device, sizes)
-    if device.startswith("cuda"):
-        yield from check_graph(device, sizes)
+    yield from check_experts(device, sizes, mine)
+    yield from check_memory_bound(device, sizes, mine)
+    yield from check_loss(device, sizes, mine)
 
 
 def tolerances() -> dict[str, float]:

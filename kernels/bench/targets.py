@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_evolve.kernels.bench.cases import case_of
+from megatron_evolve.kernels.bench.cases import case_of, experts, memory_bound
 from megatron_evolve.kernels.bench.clock import Clock, interleaved
-from megatron_evolve.kernels.bench.rows import FAILURES, first_line
+from megatron_evolve.kernels.bench.rows import FAILURES, first_line, outcome, parts_of
 from megatron_evolve.kernels.bench.run import bench, bench_memory_bound
+from megatron_evolve.kernels.bench.shares import Turn
 from megatron_evolve.kernels.roofline import Chip
 
 # Fewest tokens that say what the targets ask; then other shapes, as long as there is time.
@@ -30,6 +31,8 @@ MORE = (
     case_of("super", 4096, 8, "lora32"),
     case_of("ultra", 2048, 8, "frozen"),
 )
+PATHS = ("triton", "unfused")
+TOKENS = 16384  # of the ops that move memory: a permutation moves 617 MB, the norm 403 MB forward
 MATRIX, COPIED = 8192, 2**29  # side of a square product, bytes of a copy
 
 
@@ -52,14 +55,28 @@ def ceilings(device: str) -> Chip:
     return Chip("measured", 2 * MATRIX**3 / product_ms * 1e-9, 2 * COPIED / copy_ms * 1e-9)
 
 
+def warm(device: str, mine: Turn) -> None:
+    """Run this share of what `rows` will time once, so that its kernels are compiled."""
+    runs = [(problem, made) for problem, made in memory_bound(device, TOKENS, triton=True)] if mine() else []
+    for problem, made in runs:
+        outcome(parts_of(made["triton"][1](), problem), problem)
+    for case in (*LAYERS, *MORE):
+        for name in PATHS:
+            if mine():
+                try:
+                    problem, made = experts(case, device, (name,))
+                    outcome(parts_of(made[name][1](), problem), problem)
+                except FAILURES:
+                    pass  # told by the row of the timed run, which fails the same way
+
+
 def rows(device: str, chip: Chip, until: float, *, rounds: int = 10) -> Iterator[dict]:
     """Rows of the targets, then of more shapes; what the time does not reach is named."""
-    names = ("triton", "unfused")
-    steps = [("ops that move memory", lambda: bench_memory_bound(device, rounds=rounds, chip=chip))]
+    steps = [("ops that move memory", lambda: bench_memory_bound(device, tokens=TOKENS, rounds=rounds, chip=chip))]
     steps += [
         (f"{case.shape.model}, {case.shape.tokens} tokens, EP {case.shape.ep}, {case.mode}", run)
         for case in (*LAYERS, *MORE)
-        for run in [lambda case=case: bench([case], device, names, rounds=rounds, chip=chip)]
+        for run in [lambda case=case: bench([case], device, PATHS, rounds=rounds, chip=chip)]
     ]
     for name, step in steps:
         if time.monotonic() > until:

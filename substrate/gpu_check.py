@@ -1,0 +1,284 @@
+"""The model on one GPU, in one command and a few minutes: is it right in bfloat16, and does it train.
+
+    python substrate/gpu_check.py --out docs/results/gpu-model.jsonl
+
+Needs this checkout and torch, triton, megatron-core and pydantic. A Nemotron-3-Nano cut to a few layers, all of full
+width, is built on the GPU in bfloat16 and handed to a second process that has no GPU and computes in float32 (Megatron
+and this package choose their device once a process). Compared are every layer alone, given the same input, the losses
+and the gradients, once with the plain experts and once with the fused kernels: those may be off by what plain PyTorch
+loses, and half more. Then a few steps of LoRA and of full training, with their time and memory beside the plan's.
+One JSON line each, as they come. Status 1 where something is wrong, 2 without a GPU.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+PATTERN = "MEM*E"
+ROWS, LENGTH = 2, 512
+TIMES_EAGER = 1.5
+# bfloat16 rounds to 2^-9 of a number, a layer some ten times in a row; what is wrong is off by its whole size. Below
+# LEAST a ratio of errors says nothing.
+MOST, LEAST = 5e-2, 1e-3
+MARGIN = 0.02  # of scores between 0 and 1, of which bfloat16 loses up to 0.004
+STEPS, WARM = 6, 2
+WEIGHTS, GIVEN, FOUND = "weights.safetensors", "given.safetensors", "found.safetensors"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="write the JSON lines there too")
+    parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)  # the float32 process's folder
+    options = parser.parse_args(argv)
+    from megatron_evolve.substrate.model.architecture import NEMOTRON3_NANO
+
+    architecture = shortened(NEMOTRON3_NANO, PATTERN)
+    if options.reference:
+        reference(architecture, options.reference)
+        return 0
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu_check: needs a CUDA device, and torch finds none: run it on a machine with one", file=sys.stderr)
+        return 2
+    ok = True
+    with (options.out or Path(os.devnull)).open("w", encoding="utf-8") as file:
+        for row in report(architecture):
+            ok = ok and row.get("ok", True)
+            for sink in (sys.stdout, file):
+                sink.write(json.dumps(row) + "\n")
+                sink.flush()
+    return 0 if ok else 1
+
+
+def shortened(architecture: Any, pattern: str) -> Any:
+    """The same widths with these layers."""
+    return type(architecture).model_validate(architecture.model_dump() | {"name": f"{pattern}", "pattern": pattern})
+
+
+def report(architecture: Any) -> Iterator[dict]:
+    """The machine, the model against float32, the training steps."""
+    import torch
+
+    from megatron_evolve.kernels.bench.rows import commit, device_name
+    from megatron_evolve.substrate.model import build
+
+    build.start(seed=1)
+    yield {"device": device_name("cuda"), "torch": torch.__version__, "commit": commit(), "model": architecture.name}
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        yield from compared(architecture, Path(folder))
+    for mode in ("lora", "sft"):
+        for experts in ("triton", "eager"):
+            torch.cuda.empty_cache()
+            try:
+                yield trained(architecture, mode, experts)
+            except torch.cuda.OutOfMemoryError as failure:
+                yield {"steps": mode, "experts": experts, "reason": str(failure).splitlines()[0]}
+    build.stop()
+
+
+def compared(architecture: Any, folder: Path, command: tuple[str, ...] = ()) -> Iterator[dict]:
+    """The losses, each layer's output and gradients: bfloat16 here against float32 in a process without a GPU."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from megatron_evolve.kernels.backend import backend
+    from megatron_evolve.substrate.model import build, weights
+    from megatron_evolve.substrate.model.experts import GroupedExperts
+
+    start = time.monotonic()
+    model = build.build_model(architecture, seed=1, experts="eager", params_dtype=torch.bfloat16)
+    spread_bias(model)
+    weights.save_weights(model, folder / WEIGHTS)
+    tokens = torch.randint(0, architecture.vocab_size, (2, ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    save_file({"tokens": tokens[0].contiguous(), "labels": tokens[1].contiguous()}, folder / GIVEN)
+    command = command or (sys.executable, str(Path(__file__).resolve()), "--reference", str(folder))
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    want = load_file(folder / FOUND)
+    yield {"reference": "float32, CPU", "seconds": round(time.monotonic() - start, 1)}
+
+    errors: dict[str, dict[str, float]] = {}
+    for name in ("eager", "triton"):
+        for module in model.modules():
+            if isinstance(module, GroupedExperts):
+                module.compute = backend(name).grouped_experts
+        found = {"losses": losses_of(model, tokens[0], tokens[1])}
+        for number in range(len(architecture.pattern)):
+            found |= layer_outcome(model, number, want[f"layer {number} input"])
+        errors[name] = {key: relative(value, want[key]) for key, value in found.items()}
+    for key, eager in errors["eager"].items():
+        fused = errors["triton"][key]
+        right = eager <= MOST and fused <= max(TIMES_EAGER * eager, LEAST)
+        yield {"compared": key, "eager": round(eager, 6), "triton": round(fused, 6), "ok": right}
+
+
+def reference(architecture: Any, folder: Path) -> None:
+    """The second process: the same weights in float32 on all cores."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from megatron_evolve.substrate.model import build, weights
+
+    build.start(seed=1)
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = build.build_model(architecture, seed=1, experts="eager", perform_initialization=False)
+    weights.put_weights(model, load_file(folder / WEIGHTS))
+    given = load_file(folder / GIVEN)
+    inputs: dict[int, Tensor] = {}
+
+    def keep(number: int, args: tuple, kwargs: dict) -> None:
+        inputs[number] = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).detach()
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, kwargs, n=n: keep(n, args, kwargs), with_kwargs=True)
+        for n, layer in enumerate(model.decoder.layers)
+    ]
+    found = {"losses": losses_of(model, given["tokens"], given["labels"])}
+    for hook in hooks:
+        hook.remove()
+    for number, hidden in inputs.items():
+        hidden = hidden.bfloat16().float()  # what the GPU will be given, to the bit
+        if architecture.pattern[number] == "E":
+            hidden = decided(model.decoder.layers[number], hidden, architecture.top_k)
+        found |= {f"layer {number} input": hidden} | layer_outcome(model, number, hidden)
+    save_file({name: value.contiguous() for name, value in found.items()}, folder / FOUND)
+    build.stop()
+
+
+def spread_bias(model: "Module") -> None:
+    """A routing bias as after training: at zero it would not be seen."""
+    import torch
+
+    rng = torch.Generator().manual_seed(3)
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_bias"):
+            buffer.copy_(torch.rand(buffer.shape, generator=rng) * 0.1)
+
+
+def decided(layer: "Module", hidden: "Tensor", chosen: int) -> "Tensor":
+    """The tokens (N, 1, H) of (L, B, H) whose last chosen expert leads the next by a margin that bfloat16 keeps.
+
+    Without it a token near a tie goes to another expert, which is no error, and hides every error.
+    """
+    import torch
+
+    with torch.no_grad():
+        router = layer.mlp.router
+        logits = router.gating(layer.pre_mlp_layernorm(hidden)).flatten(0, -2)
+        ranked = (torch.sigmoid(logits.float()) + router.expert_bias).sort(-1, descending=True).values
+    return hidden.flatten(0, 1)[ranked[:, chosen - 1] - ranked[:, chosen] > MARGIN].unsqueeze(1)
+
+
+def losses_of(model: "Module", tokens: "Tensor", labels: "Tensor") -> "Tensor":
+    """The whole model's loss of each label, float32 on the CPU."""
+    import torch
+
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        return model(tokens.to(device), None, None, labels=labels.to(device)).float().cpu()
+
+
+def layer_outcome(model: "Module", number: int, hidden: "Tensor") -> "dict[str, Tensor]":
+    """One layer on that input (L, B, H), and the gradients of a fixed random direction; float32 on the CPU."""
+    import torch
+
+    layer, weight = model.decoder.layers[number], next(model.parameters())
+    direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(number)).bfloat16()
+    hidden, direction = (t.to(weight.device, weight.dtype) for t in (hidden, direction))
+    hidden.requires_grad_()
+    watched = {name: p for name, p in layer.named_parameters() if is_watched(name)}
+    output = layer(hidden_states=hidden, attention_mask=None)
+    output = output[0] if isinstance(output, tuple) else output
+    grads = torch.autograd.grad(output, [hidden, *watched.values()], direction)
+    found = dict(zip(("input gradient", *watched), grads, strict=True)) | {"output": output}
+    return {f"layer {number} {name}": t.detach().to("cpu", torch.float32, copy=True) for name, t in found.items()}
+
+
+def is_watched(name: str) -> bool:
+    """Every kind of weight; of the experts two: all of them would be the size of the model."""
+    return "experts.linear" not in name or "shared" in name or name.endswith(("weight0", "weight1"))
+
+
+def relative(got: "Tensor", want: "Tensor") -> float:
+    """||got - want|| / ||want||; a gradient that is zero in both is equal."""
+    off, size = (got.double() - want.double()).norm().item(), want.double().norm().item()
+    return off / size if size else off
+
+
+def prepared(architecture: Any, mode: str, experts: str, rows: int, length: int) -> tuple[Any, Any, Any]:
+    """A trainer in bfloat16, a batch of random tokens for it, and the job as the plan takes it."""
+    import numpy as np
+    import torch
+
+    from megatron_evolve.substrate.model import build
+    from megatron_evolve.substrate.model.lora import add_lora
+    from megatron_evolve.substrate.packing import Batch
+    from megatron_evolve.substrate.plan.job import Job
+    from megatron_evolve.substrate.recipe import Recipe
+    from megatron_evolve.substrate.train.step import Trainer
+
+    job = Job(mode=mode, sequence_length=length, micro_batch=rows, batch_size=rows)
+    adapter = job.adapter if mode == "lora" else None
+    recipe = Recipe(adapter=adapter, lr=1e-4, batch_size=rows, steps=STEPS, warmup_steps=1, sequence_length=length)
+    (model,) = build.build_chunks(architecture, seed=1, experts=experts, params_dtype=torch.bfloat16)
+    if adapter is not None:
+        add_lora(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=0)
+    tokens_BT = np.random.default_rng(0).integers(0, architecture.vocab_size, (rows, length))
+    weights_BT, padding_BT = np.ones((rows, length), np.float32), np.zeros((rows, length), bool)
+    batch = Batch(tokens_BT, np.roll(tokens_BT, -1, 1), weights_BT, padding_BT, float(rows * length), ("none",) * rows)
+    return Trainer([model], recipe), batch, job
+
+
+def trained(architecture: Any, mode: str, experts: str, rows: int = 4, length: int = 2048) -> dict:
+    """A few optimizer steps: losses, milliseconds a step, tokens a second, peak memory beside the plan's."""
+    import torch
+
+    from megatron_evolve.substrate.layout import Layout
+    from megatron_evolve.substrate.plan.memory import peak
+
+    on_gpu = torch.cuda.is_available()
+    settle = torch.cuda.synchronize if on_gpu else lambda: None
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    trainer, batch, job = prepared(architecture, mode, experts, rows, length)
+    losses, times = [], []
+    for number in range(STEPS):
+        settle()
+        begun = time.perf_counter()
+        losses.append(round(trainer.step(batch, number).loss, 5))
+        settle()
+        times.append(time.perf_counter() - begun)
+    step_s = median(times[WARM:])
+    planned = peak(architecture, Layout(), 1, job)
+    return {
+        "steps": mode,
+        "experts": experts,
+        "rows": rows,
+        "length": length,
+        "losses": losses,
+        "step_ms": round(1e3 * step_s, 2),
+        "step_ms_all": [round(1e3 * t, 2) for t in times],
+        "tokens_per_s": round(rows * length / step_s),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if on_gpu else None,
+        "planned_gib": round(planned.total / 2**30, 3),
+        "ok": bool(losses[-1] < losses[0]),
+    }
+
+
+if __name__ == "__main__":
+    # This folder comes first in the path of a script, and its files must not be taken for other people's modules.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.exit(main())
