@@ -84,11 +84,11 @@ def steps(found: Preflight, folder: CampaignFolder, store: Path, use: dict[str, 
     ready = found.expected.frozen is not None
     shown: list[Step] = []
     if not ready and spec.preset in IMPORTED:
-        shown.append(_by_hand("import the substrate, by hand", import_command(spec, store)))
+        shown.append(_once("import the substrate, by hand", import_command(spec, store)))
     elif not ready:
         shown.append(_of_job("build the substrate", 1, build_job(spec, store), found.site))
     judge = _judge(found, store)
-    shown.append(_by_hand("freeze the judge, by the controller", judge_argv(*freezing(judge))))
+    shown.append(_once("freeze the judge, by the controller", judge_argv(*freezing(judge))))
     ground = ground_of(campaign, found.site, folder, found.expected.folder, judge)
     if isinstance(campaign.judge.external, ExternalCsv):
         ground = replace(ground, exclude=judge / WITHHELD_FILE)  # which freezing the judge writes
@@ -124,7 +124,7 @@ def notes(found: Preflight) -> list[str]:
     return said
 
 
-def _by_hand(what: str, argv: tuple[str, ...]) -> Step:
+def _once(what: str, argv: tuple[str, ...]) -> Step:
     return Step(what, 1, argv, shlex.join(argv) + "\n")
 
 

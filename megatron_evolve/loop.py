@@ -26,6 +26,7 @@ from megatron_evolve.launch.rundir import Lock, make_folder, read_json
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.meta import initial_policy
 from megatron_evolve.origin import read_origin
+from megatron_evolve.placement import cores_here
 from megatron_evolve.policy import DomainState, SearchPolicy
 from megatron_evolve.preflight import check_campaign
 from megatron_evolve.prepare import Prepared, ground_of, prepare, reopen
@@ -83,11 +84,11 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
 def launcher_of(campaign: Campaign, session: Session) -> Iterator[Launcher]:
     """The launcher of this machine, with the site's GPUs or those that this process may see."""
     warm = WarmSettings(PRELOAD, ("megatron_evolve",), {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"})
-    cores = campaign.launch.cores or len(os.sched_getaffinity(0))
     seen = os.environ.get(DEVICES_VARIABLE)
     devices = seen.split(",") if seen else [str(number) for number in range(session.site.gpus_per_node)]
     devices = devices[: session.site.gpus_per_node]
-    with LocalLauncher(cores, session.root.resolve(), warm if campaign.launch.warm else None, devices) as launcher:
+    kept_warm = warm if campaign.launch.warm else None
+    with LocalLauncher(cores_here(campaign), session.root.resolve(), kept_warm, devices) as launcher:
         yield launcher
 
 

