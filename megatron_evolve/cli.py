@@ -361,6 +361,8 @@ def guarded(action: Any, as_json: bool) -> None:
         action()
     except (ValueError, RunDirError, WarmError) as error:
         fail(error, as_json)
+    except BrokenPipeError:  # the reader has enough, as `head` does: typer ends without a word
+        raise
     except OSError as error:
         fail(
             f"{error.filename or 'a file'}: {error.strerror}; check the path, its permissions and the free space",

@@ -237,7 +237,7 @@ def _use_words(use: dict[str, Any], site: dict[str, Any]) -> list[str]:
             "measured on this site. Limit: every job until it is killed."
         )
     items = ", ".join(f"{split} {'?' if n is None else n}" for split, n in scoring["items"].items())
-    gpus = f"{scoring['gpus']} GPUs" if scoring["gpus"] else "no GPU of its own"
+    gpus = f"{scoring['gpus']} GPUs" if scoring["gpus"] else "no GPU of its own (an endpoint's are not counted)"
     lines.append(f"A scoring job: {gpus}, at most {scoring['max_new_tokens']:,} tokens an item; items: {items}.")
     lines.append(f"External looks: {use['looks_a_round']} a round, {use['external_looks']} in the budget.")
     return lines

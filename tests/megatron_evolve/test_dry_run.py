@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 
+from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.campaign import SHIPPED, Campaign
 from megatron_evolve.candidate import candidate, run_seed
+from megatron_evolve.desk import Stopped
 from megatron_evolve.doctor import gpu_names
 from megatron_evolve.document import load_yaml
 from megatron_evolve.dry_run import dry_run
 from megatron_evolve.launch.job import Job, Resources
 from megatron_evolve.loop import Session, launcher_of, run_campaign
 from megatron_evolve.preflight import preflight
-from megatron_evolve.site import Site, find_site, load_site
+from megatron_evolve.site import Site, chosen_site, find_site, load_site
 from megatron_evolve.substrate.exchange import imported_default
 from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.manifest import Construction, sealed, write_manifest
@@ -162,6 +164,17 @@ def test_an_imported_substrate_gives_the_real_names(tmp_path: Path) -> None:
     assert not any(one["what"].startswith("import") for one in found["steps"])
 
 
+def test_what_is_no_preset_or_not_its_own_is_refused(tmp_path: Path) -> None:
+    campaign = real("nemotron3-nano-lora")
+    for spec, says in (
+        ({"preset": "nemotron3-nono"}, "no preset 'nemotron3-nono'; did you mean nemotron3-nano"),
+        ({"preset": "nemotron3-nano", "cue_rate": {"equation": 0.9}}, "cue_rate is for a preset that is built"),
+        ({"path": str(tmp_path)}, "is no frozen substrate"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            preflight(campaign.replace(substrate=spec), NODE, tmp_path)
+
+
 def test_another_size_under_the_name_is_refused(tmp_path: Path) -> None:
     imported(tmp_path, num_experts=64)
     with pytest.raises(ValueError, match="is no nemotron3-nano: it has num_experts 64 instead of 128"):
@@ -174,6 +187,7 @@ def test_another_size_under_the_name_is_refused(tmp_path: Path) -> None:
         ("nemotron3-nano-lora", {"layout": Layout(tp=2)}, "does not fit 8 GPUs of 80GB .* needs 82.1 GB of 80"),
         ("nemotron3-nano-lora", {"layout": Layout(ep=8, etp=2), "ranks": 16}, "this one machine has 8"),
         ("nemotron3-super-lora", {"layout": Layout(ep=8), "ranks": 24}, "must be a multiple of the 24 data-parallel"),
+        ("nemotron3-super-lora", {"layout": Layout(ep=4), "ranks": 12}, "must fill whole nodes of 8 GPUs; .* has 12"),
         # Ultra on half of its GPUs, and on a quarter, which no layout fits.
         (
             "nemotron3-ultra-infrastructure",
@@ -277,6 +291,15 @@ def test_a_campaign_without_gpus_has_scripts_and_no_gpu_hours(tmp_path: Path) ->
     starts = ("build", "freeze", "propose", "train", "score", "score", "score", "score")
     assert all(one["what"].startswith(start) for one, start in zip(found["steps"], starts, strict=True))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_folder_keeps_the_site_that_it_ran_on(own_ground: tiny.Ground, tmp_path: Path) -> None:
+    campaign, site = Campaign.parse(load_yaml(own_ground.file), where="tiny"), Site(utilisation=0.2)
+    root = tmp_path / "run"
+    with pytest.raises(Stopped):
+        run_campaign(Session(root, own_ground.store, lambda what, facts: None, lambda: True, site), campaign)
+    assert chosen_site(None, CampaignFolder(root).site, campaign) == site
 
 
 @pytest.mark.slow
