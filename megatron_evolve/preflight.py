@@ -139,8 +139,8 @@ def expect(spec: SubstrateSpec, store: Path) -> Expected:
         raise ValueError(f"no preset {spec.preset!r}{nearest(spec.preset, [*BUILT, *IMPORTED])}")
     if spec.path is None and spec.preset in IMPORTED and spec.cue_rate:
         raise ValueError(
-            f"substrate.cue_rate is for a preset that is built here; {spec.preset} is imported: leave it out, or freeze "
-            "a sibling with `megatron-evolve substrate freeze --cue-rate` and name its folder as substrate.path"
+            f"substrate.cue_rate is for a preset that is built here; {spec.preset} is imported: leave it out, or "
+            "freeze a sibling with `megatron-evolve substrate freeze --cue-rate` and name its folder as substrate.path"
         )
     folder = substrate_folder(spec, store)
     if spec.path is not None or (folder / MANIFEST).exists():
