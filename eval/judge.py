@@ -29,8 +29,8 @@ from megatron_evolve.substrate.digest import digest_file, digest_of
 from megatron_evolve.substrate.frozen import Frozen
 
 MANIFEST = "manifest.json"
-# An endpoint is known by what it serves and says of itself, so it may move to another host or key.
-MOVABLE = {"url", "api_key_env"}
+# An endpoint is known by what it serves and says of itself, so it may move to another host, key or path.
+MOVABLE = {"url": True, "api_key_env": True, "server": {"executable"}}
 MIN_ORIGIN_SEEDS = 8  # verdict: one degree of freedom gives t = 6.3 and no power, seven or more are usable
 
 

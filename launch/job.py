@@ -30,16 +30,21 @@ class OutcomeKind(StrEnum):
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job may use. memory_bytes limits the data segment of each of its processes (None: no limit)."""
+    """What a job may use, in all. memory_bytes limits the data segment of each of its processes (None: no limit).
+
+    tasks  processes that the launcher starts with the job's argv, each a rank; 1 where argv itself starts them
+    """
 
     cores: int = 1
     gpus: int = 0
     memory_bytes: int | None = None
+    tasks: int = 1
 
     def __post_init__(self) -> None:
-        if self.cores < 1 or self.gpus < 0:
+        if self.cores < 1 or self.gpus < 0 or self.tasks < 1:
             raise ValueError(
-                f"resources need cores >= 1 and gpus >= 0; got {self.cores} and {self.gpus}: correct the job"
+                f"resources need cores >= 1, gpus >= 0 and tasks >= 1; got {self.cores}, {self.gpus} and {self.tasks}: "
+                "correct the job"
             )
         if self.memory_bytes is not None and self.memory_bytes < 1:
             raise ValueError(f"memory_bytes must be positive; got {self.memory_bytes}: leave it None for no limit")
@@ -99,7 +104,10 @@ class Job:
     @classmethod
     def from_json(cls, document: object) -> "Job":
         fields = _fields_of(cls, document)
-        return cls(**(fields | {"resources": Resources(**_fields_of(Resources, fields["resources"]))}))
+        resources = fields["resources"]
+        if isinstance(resources, dict):
+            resources = {"tasks": 1, **resources}  # written before jobs had tasks
+        return cls(**(fields | {"resources": Resources(**_fields_of(Resources, resources))}))
 
 
 @dataclass(frozen=True)

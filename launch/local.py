@@ -6,12 +6,13 @@ costs two stats and one read of /proc per running job.
 """
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,8 @@ from megatron_evolve.launch.process import ProcessIdentity, kill_left_behind
 from megatron_evolve.launch.supervise import ATTEMPT_VARIABLE
 from megatron_evolve.launch.warm_client import WarmClient, WarmSettings
 
+DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
+
 
 @dataclass(eq=False)
 class _Entry:
@@ -32,6 +35,7 @@ class _Entry:
     attempt: int
     state: JobState
     prepared: bool = False  # its folder exists, so that a supervisor may have begun it
+    devices: tuple[str, ...] = ()  # the GPUs it was given when it was prepared
     launched: ProcessIdentity | None = None  # the supervisor as we started it
     supervisor: ProcessIdentity | None = None  # the supervisor as it signed the attempt
 
@@ -46,16 +50,20 @@ class LocalLauncher:
     cores      what the jobs that run at one time may use together
     state_dir  the campaign's folder, for the warm parent's pointer and log
     warm       what to load once and fork from; None starts every job from scratch
+    devices    names of the GPUs to give, as CUDA_VISIBLE_DEVICES takes them; a job has its own for itself
 
     Jobs run in the current folder and environment of the launcher's process, with their own env on top.
     """
 
-    def __init__(self, cores: int, state_dir: Path, warm: WarmSettings | None = None) -> None:
+    def __init__(
+        self, cores: int, state_dir: Path, warm: WarmSettings | None = None, devices: Sequence[str] = ()
+    ) -> None:
         if cores < 1:
             raise ValueError(
                 f"a local launcher needs at least one core; got {cores}: give it the number of cores to fill"
             )
         self._cores = cores
+        self._devices = tuple(devices)
         self._entries: dict[str, _Entry] = {}
         self._pending: dict[str, _Entry] = {}  # in order of submission
         self._running: dict[str, _Entry] = {}
@@ -63,7 +71,8 @@ class LocalLauncher:
         self._warm = WarmClient(warm, state_dir) if warm is not None else None
 
     def render(self, job: Job) -> str:
-        lines = ["#!/bin/sh", f"# {job.key}: {job.resources.cores} cores, at most {job.time_limit_s:g} s"]
+        gpus = f"{job.resources.gpus} GPUs, " if job.resources.gpus else ""
+        lines = ["#!/bin/sh", f"# {job.key}: {job.resources.cores} cores, {gpus}at most {job.time_limit_s:g} s"]
         lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(job.env.items())]
         lines.append(f"exec {shlex.join(job.argv)}")
         return "\n".join(lines) + "\n"
@@ -133,9 +142,15 @@ class LocalLauncher:
                 f"job {job.key} must fit this launcher's {self._cores} cores; it asks for {job.resources.cores}: "
                 "ask for fewer"
             )
-        if job.resources.gpus > 0:
+        if job.resources.gpus > len(self._devices):
             raise ValueError(
-                f"this launcher has no GPUs to give; job {job.key} asks for {job.resources.gpus}: submit it elsewhere"
+                f"this launcher has {len(self._devices) or 'no'} GPUs to give; job {job.key} asks for "
+                f"{job.resources.gpus}: submit it elsewhere"
+            )
+        if job.resources.tasks > 1:
+            raise ValueError(
+                f"this launcher starts one process a job; job {job.key} asks for {job.resources.tasks} tasks: let its "
+                "argv start them"
             )
 
     def _adopted(self, job: Job) -> _Entry | None:
@@ -144,10 +159,13 @@ class LocalLauncher:
         if latest == 0:
             return None
         entry = _Entry(job, latest, "pending", prepared=True)
-        if (owner := rundir.read_job(entry.folder).key) != job.key:
+        asked = rundir.read_job(entry.folder)
+        if asked.key != job.key:
             raise ValueError(
-                f"run folder {job.run_dir} must belong to job {job.key}; it belongs to {owner}: choose another"
+                f"run folder {job.run_dir} must belong to job {job.key}; it belongs to {asked.key}: choose another"
             )
+        if asked.resources.gpus:
+            entry.devices = tuple(asked.env[DEVICES_VARIABLE].split(","))
         if any((entry.folder / name).exists() for name in (rundir.SUPERVISOR_FILE, rundir.OUTCOME_FILE)):
             entry.state = self._state_of(entry)
         return entry
@@ -171,10 +189,22 @@ class LocalLauncher:
         free = self._cores - sum(entry.job.resources.cores for entry in self._running.values())
         for entry in list(self._pending.values()):
             free -= entry.job.resources.cores
-            if free < 0 or not self._start(entry):
+            devices = self._devices_for(entry)
+            if free < 0 or devices is None:
+                return
+            entry.devices = devices
+            if not self._start(entry):
                 return
             entry.state = "running"
             self._file(entry)
+
+    def _devices_for(self, entry: _Entry) -> tuple[str, ...] | None:
+        """GPUs that an entry may start on: those it was prepared for, or any that are free. None: it must wait."""
+        taken = {device for running in self._running.values() for device in running.devices}
+        free = tuple(device for device in self._devices if device not in taken)
+        if entry.prepared:
+            return None if taken & set(entry.devices) else entry.devices
+        return free[: entry.job.resources.gpus] if len(free) >= entry.job.resources.gpus else None
 
     def _start(self, entry: _Entry) -> bool:
         """Start a supervisor for the attempt. Returns False if the warm parent is not ready."""
@@ -193,7 +223,10 @@ class LocalLauncher:
         return True
 
     def _prepare(self, entry: _Entry) -> None:
-        rundir.prepare_attempt(entry.job, entry.attempt)
+        job = entry.job
+        if job.resources.gpus:
+            job = dataclasses.replace(job, env={**job.env, DEVICES_VARIABLE: ",".join(entry.devices)})
+        rundir.prepare_attempt(job, entry.attempt)
         entry.prepared = True
 
     def _state_of(self, entry: _Entry) -> JobState:

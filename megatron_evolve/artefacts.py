@@ -21,6 +21,7 @@ class CampaignFolder:
 
     campaign = property(lambda self: self.root / "campaign.yaml")
     constitution = property(lambda self: self.root / "constitution.yaml")
+    site = property(lambda self: self.root / "site.yaml")  # where it ran last, unless on this machine's cores
     ledger = property(lambda self: self.root / "ledger.jsonl")
     looks = property(lambda self: self.root / "looks.jsonl")
     lock = property(lambda self: self.root / "controller.lock")

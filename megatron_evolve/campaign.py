@@ -24,8 +24,10 @@ SHIPPED = Path(__file__).resolve().parent / "campaigns"
 class SubstrateSpec(Frozen):
     """Which frozen ground: a folder, or a preset that is built once and kept."""
 
-    path: str | None = Field(default=None, description="folder of a frozen substrate; none builds the preset")
-    preset: str = Field(default="nano-cpu", description="architecture and build recipe")
+    path: str | None = Field(default=None, description="folder of a frozen substrate; none takes the preset's")
+    preset: str = Field(
+        default="nano-cpu", description="one that is built once and kept, or a nemotron3 size, which is imported once"
+    )
     seed: int = Field(default=0, ge=0, description="seed of the build")
     cue_rate: dict[str, float] = Field(
         default_factory=dict,
@@ -100,6 +102,8 @@ class LaunchSpec(Frozen):
     cores: int | None = Field(default=None, ge=1, description="cores to fill; none takes what this machine gives")
     warm: bool = Field(default=True, description="fork jobs from one parent that has the libraries loaded")
     training: Training = Field(default=Training())
+    # Not written: it only saves typing --site, and the folder keeps the site itself.
+    site: str | None = Field(default=None, exclude=True, description="site file taken where --site names none")
 
 
 class Campaign(Frozen):

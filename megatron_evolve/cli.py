@@ -48,15 +48,32 @@ def run(
     campaign: Annotated[
         str, typer.Argument(help="a campaign file, or a shipped name such as `demo`", show_default=False)
     ],
-    dir: Annotated[Path, typer.Option("--dir", help="folder of the campaign; it is resumed if it holds this campaign")],
+    dir: Annotated[
+        Path | None, typer.Option("--dir", help="folder of the campaign; it is resumed if it holds this campaign")
+    ] = None,
     external: Annotated[Path | None, typer.Option(help="CSV of the external target: id, prompt, answer")] = None,
+    site: Annotated[str | None, typer.Option(help="a site file, or a shipped name such as `h100-node`")] = None,
     store: Annotated[Path | None, typer.Option(help="where built substrates and judges are kept")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print every script and what it would use; start and write nothing")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a campaign, or go on with it, to its report."""
-    from megatron_evolve.terminal import run_in_terminal
 
-    guarded(lambda: run_in_terminal(campaign, dir, external, store, as_json), as_json)
+    def answer() -> None:
+        if dry_run:
+            from megatron_evolve.dry_run import dry_run_in_terminal
+
+            dry_run_in_terminal(campaign, dir, external, site, store, as_json)
+            return
+        from megatron_evolve.terminal import run_in_terminal
+
+        if dir is None:
+            raise ValueError("a campaign needs a folder to run in: add --dir DIR, or --dry-run to see what would run")
+        run_in_terminal(campaign, dir, external, site, store, as_json)
+
+    guarded(answer, as_json)
 
 
 @app.command("try")
@@ -160,7 +177,8 @@ def worlds(
 
 @app.command()
 def schema(
-    of: Annotated[str, typer.Argument(help="delta, policy, constitution or campaign")] = "delta", as_json: Json = False
+    of: Annotated[str, typer.Argument(help="delta, policy, constitution, campaign or site")] = "delta",
+    as_json: Json = False,
 ) -> None:
     """The schema of a file: every field with its meaning, unit and range."""
     from megatron_evolve.schema import describe, json_schema
@@ -343,6 +361,8 @@ def guarded(action: Any, as_json: bool) -> None:
         action()
     except (ValueError, RunDirError, WarmError) as error:
         fail(error, as_json)
+    except BrokenPipeError:  # the reader has enough, as `head` does: typer ends without a word
+        raise
     except OSError as error:
         fail(
             f"{error.filename or 'a file'}: {error.strerror}; check the path, its permissions and the free space",

@@ -48,7 +48,7 @@ def final_comparison(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
         return {"standing": standing.id, "origin": origin.id, "same": True}
     write_candidate(desk.ground.folder, policy.round, standing)
     folder = desk.ground.folder
-    outside = origin_ground(desk.ground.substrate, desk.ground.judge, desk.ground.time_limit_s, folder.closing)
+    outside = _origins(desk.ground)
     mine, theirs = closing_runs(desk.campaign, policy.round, standing, origin, desk.origin)
     names = {"standing": standing.id, "origin": origin.id, "same": False}
     mine = _finished(desk, desk.ground, mine, "train")
@@ -66,7 +66,7 @@ def final_survey(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     runs, stages = surveyed(desk.campaign, policy, desk.substrate_digest, desk.origin, desk.origin_settings)
     ground = desk.ground
     if runs[0].round == ORIGIN_ROUND:
-        ground = origin_ground(ground.substrate, ground.judge, ground.time_limit_s, ground.folder.closing)
+        ground = _origins(ground)
         _pay(desk, policy, FINAL_STAGE, [runs[0].candidate.id], runs)
     else:
         runs = _finished(desk, ground, runs, "train")
@@ -77,6 +77,12 @@ def final_survey(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
             _pay(desk, policy, stage, [runs[0].candidate.id], runs)
         runs = _finished(desk, ground, runs, stage)
     return survey(desk.ground.folder, runs, stages)
+
+
+def _origins(ground: Ground) -> Ground:
+    """Where the origin's runs lie and where the end of this campaign scores them."""
+    place = ground.folder.closing
+    return origin_ground(ground.substrate, ground.judge, ground.time_limit_s, place, ground.placement)
 
 
 def surveyed(

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_evolve.artefacts import CampaignFolder, save_json
-from megatron_evolve.campaign import Training
 from megatron_evolve.candidate import Candidate
-from megatron_evolve.launch.job import Job, JobOutcome, Launcher, OutcomeKind, Resources
+from megatron_evolve.launch.job import Job, JobOutcome, Launcher, OutcomeKind
 from megatron_evolve.launch.rundir import RunDirError, attempt_dir, latest_attempt, read_json, read_outcome
+from megatron_evolve.placement import Placement
 from megatron_evolve.substrate.digest import digest_file
 
 Stage = Literal["train", "dev", "external-a", "external-b", "final", "open"]
@@ -81,7 +81,7 @@ class Ground:
     env: dict[str, str] = field(default_factory=dict)
     exclude: Path | None = None
     scores: Path | None = None
-    training: Training = field(default_factory=Training)
+    placement: Placement = field(default_factory=Placement)
 
     def stage_dir(self, run: Run, stage: Stage) -> Path:
         """Where a stage of a run works and leaves its files."""
@@ -100,21 +100,15 @@ class Ground:
             time_limit_s=self.time_limit_s,
             done_file=RESULT_FILE if stage == "train" else SCORES_FILE,
             env={"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **self.env},
-            resources=Resources(cores=self.training.ranks if stage == "train" else 1),
+            resources=self.placement.resources(trains=stage == "train"),
         )
 
     def _train_argv(self, run: Run, run_dir: Path) -> tuple[str, ...]:
         candidate = self.folder.candidate(run.round, run.candidate.id).resolve() / "candidate.json"
-        argv = (sys.executable, *self._torchrun(), "-m", "megatron_evolve.substrate.train.run")
+        argv = (sys.executable, *self.placement.rank_starter, "-m", "megatron_evolve.substrate.train.run")
         argv += ("--substrate", str(self.substrate), "--candidate", str(candidate), "--seed", str(run.seed))
-        argv += ("--out", str(run_dir), *self.training.options)
+        argv += ("--out", str(run_dir), *self.placement.training.options)
         return argv + (("--exclude", str(self.exclude)) if self.exclude else ())
-
-    def _torchrun(self) -> tuple[str, ...]:
-        """What starts several ranks on this machine; it finds a free port by itself."""
-        if self.training.ranks == 1:
-            return ()
-        return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.training.ranks}")
 
     def _score_argv(self, run: Run, stage: Stage, run_dir: Path) -> tuple[str, ...]:
         splits = SPLITS_OF.get(stage, (stage,))

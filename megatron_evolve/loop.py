@@ -9,7 +9,7 @@ was.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,18 @@ from megatron_evolve.closing import close_campaign
 from megatron_evolve.desk import Desk
 from megatron_evolve.eval.freeze import SUITES_FILE
 from megatron_evolve.eval.looks import Looks
-from megatron_evolve.jobs import Ground
 from megatron_evolve.launch.job import Launcher
-from megatron_evolve.launch.local import LocalLauncher, WarmSettings
+from megatron_evolve.launch.local import DEVICES_VARIABLE, LocalLauncher, WarmSettings
 from megatron_evolve.launch.rundir import Lock, make_folder, read_json
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.meta import initial_policy
 from megatron_evolve.origin import read_origin
+from megatron_evolve.placement import cores_here
 from megatron_evolve.policy import DomainState, SearchPolicy
-from megatron_evolve.prepare import Prepared, exclusions, prepare, reopen
+from megatron_evolve.preflight import check_campaign
+from megatron_evolve.prepare import Prepared, ground_of, prepare, reopen
 from megatron_evolve.rounds import run_round
+from megatron_evolve.site import Site, placed
 from megatron_evolve.sources import decision_sources
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.manifest import public_view
@@ -48,16 +50,18 @@ class Session:
     store: Path
     on_progress: Progress
     stop: Callable[[], bool]
+    site: Site = field(default_factory=Site)
 
 
 def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
     """Runs or resumes the campaign in `session.root` to its end; returns the closing statement.
 
     Raises ValueError in one sentence for anything that does not fit (another campaign in the folder, a changed
-    substrate or judge, a second controller), before any job starts.
+    substrate or judge, a second controller, a layout that does not fit the site), before any job starts.
     """
-    make_folder(session.root)
-    folder = CampaignFolder(session.root.resolve())
+    campaign, folder = placed(campaign, session.site), CampaignFolder(session.root.resolve())
+    check_campaign(campaign, session.site, session.store, new=not folder.ledger.exists())
+    make_folder(folder.root)
     stop = lambda: session.stop() or folder.stop_file.exists()  # noqa: E731
     with (
         Lock(folder.lock),
@@ -66,8 +70,10 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
     ):
         folder.stop_file.unlink(missing_ok=True)  # it was for the controller before this one
         opened = ledger.find("campaign-opened")
+        if session.site != Site():
+            save_yaml(folder.site, session.site)
         if opened is None:
-            prepared = prepare(campaign, session.store, launcher, session.on_progress, stop)
+            prepared = prepare(campaign, session.site, session.store, launcher, session.on_progress, stop)
         else:
             check_same_campaign(folder, campaign, opened.data)
             prepared = reopen(Path(opened.data["substrate_folder"]), Path(opened.data["judge_folder"]))
@@ -76,10 +82,13 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
 
 @contextmanager
 def launcher_of(campaign: Campaign, session: Session) -> Iterator[Launcher]:
-    """The launcher that the campaign names."""
+    """The launcher of this machine, with the site's GPUs or those that this process may see."""
     warm = WarmSettings(PRELOAD, ("megatron_evolve",), {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"})
-    cores = campaign.launch.cores or len(os.sched_getaffinity(0))
-    with LocalLauncher(cores, session.root.resolve(), warm if campaign.launch.warm else None) as launcher:
+    seen = os.environ.get(DEVICES_VARIABLE)
+    devices = seen.split(",") if seen else [str(number) for number in range(session.site.gpus_per_node)]
+    devices = devices[: session.site.gpus_per_node]
+    kept_warm = warm if campaign.launch.warm else None
+    with LocalLauncher(cores_here(campaign), session.root.resolve(), kept_warm, devices) as launcher:
         yield launcher
 
 
@@ -101,14 +110,7 @@ def _run(
     _check_digests(opened, prepared)
     desk = Desk(
         campaign=campaign,
-        ground=Ground(
-            folder=folder,
-            substrate=prepared.substrate_folder,
-            judge=prepared.judge_folder,
-            time_limit_s=campaign.constitution.limits.run_seconds,
-            exclude=exclusions(prepared.judge_folder),
-            training=campaign.launch.training,
-        ),
+        ground=ground_of(campaign, session.site, folder, prepared.substrate_folder, prepared.judge_folder),
         ledger=ledger,
         looks=Looks(folder.looks, external_budget=campaign.constitution.external_looks),
         launcher=launcher,

@@ -39,11 +39,12 @@ def make_plan(
         "gpu_memory_gb": gpu_bytes / GIB,
         "job": asked.model_dump(mode="json", exclude=None if asked.mode == "lora" else {"adapter"}),
         "flops_per_token": asdict(token_flops(model, asked)),
-        "layouts": [_row(one) for one in found],
+        "layouts": [layout_row(one) for one in found],
     }
 
 
-def _row(one: Candidate) -> dict[str, Any]:
+def layout_row(one: Candidate) -> dict[str, Any]:
+    """One layout as JSON holds it."""
     layout = one.layout
     sizes = {name: getattr(layout, name) for name in SIZES}
     runs = one.memory is not None

@@ -9,11 +9,12 @@ interrupted one is taken up again.
 
 import itertools
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,18 @@ from megatron_evolve.jobs import POLL_SECONDS, Ground, Run, StageEnd, drive
 from megatron_evolve.launch.job import Job, JobOutcome, Launcher, OutcomeKind
 from megatron_evolve.launch.rundir import latest_attempt, make_folder, write_json
 from megatron_evolve.origin import ORIGIN_FILE, ORIGIN_ROUND, origin_document
+from megatron_evolve.placement import Placement
+from megatron_evolve.site import Site
+from megatron_evolve.substrate.build import PRESETS as BUILT
 from megatron_evolve.substrate.build import refreeze
 from megatron_evolve.substrate.digest import digest_file, digest_of
 from megatron_evolve.substrate.manifest import MANIFEST, Substrate, read_manifest, trainer_sources, verify
+from megatron_evolve.substrate.model.architecture import PRESETS as SIZES
 
 BUILD_SECONDS = 3600.0
 PACKED = "-packed"  # ends the folders of an origin trained on packed rows, and of its judge
+IMPORTED = tuple(name for name in SIZES if name not in BUILT)  # their weights come from a checkpoint, never from here
+JOB_ENV = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 Progress = Callable[[str, dict[str, Any]], None]
 
@@ -57,14 +64,20 @@ class Prepared:
 
 
 def prepare(
-    campaign: Campaign, store: Path, launcher: Launcher, on_progress: Progress, stop: Callable[[], bool]
+    campaign: Campaign,
+    site: Site,
+    store: Path,
+    launcher: Launcher,
+    on_progress: Progress,
+    stop: Callable[[], bool],
 ) -> Prepared:
     """Builds, freezes and scores what is missing; verifies every byte of what is there. May raise Stopped."""
     substrate_folder = build_substrate(campaign.substrate, store, launcher, on_progress, stop)
     substrate = verify(substrate_folder)
     judge_folder = freeze(campaign.judge, substrate, store, packed=campaign.launch.training.packed)
     if load_judge(judge_folder).origin is None:
-        score_origin(campaign, substrate_folder, substrate, judge_folder, launcher, on_progress, stop)
+        placement = Placement.of(campaign, site)
+        score_origin(campaign, placement, substrate_folder, substrate, judge_folder, launcher, on_progress, stop)
     judge_process("--verify", str(judge_folder))
     return Prepared(substrate_folder, substrate, judge_folder, load_judge(judge_folder))
 
@@ -76,7 +89,42 @@ def reopen(substrate_folder: Path, judge_folder: Path) -> Prepared:
     return Prepared(substrate_folder, substrate, judge_folder, load_judge(judge_folder))
 
 
+def ground_of(campaign: Campaign, site: Site, folder: CampaignFolder, substrate: Path, judge: Path) -> Ground:
+    """Where a campaign's runs lie, which frozen parts they use, and what they take of the site."""
+    return Ground(
+        folder=folder,
+        substrate=substrate,
+        judge=judge,
+        time_limit_s=campaign.constitution.limits.run_seconds,
+        exclude=exclusions(judge),
+        placement=Placement.of(campaign, site),
+    )
+
+
 # --- substrate -------------------------------------------------------------------------------------------------------
+
+
+def substrate_folder(spec: SubstrateSpec, store: Path) -> Path:
+    """Where the frozen substrate of a campaign lies, or will."""
+    if spec.path is not None:
+        return Path(spec.path).resolve()
+    if spec.preset in IMPORTED:
+        return (store / "imported" / spec.preset).resolve()
+    return _built_folder(spec, store)
+
+
+def import_command(spec: SubstrateSpec, store: Path, source: str = "DIR") -> tuple[str, ...]:
+    """What an operator runs once for a size that is imported. `source` is the folder of its checkpoint."""
+    out = str(substrate_folder(spec, store))
+    return ("megatron-evolve", "substrate", "import-hf", source, "--name", spec.preset, "--out", out)
+
+
+def build_job(spec: SubstrateSpec, store: Path) -> Job:
+    """The job that trains and freezes a preset's substrate, without cues."""
+    folder = _built_folder(spec.replace(cue_rate={}), store)
+    argv = (sys.executable, "-m", "megatron_evolve.substrate.build", "--preset", spec.preset)
+    argv += ("--out", str(folder), "--seed", str(spec.seed))
+    return Job(f"build/{folder.parent.name}", argv, folder, BUILD_SECONDS, MANIFEST, JOB_ENV)
 
 
 def build_substrate(
@@ -92,43 +140,46 @@ def build_substrate(
     """
     if spec.path is not None:
         return Path(spec.path).resolve()
-    folder = _substrate_folder(spec.replace(cue_rate={}), store)
+    require_import(spec, store)
+    if spec.preset in IMPORTED:
+        return substrate_folder(spec, store)
+    job = build_job(spec, store)
+    folder = job.run_dir
     if not (folder / MANIFEST).exists():
         say("building", {"preset": spec.preset, "folder": folder})
-        argv = (sys.executable, "-m", "megatron_evolve.substrate.build", "--preset", spec.preset)
-        argv += ("--out", str(folder), "--seed", str(spec.seed))
-        run_one(launcher, f"build/{folder.parent.name}", argv, folder, MANIFEST, stop)
+        run_one(launcher, job, stop)
     if not spec.cue_rate:
         return folder
-    sibling = _substrate_folder(spec, store)
+    sibling = _built_folder(spec, store)
     if not (sibling / MANIFEST).exists():
         pool = read_manifest(folder).construction.replace(cue_rate=dict(sorted(spec.cue_rate.items())))
         refreeze(folder, sibling, construction=pool)
     return sibling
 
 
-def _substrate_folder(spec: SubstrateSpec, store: Path) -> Path:
+def require_import(spec: SubstrateSpec, store: Path) -> None:
+    """Raises ValueError with the command to run for a size that an operator has yet to import."""
+    folder = substrate_folder(spec, store)
+    if spec.path is None and spec.preset in IMPORTED and not (folder / MANIFEST).exists():
+        raise ValueError(
+            f"substrate {spec.preset} is imported, not built: expected it in {folder}, found no {MANIFEST}; run "
+            f"`{shlex.join(import_command(spec, store))}` with the folder of its checkpoint as DIR"
+        )
+
+
+def _built_folder(spec: SubstrateSpec, store: Path) -> Path:
     name = digest_of({"spec": spec, "trainer": trainer_sources()})[:12]
     return (store / "substrates" / f"{spec.preset}-{name}" / "substrate").resolve()
 
 
-def run_one(
-    launcher: Launcher, key: str, argv: tuple[str, ...], run_dir: Path, done_file: str, stop: Callable[[], bool]
-) -> JobOutcome:
+def run_one(launcher: Launcher, job: Job, stop: Callable[[], bool]) -> JobOutcome:
     """Runs one job to its end; when `stop` turns true it is cancelled, to go on another time.
 
     Raises ValueError with the last line of its error output unless it finished, Stopped if it was cancelled.
     """
-    make_folder(run_dir)
-    job = Job(
-        key=key,
-        argv=argv,
-        run_dir=run_dir,
-        time_limit_s=BUILD_SECONDS,
-        done_file=done_file,
-        env={"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
-    )
-    attempt = max(1, latest_attempt(run_dir))
+    key = job.key
+    make_folder(job.run_dir)
+    attempt = max(1, latest_attempt(job.run_dir))
     launcher.submit(job, attempt)
     state = launcher.poll([key])[key]
     if isinstance(state, JobOutcome) and state.kind is not OutcomeKind.FINISHED:
@@ -141,7 +192,7 @@ def run_one(
     if state.kind is OutcomeKind.CANCELLED:
         raise Stopped(STOPPED)
     if state.kind is not OutcomeKind.FINISHED:
-        raise ValueError(f"{key} {state.kind.value}: {state.reason}; its output is in {run_dir / 'attempts'}")
+        raise ValueError(f"{key} {state.kind.value}: {state.reason}; its output is in {job.run_dir / 'attempts'}")
     return state
 
 
@@ -155,6 +206,18 @@ def freeze(spec: JudgeSpec, substrate: Substrate, store: Path, *, packed: bool =
     This process never opens the external target, not even to name it: a CSV is named by its path, size and time here,
     and by its bytes in the judge.
     """
+    folder = judge_folder(spec, substrate, store, packed=packed)
+    make_folder(folder.parent)
+    named = spec.model_dump(mode="json")
+    document = {name: named[name] for name in ("dev", "external", "secret")}
+    document["engine"] = {**named["engine"], "version": __version__}
+    write_json(folder.parent / "spec.json", document)
+    judge_process(*freezing(folder))
+    return folder
+
+
+def judge_folder(spec: JudgeSpec, substrate: Substrate, store: Path, *, packed: bool) -> Path:
+    """Where that judge lies, or will. Raises ValueError where its external target is not there."""
     named = spec.model_dump(mode="json")
     if isinstance(spec.external, ExternalCsv):
         path = Path(spec.external.path or "")
@@ -162,18 +225,22 @@ def freeze(spec: JudgeSpec, substrate: Substrate, store: Path, *, packed: bool =
             raise ValueError(f"expected the external target at {path}, found no file: check --external")
         named["external"] |= {"bytes": path.stat().st_size, "modified_ns": path.stat().st_mtime_ns}
     name = digest_of([named, substrate.digest, judge_sources(), decoding_packages(spec.engine)])[:12]
-    folder = (store / "judges" / f"{name}{PACKED if packed else ''}" / "judge").resolve()
-    make_folder(folder.parent)
-    document = {name: named[name] for name in ("dev", "external", "secret")}
-    document["engine"] = {**named["engine"], "version": __version__}
-    write_json(folder.parent / "spec.json", document)
-    judge_process("--spec", str(folder.parent / "spec.json"), "--out", str(folder))
-    return folder
+    return (store / "judges" / f"{name}{PACKED if packed else ''}" / "judge").resolve()
+
+
+def freezing(folder: Path) -> tuple[str, ...]:
+    """Arguments of the judge's own process when it freezes the judge of `folder`."""
+    return ("--spec", str(folder.parent / "spec.json"), "--out", str(folder))
+
+
+def judge_argv(*arguments: str) -> tuple[str, ...]:
+    """The judge's own process."""
+    return (sys.executable, "-m", "megatron_evolve.eval.freeze", *arguments)
 
 
 def judge_process(*arguments: str) -> None:
     """Runs the judge's own process. Raises ValueError with its one sentence."""
-    argv = (sys.executable, "-m", "megatron_evolve.eval.freeze", *arguments)
+    argv = judge_argv(*arguments)
     done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise ValueError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "the judge's process failed")
@@ -181,6 +248,7 @@ def judge_process(*arguments: str) -> None:
 
 def score_origin(
     campaign: Campaign,
+    placement: Placement,
     substrate_folder: Path,
     substrate: Substrate,
     judge_folder: Path,
@@ -192,8 +260,8 @@ def score_origin(
 
     Training depends on the substrate alone, so that judges of one substrate share the trained runs.
     """
-    ground = origin_ground(substrate_folder, judge_folder, campaign.constitution.limits.run_seconds)
-    ground = replace(ground, training=campaign.launch.training)
+    limit = campaign.constitution.limits.run_seconds
+    ground = origin_ground(substrate_folder, judge_folder, limit, placement=placement)
     origin = candidate(substrate.digest, substrate.default)
     save_json(ground.folder.candidate(ORIGIN_ROUND, origin.id) / "candidate.json", origin)
     seeds = [run_seed(0, ORIGIN_ROUND, origin.id, index) for index in range(campaign.judge.origin_seeds)]
@@ -218,7 +286,11 @@ def _goes_on(end: StageEnd, following: dict[str, str]) -> bool:
 
 
 def origin_ground(
-    substrate_folder: Path, judge_folder: Path, time_limit_s: float, scores: Path | None = None
+    substrate_folder: Path,
+    judge_folder: Path,
+    time_limit_s: float,
+    scores: Path | None = None,
+    placement: Placement | None = None,
 ) -> Ground:
     """Where the origin's runs lie: trained beside the substrate, scored beside the judge (or in `scores`)."""
     withheld = exclusions(judge_folder)
@@ -231,6 +303,7 @@ def origin_ground(
         time_limit_s=time_limit_s,
         exclude=withheld,
         scores=scores or judge_folder.parent / "origin",
+        placement=placement or Placement(),
     )
 
 

@@ -8,6 +8,7 @@ from megatron_evolve.campaign import Campaign
 from megatron_evolve.constitution import Constitution
 from megatron_evolve.delta import Delta
 from megatron_evolve.policy import SearchPolicy
+from megatron_evolve.site import Site
 from megatron_evolve.substrate.frozen import nearest
 from megatron_evolve.substrate.settings import Settings
 
@@ -16,6 +17,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "policy": SearchPolicy,
     "constitution": Constitution,
     "campaign": Campaign,
+    "site": Site,
     "settings": Settings,
 }
 BOUNDS = {

@@ -14,7 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.campaign import find_campaign, load_campaign, plan_of
+from megatron_evolve.site import chosen_site
 
 STAGE_WORDS = {"train": "trained", "dev": "scored on dev", "external-a": "asked outside", "external-b": "asked outside"}
 
@@ -70,7 +72,9 @@ class Narrator:
         self.console.print(round_table(facts["evidence"].model_dump(mode="json")))
 
 
-def run_in_terminal(name: str, folder: Path, external: Path | None, store: Path | None, as_json: bool) -> None:
+def run_in_terminal(
+    name: str, folder: Path, external: Path | None, site: str | None, store: Path | None, as_json: bool
+) -> None:
     """Runs a campaign to its report, with progress on stderr (or on the terminal) and the answer on stdout."""
     from megatron_evolve.cli import emit
     from megatron_evolve.desk import Stopped, Unavailable
@@ -87,7 +91,8 @@ def run_in_terminal(name: str, folder: Path, external: Path | None, store: Path 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda number, frame: asked.append(number) if not asked else os._exit(130))
     narrator("opened", {"name": campaign.name, **plan})
-    session = Session(folder, store or default_store(), narrator, lambda: bool(asked))
+    place = chosen_site(site, CampaignFolder(folder).site, campaign)
+    session = Session(folder, store or default_store(), narrator, lambda: bool(asked), place)
     try:
         closing = run_campaign(session, campaign)
     except (Stopped, Unavailable) as pause:

@@ -26,8 +26,9 @@ from megatron_evolve.facts import RunFacts
 from megatron_evolve.jobs import Ground, Run, Stage, drive, write_candidate
 from megatron_evolve.launch.rundir import Lock
 from megatron_evolve.loop import Session, launcher_of
-from megatron_evolve.prepare import default_store, exclusions
+from megatron_evolve.prepare import default_store, ground_of
 from megatron_evolve.review import INTERVAL_ALPHA, Weights, seeds_of
+from megatron_evolve.site import kept_site
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
 
@@ -84,14 +85,8 @@ def open_trial(delta_path: Path, root: Path, seeds: int) -> Trial:
     base = base_of(record, delta, str(delta_path))
     resolved = resolve(base, delta, record.campaign.constitution.mutation_space)
     judge = Path(record.opened["judge_folder"])
-    ground = Ground(
-        folder=CampaignFolder(root.resolve() / "try"),
-        substrate=Path(record.opened["substrate_folder"]),
-        judge=judge,
-        time_limit_s=record.campaign.constitution.limits.run_seconds,
-        exclude=exclusions(judge),
-        training=record.campaign.launch.training,
-    )
+    site, folder = kept_site(record.folder.site), CampaignFolder(root.resolve() / "try")
+    ground = ground_of(record.campaign, site, folder, Path(record.opened["substrate_folder"]), judge)
     found = candidate(record.substrate.digest, resolved)
     number = FIRST_TRIAL_ROUND + int(found.id[:6], 16)
     return Trial(record, delta, base, candidate(record.substrate.digest, base), found, ground, number, seeds)
@@ -124,7 +119,7 @@ def run_both(trial: Trial, root: Path, ask_external: bool) -> list[str]:
         pay(trial, root)
     stages: tuple[Stage, ...] = ("train", "dev", *(EXTERNAL_SPLITS if ask_external else ()))
     following = dict(itertools.pairwise(stages))
-    session = Session(root, default_store(), lambda what, facts: None, lambda: False)
+    session = Session(root, default_store(), lambda what, facts: None, lambda: False, trial.ground.placement.site)
     with launcher_of(trial.record.campaign, session) as launcher:
         first = [(run, stages[0]) for side in sides for run in trial.runs(side)]
         after = lambda end: [(end.run, following[end.stage])] if end.finished and end.stage in following else []  # noqa: E731

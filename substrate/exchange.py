@@ -96,20 +96,25 @@ def import_hf(source: Path, folder: Path, *, name: str | None = None, dt_min: fl
     return _frozen(folder, architecture, naming, files)
 
 
-def _frozen(folder: Path, architecture: Architecture, naming: Naming, files: dict[str, SourceFile]) -> Substrate:
-    styles = {family: families.styles_of(family, DIFFICULTY) for family in families.FAMILIES}
+def imported_default(architecture: Architecture) -> Settings:
+    """The default settings of an imported checkpoint: equal shares, answers only, the plain recipe."""
     mix = Mix(
         weight=dict.fromkeys(families.FAMILIES, 1.0),
         style=dict.fromkeys(families.FAMILIES, ANSWER_STYLE),
         difficulty=DIFFICULTY,
     )
     length = min(RECIPE.sequence_length, architecture.max_sequence_length)
+    return Settings(mix=mix, recipe=RECIPE.replace(sequence_length=length))
+
+
+def _frozen(folder: Path, architecture: Architecture, naming: Naming, files: dict[str, SourceFile]) -> Substrate:
+    styles = {family: families.styles_of(family, DIFFICULTY) for family in families.FAMILIES}
     substrate = sealed(
         {
             "name": architecture.name,
             "architecture": architecture.model_dump(mode="json"),
             "construction": Construction(families=tuple(families.FAMILIES), difficulty=DIFFICULTY, styles=styles),
-            "default": Settings(mix=mix, recipe=RECIPE.replace(sequence_length=length)),
+            "default": imported_default(architecture),
             "build": {"imported": {"prefix": naming.prefix, "stacked": naming.stacked}},
             "trainer": trainer_sources(),
             "files": files,

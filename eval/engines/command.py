@@ -54,7 +54,7 @@ def served_name(settings: OpenAISettings, place: Place) -> str:
     return place.fill(settings.model)
 
 
-def server_argv(settings: OpenAISettings, place: Place, port: int) -> tuple[str, ...]:
+def server_argv(settings: OpenAISettings, place: Place, port: int | str) -> tuple[str, ...]:
     """The command line of the settings' server for this run."""
     server = settings.server
     if isinstance(server, VllmServer):
@@ -62,17 +62,23 @@ def server_argv(settings: OpenAISettings, place: Place, port: int) -> tuple[str,
     return _command_argv(server, place, served_name(settings, place), port)
 
 
-def _command_argv(server: CommandServer, place: Place, name: str, port: int) -> tuple[str, ...]:
+def shown_argv(settings: OpenAISettings) -> tuple[str, ...]:
+    """The command line of any run's server, with what only its scoring job knows left in braces."""
+    return server_argv(settings, Place(RUN, Path(MODEL), Path(ADAPTER)), PORT)
+
+
+def _command_argv(server: CommandServer, place: Place, name: str, port: int | str) -> tuple[str, ...]:
     return tuple(place.fill(word, **{NAME.strip("{}"): name, PORT.strip("{}"): str(port)}) for word in server.argv)
 
 
-def vllm_argv(server: VllmServer, place: Place, name: str, port: int, concurrency: int) -> tuple[str, ...]:
+def vllm_argv(server: VllmServer, place: Place, name: str, port: int | str, concurrency: int) -> tuple[str, ...]:
     """`vllm serve`: of the merged run under its name, or of the base model with the adapter as the LoRA of that name.
 
     `--generation-config vllm` keeps sampling defaults that a checkpoint may bring out of greedy answers.
     """
     lora = server.base is not None
-    argv = ["vllm", "serve", place.fill(server.base if lora else MODEL), "--host", "127.0.0.1", "--port", str(port)]
+    argv = [server.executable, "serve", place.fill(server.base if lora else MODEL)]
+    argv += ["--host", "127.0.0.1", "--port", str(port)]
     if lora:
         argv += ["--enable-lora", "--lora-modules", f"{name}={place.fill(ADAPTER)}"]
         argv += ["--max-lora-rank", str(server.max_lora_rank), "--max-loras", "1"]

@@ -84,6 +84,7 @@ class VllmServer(_Server):
     """vLLM: the merged run, or one base model with the run's adapter as a LoRA request."""
 
     kind: Literal["vllm"]
+    executable: str = Field(default="vllm", min_length=1, description="its command, by path if it is elsewhere")
     base: str | None = Field(
         default=None, description="folder or name of the base model that takes the adapter; none: the merged run"
     )

@@ -29,6 +29,7 @@ from megatron_evolve.eval.score import read_rows
 from megatron_evolve.facts import RoundFacts, RunFacts, round_facts
 from megatron_evolve.jobs import Ground, Run
 from megatron_evolve.launch.rundir import read_json
+from megatron_evolve.placement import Placement
 from megatron_evolve.review import Weights, round_items
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.verdict import OVERALL, Bounds
@@ -113,7 +114,7 @@ def truth_ground(record: Record, judge: Path, place: Path) -> Ground:
         judge=judge,
         time_limit_s=record.campaign.constitution.limits.run_seconds,
         scores=place / "truth",
-        training=record.campaign.launch.training,
+        placement=Placement(record.campaign.launch.training),
     )
 
 

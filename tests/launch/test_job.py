@@ -41,6 +41,12 @@ def test_unknown_and_missing_keys_are_refused(value: Job | JobOutcome) -> None:
         type(value).from_json([])
 
 
+def test_a_job_from_before_there_were_tasks_is_read() -> None:
+    document = JOB.to_json()
+    del document["resources"]["tasks"]
+    assert Job.from_json(document) == JOB
+
+
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="fine"):
         JobOutcome.from_json(OUTCOME.to_json() | {"kind": "fine"})
@@ -58,6 +64,8 @@ def test_an_unknown_kind_is_refused() -> None:
         ({"time_limit_s": float("inf")}, "positive"),
         ({"resources": {"cores": 0, "gpus": 0, "memory_bytes": None}}, "cores"),
         ({"resources": {"cores": 1, "gpus": 0, "memory_bytes": 0}}, "memory_bytes"),
+        ({"resources": {"cores": 1, "gpus": 0, "memory_bytes": None, "tasks": 0}}, "tasks"),
+        ({"resources": []}, "Resources must be a JSON object"),
     ],
 )
 def test_a_job_that_cannot_be_is_refused(change: dict, words: str) -> None:

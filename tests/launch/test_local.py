@@ -260,6 +260,8 @@ def test_what_cannot_run_is_refused(
         launcher.submit(make_job("a", "true", resources=Resources(cores=3)))
     with pytest.raises(ValueError, match="no GPUs"):
         launcher.submit(make_job("a", "true", resources=Resources(gpus=1)))
+    with pytest.raises(ValueError, match="one process a job; job a asks for 2 tasks"):
+        launcher.submit(make_job("a", "true", resources=Resources(tasks=2)))
     with pytest.raises(ValueError, match="submit it first"):
         launcher.poll(["unknown"])
     job = make_job("a", "true")
@@ -271,6 +273,45 @@ def test_what_cannot_run_is_refused(
         launcher.submit(Job("b", ("true",), job.run_dir, 1.0, "done"))
     with pytest.raises(ValueError, match="at least one core"):
         LocalLauncher(0, tmp_path)
+
+
+def test_gpus_are_given_to_one_job_at_a_time(
+    make_job: Callable[..., Job], ending_of: Callable, wait_until: Callable, tmp_path: Path
+) -> None:
+    """The second waits for two GPUs although one is free, and the third does not overtake it."""
+    show = f'echo "$CUDA_VISIBLE_DEVICES" > $RUN/gpus; {UNTIL_GO}'
+    jobs = [make_job(name, show, resources=Resources(gpus=n)) for name, n in (("a", 2), ("b", 2), ("c", 1))]
+    with LocalLauncher(3, tmp_path / "state", devices=("2", "3", "5")) as launcher:
+        for job in jobs:
+            launcher.submit(job)
+        assert list(launcher.poll("abc").values()) == ["running", "pending", "pending"]
+        for job in jobs:
+            (job.run_dir / "go").parent.mkdir(exist_ok=True)
+            (job.run_dir / "go").touch()
+            assert ending_of(launcher, job.key).kind is OutcomeKind.FINISHED
+        assert [(job.run_dir / "gpus").read_text() for job in jobs] == ["2,3\n", "2,3\n", "5\n"]
+        with pytest.raises(ValueError, match="has 3 GPUs to give; job d asks for 4"):
+            launcher.submit(make_job("d", "true", resources=Resources(gpus=4)))
+
+
+def test_a_resumed_launcher_knows_whose_gpus_are_taken(
+    make_job: Callable[..., Job], ending_of: Callable, wait_until: Callable, tmp_path: Path
+) -> None:
+    first, second = (make_job(name, UNTIL_GO, resources=Resources(gpus=1)) for name in "ab")
+    with LocalLauncher(2, tmp_path / "state", devices=("0",)) as launcher:
+        launcher.submit(first)
+        launcher.poll(["a"])
+        wait_until((first.run_dir / "pid").exists, "the job")
+    with LocalLauncher(2, tmp_path / "state", devices=("0",)) as launcher:
+        launcher.submit(first)
+        launcher.submit(second)
+        for _ in range(3):
+            assert launcher.poll("ab") == {"a": "running", "b": "pending"}
+        (first.run_dir / "go").touch()
+        ending_of(launcher, "a")
+        second.run_dir.mkdir(exist_ok=True)
+        (second.run_dir / "go").touch()
+        assert ending_of(launcher, "b").kind is OutcomeKind.FINISHED
 
 
 def test_an_unwritable_run_folder_is_one_sentence(

@@ -10,6 +10,7 @@ from megatron_evolve.campaign import SHIPPED, Campaign, Training, find_campaign,
 from megatron_evolve.candidate import candidate
 from megatron_evolve.document import load_yaml
 from megatron_evolve.jobs import Ground, Run
+from megatron_evolve.placement import Placement
 from megatron_evolve.prepare import PACKED, origin_ground
 from megatron_evolve.schema import describe, json_schema
 from megatron_evolve.substrate.digest import digest_of
@@ -55,7 +56,7 @@ def test_wrong_campaigns(change: dict, says: str) -> None:
         Campaign.parse(document, where="campaign.yaml")
 
 
-@pytest.mark.parametrize("name", ["delta", "policy", "constitution", "campaign"])
+@pytest.mark.parametrize("name", ["delta", "policy", "constitution", "campaign", "site"])
 def test_schemas_give_every_field_a_meaning(name: str) -> None:
     assert json_schema(name)["properties"]
     assert "recipe.lr  number" in describe("delta")
@@ -85,7 +86,8 @@ def test_an_origin_trained_on_packed_rows_is_kept_apart(tmp_path: Path) -> None:
 
 def test_a_job_of_several_ranks_is_torchrun_s_and_takes_as_many_cores(tmp_path: Path) -> None:
     settings = Settings.parse({"mix": {"weight": {"a": 1}, "style": {"a": "answer"}}, "recipe": {}}, where="settings")
-    ground = Ground(CampaignFolder(tmp_path), tmp_path, tmp_path, 60.0, training=Training(ranks=2, layout=Layout(ep=2)))
+    placement = Placement(Training(ranks=2, layout=Layout(ep=2)))
+    ground = Ground(CampaignFolder(tmp_path), tmp_path, tmp_path, 60.0, placement=placement)
     run = Run(1, candidate("s" * 64, settings), seed=1)
     train, score = ground.job(run, "train"), ground.job(run, "dev")
     assert train.argv[1:6] == ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")

@@ -1,0 +1,105 @@
+"""What a campaign will use, at most, before any of it is used: runs, scoring jobs, GPU-hours, looks.
+
+Training has two figures. *Assumed*: the plan's operations a token, times the tokens of the opening recipe with every
+row at its full length, at the share of the peak that the site assumes. *Limit*: the time after which a job is killed,
+times its GPUs; it assumes nothing. Decoding has the limit alone, for an engine's speed is not known here.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_evolve.campaign import Campaign, ExternalCsv, plan_of
+from megatron_evolve.eval.suite import GeneratedSuite
+from megatron_evolve.preflight import Preflight
+from megatron_evolve.substrate.plan.flops import token_flops
+from megatron_evolve.survey import survey_stages
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Jobs of one part of a campaign, at most. A run that failed and was repaired comes on top."""
+
+    name: str
+    training_runs: int
+    scoring_jobs: int
+
+
+def phases(campaign: Campaign) -> tuple[Phase, ...]:
+    """The origin before round 1, the rounds, and the comparison at the end."""
+    counts, rules = plan_of(campaign), campaign.constitution
+    outside = campaign.judge.external is not None
+    a_run = 1 + 2 * outside  # dev, and each half of the target
+    anchors, origins = rules.anchor_seeds, campaign.judge.origin_seeds
+    asked_at_end = len(survey_stages(campaign)) * anchors + origins if outside else 0
+    return (
+        Phase("origin", origins, origins * a_run),
+        Phase("rounds", counts["runs"], counts["runs"] * a_run),
+        Phase("end", anchors * outside, asked_at_end),
+    )
+
+
+def estimate(found: Preflight) -> dict[str, Any]:
+    """The account, as JSON holds it. GPU-hours are None where ranks compute on cores."""
+    campaign, limits = found.campaign, found.campaign.constitution.limits
+    run_hours, limit_hours = found.gpu_hours(found.opening_rows), limits.run_seconds / 3600
+    placement, recipe = found.placement, found.expected.default.recipe
+    rows = [
+        {
+            **asdict(phase),
+            "training_gpu_hours_assumed": _hours(run_hours, phase.training_runs),
+            "gpu_hours_limit": limit_hours
+            * (phase.training_runs * placement.training_gpus + phase.scoring_jobs * placement.scoring_gpus)
+            if found.job
+            else None,
+        }
+        for phase in phases(campaign)
+    ]
+    return {
+        **plan_of(campaign),
+        "phases": rows,
+        "total": {key: _sum(row[key] for row in rows) for key in rows[0] if key != "name"},
+        "run": {
+            "rows": found.opening_rows,
+            "tokens": found.opening_rows * recipe.sequence_length,
+            "longest_rows": found.most_rows,
+            "gflop_a_token": token_flops(found.expected.architecture, found.job).executed / 1e9 if found.job else None,
+            "gpus": placement.training_gpus,
+            "gpu_hours_assumed": run_hours,
+            "hours_assumed": run_hours / placement.training_gpus if run_hours else None,
+            "hours_limit": limit_hours,
+        },
+        "scoring": {
+            "gpus": placement.scoring_gpus,
+            "items": items_of(campaign),
+            "max_new_tokens": campaign.judge.engine.max_new_tokens,
+        },
+        "looks_a_round": looks_a_round(campaign),
+    }
+
+
+def items_of(campaign: Campaign) -> dict[str, int | None]:
+    """Items of each split in one scoring job; None where only the external file tells."""
+    found: dict[str, int | None] = {}
+    for suite in (campaign.judge.dev, campaign.judge.external):
+        if isinstance(suite, GeneratedSuite):
+            found |= {split: number * len(suite.families) for split, number in suite.items_per_family.items()}
+        elif isinstance(suite, ExternalCsv):
+            found |= {**suite.items, **dict.fromkeys(survey_stages(campaign))}
+    return found
+
+
+def looks_a_round(campaign: Campaign) -> int:
+    """External looks that a round asks for: a candidate on each of two halves is two."""
+    if campaign.judge.external is None:
+        return 0
+    asked = {"all": campaign.constitution.workers, "best": 2, "none": 0}[campaign.search.ask_external]
+    return 2 * asked
+
+
+def _hours(a_run: float | None, runs: int) -> float | None:
+    return None if a_run is None else a_run * runs
+
+
+def _sum(values: Any) -> float | None:
+    known = list(values)
+    return None if None in known else sum(known)

@@ -1,0 +1,222 @@
+"""Preflight: whether a campaign can run on a site, told before a folder is made or a process started.
+
+Known without the weights: the shapes of the model and the recipe that the search starts from, so the plan of memory,
+the arithmetic of a run and the reach of a delta can be held against the site's GPUs and time limits.
+"""
+
+import fnmatch
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_evolve.campaign import Campaign, SubstrateSpec
+from megatron_evolve.doctor import gpu_names
+from megatron_evolve.eval.engines.settings import CommandServer, OpenAISettings, VllmServer
+from megatron_evolve.placement import Placement, cores_here
+from megatron_evolve.prepare import IMPORTED, require_import, substrate_folder
+from megatron_evolve.site import Site
+from megatron_evolve.substrate.build import PRESETS as BUILT
+from megatron_evolve.substrate.exchange import imported_default
+from megatron_evolve.substrate.frozen import nearest
+from megatron_evolve.substrate.manifest import MANIFEST, Substrate, read_manifest
+from megatron_evolve.substrate.model.architecture import Architecture, architecture
+from megatron_evolve.substrate.plan.flops import token_flops
+from megatron_evolve.substrate.plan.job import GIB, Job, memory_bytes
+from megatron_evolve.substrate.plan.ranking import Candidate, assess
+from megatron_evolve.substrate.settings import Settings
+
+# What the plan of memory is made for; a delta that changed one of these could outgrow the GPUs.
+PLANNED = (
+    "recipe.sequence_length",
+    "recipe.batch_size",
+    "recipe.adapter",
+    "recipe.adapter.rank",
+    "recipe.adapter.targets",
+)
+# Fields of an architecture that a checkpoint may have its own value of and still be the size of that name.
+ITS_OWN = {"name", "dt_min", "init_std", "max_sequence_length", "mtp_pattern", "mtp_depths"}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The substrate of a campaign, as far as it is known. `frozen` is None while it does not stand."""
+
+    folder: Path
+    frozen: Substrate | None
+    architecture: Architecture
+    default: Settings
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A campaign that can run on a site. `plan` and `job` are None where ranks compute on cores."""
+
+    campaign: Campaign
+    site: Site
+    expected: Expected
+    placement: Placement
+    plan: Candidate | None
+    job: Job | None
+
+    @property
+    def opening_rows(self) -> int:
+        """Rows of a run by the recipe that the search starts from."""
+        recipe = self.expected.default.recipe
+        return recipe.steps * recipe.batch_size
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the longest run that a delta may ask for, and at least those of the opening recipe."""
+        limits = self.campaign.constitution.limits
+        allowed = min(limits.max_rows, limits.max_steps * self.expected.default.recipe.batch_size)
+        return max(self.opening_rows, allowed)
+
+    def gpu_hours(self, rows: int) -> float | None:
+        """GPU-hours of a run on so many rows of full length, at the assumed share of the peak."""
+        if self.job is None:
+            return None
+        tokens = rows * self.job.sequence_length
+        operations = tokens * token_flops(self.expected.architecture, self.job).executed
+        return operations / (self.site.peak_tflops * 1e12 * self.site.utilisation) / 3600
+
+
+def preflight(campaign: Campaign, site: Site, store: Path) -> Preflight:
+    """Raises ValueError in one sentence for a campaign that cannot run on the site as both are written."""
+    expected = expect(campaign.substrate, store)
+    placement = Placement.of(campaign, site)
+    hours = campaign.constitution.limits.run_seconds / 3600
+    if site.longest_job_hours is not None and hours > site.longest_job_hours:
+        raise ValueError(
+            f"campaign {campaign.name} lets a job run for {hours:g} h, its site for {site.longest_job_hours:g}: lower "
+            "constitution.limits.run_seconds or name a site with longer jobs"
+        )
+    if not placement.training_gpus:
+        if expected.architecture.num_parameters() > 10**9:
+            raise ValueError(
+                f"campaign {campaign.name} trains {expected.architecture.name}, which takes GPUs, and its site has "
+                "none: name one that has with --site"
+            )
+        return Preflight(campaign, site, expected, placement, None, None)
+    job = training_job(placement, expected.default)
+    found = Preflight(campaign, site, expected, placement, _fitting(campaign, site, expected, job), job)
+    _check_reach(campaign)
+    _check_engine(found)
+    wanted = found.gpu_hours(found.most_rows) / placement.training_gpus
+    if wanted > hours:
+        raise ValueError(
+            f"campaign {campaign.name} kills a run after {hours:g} h, and one of {found.most_rows} full rows takes "
+            f"{wanted:.1f} h on {placement.training_gpus} GPUs at the assumed {site.utilisation:.0%} of their peak: "
+            "raise constitution.limits.run_seconds, lower max_rows or use more GPUs"
+        )
+    return found
+
+
+def check_campaign(campaign: Campaign, site: Site, store: Path, *, new: bool) -> None:
+    """What `run` checks first: the preflight, and that this machine is what the site says. Raises ValueError."""
+    placement = preflight(campaign, site, store).placement
+    if site.launcher == "slurm":
+        raise ValueError(
+            f"campaign {campaign.name} is to run through Slurm, whose scripts this version writes and does not submit: "
+            "see them with --dry-run, or name a site with `launcher: local`"
+        )
+    if len(gpu_names()) < site.gpus_per_node:
+        raise ValueError(
+            f"the site has {site.gpus_per_node} GPUs a node, the driver of this machine lists {len(gpu_names())}: run "
+            "this on such a node, or see what would run with --dry-run"
+        )
+    wanted = max(placement.resources(trains=trains).cores for trains in (True, False))
+    if wanted > cores_here(campaign):
+        raise ValueError(
+            f"a job of campaign {campaign.name} takes {wanted} cores, of {cores_here(campaign)} that it may fill here: "
+            "lower launch.training.ranks, or a site's cores_per_gpu, or raise launch.cores"
+        )
+    if new:
+        require_import(campaign.substrate, store)
+
+
+def expect(spec: SubstrateSpec, store: Path) -> Expected:
+    """The substrate as its manifest says, or as its preset will be. Raises ValueError for one that nobody knows."""
+    if spec.path is None and spec.preset not in (*BUILT, *IMPORTED):
+        raise ValueError(f"no preset {spec.preset!r}{nearest(spec.preset, [*BUILT, *IMPORTED])}")
+    if spec.path is None and spec.preset in IMPORTED and spec.cue_rate:
+        raise ValueError(
+            f"substrate.cue_rate is for a preset that is built here; {spec.preset} is imported: leave it out, or "
+            "freeze a sibling with `megatron-evolve substrate freeze --cue-rate` and name its folder as substrate.path"
+        )
+    folder = substrate_folder(spec, store)
+    if spec.path is not None or (folder / MANIFEST).exists():
+        frozen = read_manifest(folder)
+        shapes = Architecture.model_validate(frozen.architecture)
+        if spec.path is None and spec.preset in IMPORTED:
+            _check_shapes(folder, shapes, architecture(spec.preset))
+        return Expected(folder, frozen, shapes, frozen.default)
+    if spec.preset in IMPORTED:
+        return Expected(folder, None, architecture(spec.preset), imported_default(architecture(spec.preset)))
+    preset = BUILT[spec.preset]
+    shapes = preset.architecture.with_vocab(preset.tokenizer().vocab_size)
+    return Expected(folder, None, shapes, preset.default())
+
+
+def training_job(placement: Placement, settings: Settings) -> Job:
+    """A training run as the plan of memory sees it."""
+    recipe, training = settings.recipe, placement.training
+    own = recipe.batch_size // training.layout.data_parallel(training.ranks)
+    return Job(
+        mode="sft" if recipe.adapter is None else "lora",
+        sequence_length=recipe.sequence_length,
+        batch_size=recipe.batch_size,
+        micro_batch=max(1, min(own, training.micro_rows or own)),
+        **({"adapter": recipe.adapter} if recipe.adapter else {}),
+    )
+
+
+def _fitting(campaign: Campaign, site: Site, expected: Expected, job: Job) -> Candidate:
+    training = campaign.launch.training
+    found = assess(expected.architecture, training.layout, training.ranks, memory_bytes(site.gpu_memory), job)
+    if not found.fits:
+        raise ValueError(
+            f"campaign {campaign.name} does not fit {training.ranks} GPUs of {site.gpu_memory} with layout "
+            f"{training.layout}: {found.reason}"
+        )
+    return found
+
+
+def _check_engine(found: Preflight) -> None:
+    """Raises ValueError where the weights alone outgrow the GPUs that a scoring job decodes on."""
+    engine, gpus, model = found.campaign.judge.engine, found.placement.scoring_gpus, found.expected.architecture
+    server = engine.server if isinstance(engine, OpenAISettings) else None
+    if not gpus or isinstance(server, CommandServer):
+        return
+    share = server.gpu_memory if isinstance(server, VllmServer) else 1.0
+    needed = 2 * model.num_parameters()  # bfloat16
+    if needed > share * gpus * memory_bytes(found.site.gpu_memory):
+        raise ValueError(
+            f"a scoring job of campaign {found.campaign.name} decodes on {share:.0%} of {gpus} GPUs of "
+            f"{found.site.gpu_memory}, and the weights alone take {needed / GIB:.0f} GB: raise tensor_parallel of a "
+            "server, or let the engine ask a `url`"
+        )
+
+
+def _check_reach(campaign: Campaign) -> None:
+    """Raises ValueError where a delta may change what the plan of memory is made for."""
+    space = campaign.constitution.mutation_space
+    for path in PLANNED:
+        pattern = next((pattern for pattern in space if fnmatch.fnmatchcase(path, pattern)), None)
+        if pattern is not None:
+            raise ValueError(
+                f"campaign {campaign.name} lets a delta change {path} ({pattern} in constitution.mutation_space), for "
+                "which its GPUs' memory was planned: name the settings that may change, without this one"
+            )
+
+
+def _check_shapes(folder: Path, found: Architecture, size: Architecture) -> None:
+    """Raises ValueError unless an imported substrate is of the size that it stands for."""
+    other = [
+        f"{name} {getattr(found, name)} instead of {getattr(size, name)}"
+        for name in Architecture.model_fields
+        if name not in ITS_OWN and getattr(found, name) != getattr(size, name)
+    ]
+    if other:
+        raise ValueError(
+            f"the substrate in {folder} is no {size.name}: it has {other[0]}; import that checkpoint, or name this "
+            "folder as substrate.path"
+        )
