@@ -12,7 +12,7 @@ from megatron_evolve.campaign import Campaign, SubstrateSpec
 from megatron_evolve.doctor import gpu_names
 from megatron_evolve.eval.engines.settings import CommandServer, OpenAISettings, VllmServer
 from megatron_evolve.placement import Placement, cores_here
-from megatron_evolve.prepare import IMPORTED, require_import, substrate_folder
+from megatron_evolve.prepare import IMPORTED, require_import, require_own_pool, substrate_folder
 from megatron_evolve.site import Site
 from megatron_evolve.substrate.build import PRESETS as BUILT
 from megatron_evolve.substrate.exchange import imported_default
@@ -137,11 +137,7 @@ def expect(spec: SubstrateSpec, store: Path) -> Expected:
     """The substrate as its manifest says, or as its preset will be. Raises ValueError for one that nobody knows."""
     if spec.path is None and spec.preset not in (*BUILT, *IMPORTED):
         raise ValueError(f"no preset {spec.preset!r}{nearest(spec.preset, [*BUILT, *IMPORTED])}")
-    if spec.path is None and spec.preset in IMPORTED and spec.cue_rate:
-        raise ValueError(
-            f"substrate.cue_rate is for a preset that is built here; {spec.preset} is imported: leave it out, or "
-            "freeze a sibling with `megatron-evolve substrate freeze --cue-rate` and name its folder as substrate.path"
-        )
+    require_own_pool(spec)
     folder = substrate_folder(spec, store)
     if spec.path is not None or (folder / MANIFEST).exists():
         frozen = read_manifest(folder)

@@ -157,6 +157,15 @@ def build_substrate(
     return sibling
 
 
+def require_own_pool(spec: SubstrateSpec) -> None:
+    """Raises ValueError where cues are asked of a pool that is not built here."""
+    if spec.path is None and spec.preset in IMPORTED and spec.cue_rate:
+        raise ValueError(
+            f"substrate.cue_rate is for a preset that is built here; {spec.preset} is imported: leave it out, or "
+            "freeze a sibling with `megatron-evolve substrate freeze --cue-rate` and name its folder as substrate.path"
+        )
+
+
 def require_import(spec: SubstrateSpec, store: Path) -> None:
     """Raises ValueError with the command to run for a size that an operator has yet to import."""
     folder = substrate_folder(spec, store)
