@@ -1,4 +1,4 @@
-"""The model's check of a GPU, as far as a CPU can check it: the sentence without one, and the comparison on a tiny model."""
+"""The model's check of a GPU, as far as a CPU can check it: the sentence without one, and the rows of a tiny model."""
 
 import subprocess
 import sys
