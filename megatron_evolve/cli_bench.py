@@ -105,3 +105,20 @@ def bench_tiles(
         write(tune.rows("cuda", rounds=rounds, save=save), out)
 
     guarded(answer, as_json)
+
+
+@bench_app.command("train")
+def bench_train(
+    rounds: Annotated[int, typer.Option(help="timed steps of each, in turns", min=1)] = 10,
+    out: Annotated[Path | None, typer.Option(help="write the rows there too")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="rows are JSON in any case; errors too with this")] = False,
+) -> None:
+    """Training on a CPU beside transformers' NemotronH, and decoding with state beside the whole sequence anew."""
+    from megatron_evolve.cli import guarded
+
+    def answer() -> None:
+        from megatron_evolve.substrate import speed
+
+        write(speed.rows(rounds), out)
+
+    guarded(answer, as_json)
