@@ -28,14 +28,14 @@ class RoundItems:
     """What a round's runs answered on dev-B and external, and the dev-A means that selected among the explorers.
 
     dev_b holds runs of the anchor and of every explorer named in dev_a, and of the origin where it was scored on these
-    items. external holds runs of those whose external score was asked; it may be empty.
+    items. external holds runs of those whose external score was asked; it may be empty. Runs, or their stacked answers.
     """
 
     number: int
     anchor: str
     dev_a: Mapping[str, float]
-    dev_b: Sequence[RunItems]
-    external: Sequence[RunItems]
+    dev_b: Sequence[RunItems] | Answers
+    external: Sequence[RunItems] | Answers
     dev_weights: Mapping[str, float]
     external_weights: Mapping[str, float]
     origin: str | None = None
@@ -43,8 +43,8 @@ class RoundItems:
     external_answers: Answers | None = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dev_answers", Answers.of(self.dev_b))
-        object.__setattr__(self, "external_answers", Answers.of(self.external) if self.external else None)
+        object.__setattr__(self, "dev_answers", _stacked(self.dev_b))
+        object.__setattr__(self, "external_answers", _stacked(self.external) if self.external else None)
         scored = {name for name, _ in self.dev_answers.runs}
         if missing := sorted({self.anchor, *self.dev_a} - scored):
             raise ValueError(
@@ -78,6 +78,10 @@ class RoundItems:
             elif len(seeds := self.dev_answers.seeds_of(name)) >= 2:
                 found.append(RunReplicates(self.dev_answers.replicates(name, seeds)))
         return tuple(found)
+
+
+def _stacked(runs: Sequence[RunItems] | Answers) -> Answers:
+    return runs if isinstance(runs, Answers) else Answers.of(runs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,8 @@ import pytest
 
 from megatron_evolve.eval.paired import RunItems
 from megatron_evolve.eval.seeds import SeedPool
-from megatron_evolve.verdict import GapTest, Verdict, holm_levels, judge
+from megatron_evolve.gap import GapTest, holm_levels
+from megatron_evolve.verdict import Verdict, judge
 from megatron_evolve.window import RoundItems
 
 KNOWN = 0.6
@@ -305,10 +306,15 @@ def test_unresolved_says_what_would_settle_it():
 
 
 def test_holm_levels():
-    assert holm_levels([0.5, 0.001, 0.02], 0.05) == {0.001: 0.05 / 3, 0.02: 0.025, 0.5: 0.05}
-    assert holm_levels([0.5, 0.02, 0.03], 0.05) == dict.fromkeys((0.02, 0.03, 0.5), 0.05 / 3), "stops at the first"
-    assert holm_levels([0.01, 0.01], 0.05) == {0.01: 0.025}
-    assert holm_levels([], 0.05) == {}
+    def levels(*p: float) -> list[float]:
+        return holm_levels(np.array(p), 0.05).tolist()
+
+    assert levels(0.5, 0.001, 0.02) == [0.05, 0.05 / 3, 0.025]
+    assert levels(0.5, 0.02, 0.03) == [0.05 / 3] * 3, "stops at the first"
+    assert levels(0.01, 0.01) == [0.025, 0.025]
+    assert levels() == []
+    many = np.array([[0.5, 0.5], [0.001, 0.02], [0.02, 0.03]])
+    assert holm_levels(many, 0.05).T.tolist() == [levels(*column) for column in many.T.tolist()]
 
 
 def test_windows_that_cannot_be_pooled_are_refused():
