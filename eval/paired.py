@@ -329,16 +329,16 @@ def difference(seeds: Mapping[str, Sequence[int]], factor: float) -> dict[RunKey
     }
 
 
-def probability_better(found: Estimate, prior_sd: float = PRIOR_SD) -> float:
+def probability_better(found: Estimate, prior_sd: float = PRIOR_SD) -> float | np.ndarray:
     """Posterior probability that the true difference is above 0, before measuring N(0, prior_sd^2).
 
     Normal shrinkage of the mean, the estimate's own tail for its error. For acting and display; never inside a test.
     .5 where nothing was learnt, which is also the answer where no item tells the two apart.
     """
-    if not found.se:
+    if not np.any(found.se):
         return 0.5
     kept = prior_sd**2 / (prior_sd**2 + found.se**2)
-    shrunk = replace(found, mean=math.sqrt(kept) * found.mean)
+    shrunk = replace(found, mean=np.sqrt(kept) * found.mean)
     return 1 - shrunk.p_above()
 
 

@@ -26,7 +26,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from megatron_evolve.eval.paired import Estimate, estimate
+from megatron_evolve.constitution import Constitution
+from megatron_evolve.eval.paired import Estimate, estimate, minimum_detectable_effect
 from megatron_evolve.eval.seeds import SeedPool, SeedVariance
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.window import Estimand, Pair, RoundItems, pair_of
@@ -50,6 +51,15 @@ class GapTest(Frozen):
     def level(self) -> float:
         """Share of one look at one half (overall, or domains), before Holm."""
         return self.alpha / 2 / max(1, len(self.rounds))
+
+
+def rule_of(
+    rules: Constitution, domains: Sequence[str], estimands: tuple[Estimand, ...] = ("selected", "mean")
+) -> GapTest:
+    """The rule that a constitution sets, with every declared round a look."""
+    return GapTest(
+        rounds=tuple(range(1, rules.rounds + 1)), domains=tuple(domains), estimands=estimands, **rules.gap.model_dump()
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +185,11 @@ def _decision(
     outcome = np.where(look.inverse_p <= level, "INVERSE", outcome)
     outcome = np.where(declared & (np.minimum(look.alarm_p, look.tracking_p) <= level), outcome, "UNRESOLVED")
     return Decision(look, outcome if outcome.ndim else str(outcome), level)
+
+
+def smallest_visible(look: Look, level: float, beta0: float) -> float:
+    """Dev gain that, had nothing of it reached the target, would be seen with 80 % power at this level."""
+    return max(minimum_detectable_effect(look.d, level), minimum_detectable_effect(look.g, level) / beta0)
 
 
 def holm_levels(p: np.ndarray, alpha: float) -> np.ndarray:

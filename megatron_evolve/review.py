@@ -30,9 +30,10 @@ from megatron_evolve.evidence import (
     ScoreValue,
 )
 from megatron_evolve.facts import RoundFacts, RunFacts
+from megatron_evolve.gap import OVERALL, GapTest, rule_of
 from megatron_evolve.origin import Origin
 from megatron_evolve.policy import SearchPolicy
-from megatron_evolve.verdict import OVERALL, GapTest, Verdict, judge
+from megatron_evolve.verdict import Verdict, judge
 from megatron_evolve.window import RoundItems
 
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -90,14 +91,7 @@ def review(
     rounds = [round_items(one, weights) for one in window if one.has_anchor]
     replicates = rounds[-1].replicates() if facts.has_anchor else ()
     pool = SeedPool((*origin.pooled(), *(RunReplicates.from_dict(one) for one in earlier), *replicates))
-    rule = GapTest(
-        rounds=tuple(range(1, constitution.rounds + 1)),
-        domains=tuple(sorted(weights.external)) if weights.external else (),
-        estimands=("selected", "mean"),
-        beta0=constitution.gap.beta0,
-        alpha=constitution.gap.alpha,
-        window=constitution.gap.window,
-    )
+    rule = rule_of(constitution, sorted(weights.external) if weights.external else ())
     verdicts = judge(rounds, rule, pool) if facts.has_anchor else unjudged(rule)
     means = a_half_means(facts, weights)
     reviewed = [_candidate(facts, name, weights, pool) for name in _names(facts)]

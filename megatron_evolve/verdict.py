@@ -23,6 +23,7 @@ from megatron_evolve.gap import (
     check_window,
     decide,
     looks_at,
+    smallest_visible,
 )
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.window import DESCRIPTION_ALPHA, Estimand, RoundItems, ranking_usable, seed_covariance
@@ -122,9 +123,7 @@ def _verdict(decision: Decision, ranks: bool, number: int, rule: GapTest) -> Ver
         transfer_slope=look.t.mean / look.d.mean if sure else None,
         df=look.g.df,
         alpha_spent=level if number in rule.rounds else 0.0,
-        minimum_detectable_effect=max(
-            minimum_detectable_effect(look.d, level), minimum_detectable_effect(look.g, level) / rule.beta0
-        ),
+        minimum_detectable_effect=smallest_visible(look, level, rule.beta0),
         ranking_usable=ranks,
         reason=_sentence(reason),
     )
