@@ -1,6 +1,7 @@
 """The commands that put the judge itself to the test: simulated campaigns, the anchor against itself, false answers."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,8 @@ Json = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
 def add_judge_commands(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
     app.command("simulate")(simulate)
+    app.command("calibrate")(calibrate)
+    app.command("verify-eval")(verify_eval)
 
 
 def simulate(
@@ -33,5 +36,42 @@ def simulate(
 
         found = run(scenarios or [], noise, campaigns, seed)
         typer.echo("\n".join(json.dumps(one) for one in found) if as_json else table(found))
+
+    guarded(answer, as_json)
+
+
+def calibrate(
+    dir: Annotated[Path, typer.Argument(help="a campaign's folder", show_default=False)],
+    campaigns: Annotated[int, typer.Option(help="simulated campaigns in which nothing differs", min=2)] = 500,
+    seed: Annotated[int, typer.Option(help="of the simulated ones", min=0)] = 1,
+    as_json: Json = False,
+) -> None:
+    """The anchor against itself with other seeds: how often the gates accept what is only chance."""
+    from megatron_evolve.cli import guarded
+
+    def answer() -> None:
+        from megatron_evolve.calibrate import calibrate as run
+        from megatron_evolve.calibrate import words
+
+        found = run(dir, campaigns, seed)
+        typer.echo(json.dumps(found) if as_json else words(found))
+
+    guarded(answer, as_json)
+
+
+def verify_eval(
+    dir: Annotated[Path, typer.Argument(help="a frozen judge, or a campaign's folder", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Answers whose score is known, put before the judge: right, wrong, dealt anew, empty, cut off. 1 if it errs."""
+    from megatron_evolve.cli import guarded
+
+    def answer() -> None:
+        from megatron_evolve.probing import probe, words
+
+        found = probe(dir)
+        typer.echo(json.dumps(found) if as_json else words(found))
+        if not found["ok"]:
+            raise typer.Exit(1)
 
     guarded(answer, as_json)

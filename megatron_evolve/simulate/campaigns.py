@@ -32,6 +32,7 @@ class Told:
 
     looks: tuple[tuple[str, str], ...]
     alarms: np.ndarray  # (C, rounds, looks)
+    moved: np.ndarray  # (C, rounds): whether an explorer moved into the standing settings
     reached_dev: np.ndarray  # (C,): true gain of the final standing settings over the origin
     reached_external: np.ndarray
     asked: int  # looks at the external target in one campaign
@@ -72,7 +73,7 @@ def run_campaigns(
         parts.append(_together(Draw(rng, noise, scenario, plan, min(AT_ONCE, campaigns - start)), plan, known))
     joined = {
         name: np.concatenate([getattr(part, name) for part in parts])
-        for name in ("alarms", "reached_dev", "reached_external")
+        for name in ("alarms", "moved", "reached_dev", "reached_external")
     }
     return replace(parts[0], **joined)
 
@@ -84,7 +85,7 @@ def _together(draw: Draw, plan: Plan, known: bool) -> Told:
     d, t = scenario.draw(draw.rng, draw.campaigns, plan.explorers)
     nothing = np.zeros((draw.campaigns, len(FAMILIES)))
     state = State(d, t, nothing, nothing, np.zeros(draw.campaigns, dtype=bool))
-    pool, rounds, alarms, looks, asked = draw.pool(), [], [], [], 0
+    pool, rounds, alarms, moves, looks, asked = draw.pool(), [], [], [], [], 0
     pool = KnownNoise((), draw.noise) if known else pool
     for number in rule.rounds:
         items, order = draw.round(number, state)
@@ -94,7 +95,8 @@ def _together(draw: Draw, plan: Plan, known: bool) -> Told:
         found = _alarms(looks, number, rule, draw.campaigns)
         alarms.append(found)
         asked += 2 * len({name for name, _ in items.external_answers.runs} - {"origin"})  # on two halves
-        state = _after(state, items, order, pool, found.any(-1), scenario, plan)
+        moves.append(_promoted(items, pool, state.external_B, plan))
+        state = _after(state, moves[-1], order, found.any(-1), scenario)
     reached = state.standing_d_BF.mean(-1), state.standing_t_BF.mean(-1)
     names = tuple((look.estimand, look.domain) for look in looks)
     visible = {
@@ -102,7 +104,8 @@ def _together(draw: Draw, plan: Plan, known: bool) -> Told:
         for look in looks
         if look.domain == OVERALL and not look.missing
     }
-    return Told(names, np.stack(alarms, axis=1), *reached, asked, visible)
+    moved = np.stack(moves, axis=1) >= 0
+    return Told(names, np.stack(alarms, axis=1), moved, *reached, asked, visible)
 
 
 def _alarms(looks: list[Look], number: int, rule: GapTest, campaigns: int) -> np.ndarray:
@@ -124,17 +127,8 @@ def _of_first(found: Estimate) -> Estimate:
     return Estimate(*numbers, found.squared, luck)
 
 
-def _after(
-    state: State,
-    items: RoundItems,
-    order: np.ndarray,
-    pool: SeedPool,
-    alarmed: np.ndarray,
-    scenario: Scenario,
-    plan: Plan,
-) -> State:
-    """The state after a round: one promoted axis moved into the standing settings, and drift where there is any."""
-    moves = _promoted(items, pool, state.external_B, plan)
+def _after(state: State, moves: np.ndarray, order: np.ndarray, alarmed: np.ndarray, scenario: Scenario) -> State:
+    """The state after a round: the axis at rank `moves` is in the standing settings, and drift where there is any."""
     campaigns = np.arange(len(order))
     axis = order[campaigns, np.maximum(moves, 0)]
     moved = (moves >= 0)[:, None]

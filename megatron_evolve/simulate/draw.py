@@ -20,7 +20,6 @@ from megatron_evolve.window import RoundItems
 
 WEIGHTS = dict.fromkeys(FAMILIES, 1 / len(FAMILIES))
 ANCHOR, ORIGIN = "anchor", "origin"
-DEV_ITEMS = 500
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +40,7 @@ class Plan:
     rules: Constitution = field(default=Constitution())
     replicates: Replicates = field(default=Replicates())
     origin_seeds: int = MIN_ORIGIN_SEEDS
+    dev_items: int = 500
 
     @property
     def explorers(self) -> int:
@@ -115,7 +115,7 @@ class Draw:
         seeds = range(self.plan.origin_seeds)
         runs = [((ORIGIN, seed), -2) for seed in seeds]
         nothing = np.zeros((self.campaigns, len(seeds), len(FAMILIES)))
-        sizes = DEV_ITEMS, self.scenario.external_items
+        sizes = self.plan.dev_items, self.scenario.external_items
         scored = [self.answers(runs, nothing, luck, n) for luck, n in zip(self.luck(len(seeds)), sizes, strict=True)]
         return SeedPool((RunReplicates(*(one.replicates(ORIGIN, seeds) for one in scored)),))
 
@@ -135,7 +135,7 @@ class Draw:
         t_BRF = _by_run(ranks, np.take_along_axis(state.t_BKF, order[..., None], axis=1), state.standing_t_BF)
         asked = [row for row, rank in enumerate(ranks) if rank <= 0 or self.scenario.ask == "all"]
         told = [runs[row] for row in asked]
-        dev = self.answers(runs, d_BRF, dev_luck, DEV_ITEMS)
+        dev = self.answers(runs, d_BRF, dev_luck, self.plan.dev_items)
         external = self.answers(told, t_BRF[:, asked], external_luck[:, asked], self.scenario.external_items)
         scores = {name_of(rank, number): -float(rank) for rank in range(self.plan.explorers)}
         origin = (ORIGIN if away else ANCHOR) if self.scenario.drift else None
@@ -149,7 +149,7 @@ class Draw:
     def order(self, state: State, dev_luck_BKF: np.ndarray, external_luck_BKF: np.ndarray) -> np.ndarray:
         """The axes by their A-half scores, best first, (B, K). An A half is drawn as a normal, not item by item."""
         dice = self.rng.normal(size=state.d_BKF.shape[:2])
-        dev = (state.d_BKF + dev_luck_BKF).mean(-1) + dice * math.sqrt(self.noise.flips / 2 / DEV_ITEMS)
+        dev = (state.d_BKF + dev_luck_BKF).mean(-1) + dice * math.sqrt(self.noise.flips / 2 / self.plan.dev_items)
         half = self.scenario.external_items / 2
         external = (state.t_BKF + external_luck_BKF).mean(-1) + dice * math.sqrt(self.noise.flips / 2 / half)
         return np.argsort(-np.where(state.external_B[:, None], external, dev), axis=1)

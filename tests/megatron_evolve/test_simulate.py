@@ -148,9 +148,9 @@ def test_slope_at_beta_alarms_in_at_most_5_per_cent(name, noise, plan):
 
 @pytest.mark.slow
 def test_power_with_three_anchor_runs_and_500_items_a_split():
-    """All seven at +3 / 0, alpha paid, domains judged too: at least .8 within four rounds. Measured .84 and .85 of 2,000 each.
+    """All seven at +3 / 0, alpha paid, domains judged too: at least .8 within four rounds.
 
-    At 800 campaigns a power of .76 would pass with probability .005.
+    Measured .84 and .85, of 2,000 each. At 800 campaigns a power of .76 would pass with probability .005.
     """
     told = figures(SCENARIOS["decoupled"], SPECIFIED, 800, 1)
     assert told["power_by_round"][-1] >= 0.8
