@@ -106,7 +106,7 @@ def review(
         candidates=(*reviewed, *_refused(facts)),
         noise=_noise(facts, reviewed, weights, pool),
         minimum_detectable_effect=_detectable(facts, weights, pool),
-        verdicts=tuple(verdict.model_dump(mode="json") for verdict in verdicts),
+        verdicts=tuple(verdict.to_dict() for verdict in verdicts),
         looks=dict(looks),
         replicates=tuple(one.to_dict() for one in replicates),
         cpu_seconds=sum(

@@ -5,13 +5,15 @@ and a sentence.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
+import numpy as np
 from pydantic import Field
 
 from megatron_evolve.eval.paired import Estimate, minimum_detectable_effect
-from megatron_evolve.eval.seeds import SeedPool
+from megatron_evolve.eval.reported import WHOLE
+from megatron_evolve.eval.seeds import SeedPool, weight_vector
 from megatron_evolve.gap import (
     ALARMS,
     OVERALL,
@@ -50,7 +52,7 @@ class Bounds(Frozen):
 
 
 class Verdict(Frozen):
-    """What may be said. Accuracy units: 0.01 is one point. JSON by `model_dump`, back by `parse`."""
+    """What may be said. Accuracy units: 0.01 is one point."""
 
     outcome: Outcome
     estimand: Estimand
@@ -67,7 +69,15 @@ class Verdict(Frozen):
         default=None, description="dev gain that, had nothing of it reached the target, would be seen with 80 % power"
     )
     ranking_usable: bool = Field(description="dev still orders the explorers as the target does (one-sided 5 %)")
+    attributed_to: tuple[str, ...] = Field(
+        default=(),
+        description="families that make up an alarm's dev gain, where the target tells none by family; no test of them",
+    )
     reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `parse` reads it back. Without `attributed_to` where nothing is attributed."""
+        return self.model_dump(mode="json", exclude=set() if self.attributed_to else {"attributed_to"})
 
     @property
     def alarm(self) -> bool:
@@ -85,10 +95,13 @@ def judge(rounds_in_window: Sequence[RoundItems], rule: GapTest, pool: SeedPool)
     found = looks_at(rounds, rule, pool)
     ranks = {look.domain: _ranks(scope, rounds, rule) for scope, looks in found for look in looks if not look.missing}
     verdicts = []
-    for decision in decide([look for _, looks in found for look in looks], rounds[-1].number, rule):
+    last = rounds[-1]
+    for decision in decide([look for _, looks in found for look in looks], last.number, rule):
         look = decision.look
-        number = rounds[-1].number
-        verdicts.append(_without_number(look) if look.missing else _verdict(decision, ranks[look.domain], number, rule))
+        if look.missing:
+            verdicts.append(_without_number(look))
+        else:
+            verdicts.append(_verdict(decision, ranks[look.domain], last.dev_weights, last.number, rule))
     return tuple(verdicts)
 
 
@@ -107,7 +120,22 @@ def _without_number(look: Look) -> Verdict:
     )
 
 
-def _verdict(decision: Decision, ranks: bool, number: int, rule: GapTest) -> Verdict:
+def _attributed(look: Look, weights: Mapping[str, float]) -> tuple[str, ...]:
+    """The fewest families that together make half of the dev change, the largest first, if the target names none."""
+    if look.pair.external.families != (WHOLE,):
+        return ()
+    dev = look.pair.dev
+    shares = weight_vector(weights, dev.families) * dev.means_F * math.copysign(1, look.d.mean)
+    found: list[str] = []
+    made = 0.0
+    for place in np.argsort(-shares, kind="stable"):
+        if made < abs(look.d.mean) / 2:
+            found.append(dev.families[place])
+            made += shares[place]
+    return tuple(found)
+
+
+def _verdict(decision: Decision, ranks: bool, dev_weights: Mapping[str, float], number: int, rule: GapTest) -> Verdict:
     look, outcome, level = decision.look, decision.outcome, float(decision.level)
     reason = f"round {number} is not a declared look, so it reports the effects and claims nothing"
     if number in rule.rounds:
@@ -125,6 +153,7 @@ def _verdict(decision: Decision, ranks: bool, number: int, rule: GapTest) -> Ver
         alpha_spent=level if number in rule.rounds else 0.0,
         minimum_detectable_effect=smallest_visible(look, level, rule.beta0),
         ranking_usable=ranks,
+        attributed_to=_attributed(look, dev_weights) if outcome in ALARMS else (),
         reason=_sentence(reason),
     )
 

@@ -196,7 +196,7 @@ def test_larger_effects_reach_each_outcome():
         assert mean.d_dev.mean == pytest.approx(dev, abs=0.03)
         assert mean.gap.mean == pytest.approx(0.5 * mean.d_dev.mean - mean.d_external.mean)
         assert mean.transfer_slope == pytest.approx(mean.d_external.mean / mean.d_dev.mean)
-        assert Verdict.parse(mean.model_dump(mode="json"), where="verdict") == mean
+        assert Verdict.parse(mean.to_dict(), where="verdict") == mean
 
 
 def test_offset_is_decoupled_and_still_ranks():
