@@ -53,13 +53,9 @@ class GapTest(Frozen):
         return self.alpha / 2 / max(1, len(self.rounds))
 
 
-def rule_of(
-    rules: Constitution, domains: Sequence[str], estimands: tuple[Estimand, ...] = ("selected", "mean")
-) -> GapTest:
+def rule_of(rules: Constitution, domains: Sequence[str]) -> GapTest:
     """The rule that a constitution sets, with every declared round a look."""
-    return GapTest(
-        rounds=tuple(range(1, rules.rounds + 1)), domains=tuple(domains), estimands=estimands, **rules.gap.model_dump()
-    )
+    return GapTest(rounds=tuple(range(1, rules.rounds + 1)), domains=tuple(domains), **rules.gap.model_dump())
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,8 +80,9 @@ def run_campaigns(
 
 def _together(draw: Draw, plan: Plan, known: bool) -> Told:
     """B campaigns from their first round to their last."""
-    scenario, estimands = draw.scenario, ("selected", "mean")
-    rule = rule_of(plan.rules, FAMILIES, (*estimands, "cumulative") if scenario.drift else estimands)
+    scenario, rule = draw.scenario, rule_of(plan.rules, FAMILIES)
+    if scenario.drift:
+        rule = rule.replace(estimands=("selected", "mean", "cumulative"))
     d, t = scenario.draw(draw.rng, draw.campaigns, plan.explorers)
     nothing = np.zeros((draw.campaigns, len(FAMILIES)))
     state = State(d, t, nothing, nothing, np.zeros(draw.campaigns, dtype=bool))
