@@ -288,6 +288,35 @@ def test_no_number_comes_from_nothing():
     assert "No item of external tells" in reasons([flat])
 
 
+@pytest.mark.parametrize(("anchors", "explorers"), [(7, 5), (7, 6), (3, 7), (1, 3)])
+def test_no_verdict_comes_from_rounding(anchors, explorers):
+    """All agree on every item of one family, some right and some wrong: 5/5 less 7/7 is not quite nothing in floats."""
+    latent = Latent(np.random.default_rng(53), World(anchors=anchors))
+    names = dict.fromkeys(EXPLORERS[:explorers], 0.0)
+
+    def agreed(one: RoundItems) -> RoundItems:
+        splits = (
+            [
+                RunItems(
+                    r.candidate, r.seed, r.item_ids, r.families, np.where(r.families == "domain2", same(r), r.correct)
+                )
+                for r in runs
+            ]
+            for runs in (one.dev_b, one.external)
+        )
+        return RoundItems(one.number, one.anchor, one.dev_a, *splits, WEIGHTS, WEIGHTS)
+
+    def same(run: RunItems) -> np.ndarray:
+        return run.item_ids % 50 > 0
+
+    one, origin = (agreed(latent.round(number, names, names)) for number in (1, 2))
+    pool = SeedPool((*origin.replicates(), *latent.pool().groups))
+    verdicts = judge([one], GapTest(rounds=(1,), domains=FAMILIES), pool)
+    for verdict in verdicts:
+        if verdict.domain == "domain2" and verdict.estimand != "cumulative":
+            assert verdict.outcome == "UNRESOLVED" and "tells the two sides apart" in verdict.reason, verdict
+
+
 def test_undeclared_round_reports_and_does_not_alarm():
     latent = Latent(np.random.default_rng(41), World(items=2000))
     pool, one = latent.pool(), latent.round(5, all_at(0.1), all_at(-0.1))
