@@ -28,8 +28,8 @@ from megatron_evolve.origin import EXTERNAL_SPLITS
 from megatron_evolve.prepare import origin_ground
 from megatron_evolve.review import Weights, seeds_of
 from megatron_evolve.simulate.campaigns import run_campaigns
-from megatron_evolve.simulate.draw import Plan
-from megatron_evolve.simulate.noise import FAMILIES, Noise
+from megatron_evolve.simulate.draw import Plan, of_families
+from megatron_evolve.simulate.noise import Noise
 from megatron_evolve.simulate.scenarios import SCENARIOS
 
 GAIN_ALPHA = 0.05
@@ -181,9 +181,10 @@ def equal_items(record: Record, side: str) -> float:
 def simulated(record: Record, noise: Noise, campaigns: int, seed: int) -> dict[str, Any]:
     """False accepts in campaigns in which nothing changes anything: a move per round, an alarm per campaign."""
     constitution, replicates = record.campaign.constitution, record.campaign.search.replicates
-    dev, external = (_of_families(equal_items(record, side)) for side in ("dev", "external"))
-    plan = Plan(constitution, replicates, len(record.origin.seeds), dev)
-    told = run_campaigns(replace(SCENARIOS["null"], external_items=external), noise, campaigns, seed, plan)
+    dev, external = (equal_items(record, side) for side in ("dev", "external"))
+    plan = Plan(constitution, replicates, len(record.origin.seeds), of_families(dev))
+    nothing = replace(SCENARIOS["null"], external_share=external / plan.items)
+    told = run_campaigns(nothing, noise, campaigns, seed, plan)
     return {
         "campaigns": campaigns,
         "moves_per_round": _rate(told.moved.mean(1)),
@@ -195,11 +196,6 @@ def _rate(found: np.ndarray) -> dict[str, float]:
     share = float(np.mean(found))
     low, high = wilson(share, len(found))
     return {"rate": share, "low": low, "high": high}
-
-
-def _of_families(items: float) -> int:
-    """The nearest number of items that the simulated families share alike."""
-    return max(2, round(items / len(FAMILIES))) * len(FAMILIES)
 
 
 def words(found: dict[str, Any]) -> str:

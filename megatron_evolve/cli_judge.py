@@ -25,16 +25,22 @@ def simulate(
     noise: Annotated[
         str, typer.Option(help="measured: as nano runs are; specified: as the stated powers assume")
     ] = "measured",
+    items: Annotated[int, typer.Option(help="dev-B items of a round, and as many of the target", min=10)] = 500,
+    anchors: Annotated[int, typer.Option(help="runs of the anchor in every round", min=1, max=64)] = 3,
+    origin: Annotated[int, typer.Option(help="runs of the origin that were frozen with the judge", min=2)] = 8,
+    shared: Annotated[float, typer.Option(help="share of flips common to all explorers", min=0, max=1)] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Thousands of campaigns whose truth is known: false alarms, power, time to detect. JSON: one object a line."""
     from megatron_evolve.cli import guarded
 
     def answer() -> None:
+        from megatron_evolve.constitution import Constitution
+        from megatron_evolve.simulate import Plan, table
         from megatron_evolve.simulate import simulate as run
-        from megatron_evolve.simulate import table
 
-        found = run(scenarios or [], noise, campaigns, seed)
+        plan = Plan(Constitution(anchor_seeds=anchors), origin_seeds=origin, items=items)
+        found = run(scenarios or [], noise, campaigns, seed, plan, shared)
         typer.echo("\n".join(json.dumps(one) for one in found) if as_json else table(found))
 
     guarded(answer, as_json)

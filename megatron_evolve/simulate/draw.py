@@ -40,7 +40,14 @@ class Plan:
     rules: Constitution = field(default=Constitution())
     replicates: Replicates = field(default=Replicates())
     origin_seeds: int = MIN_ORIGIN_SEEDS
-    dev_items: int = 500
+    items: int = 500
+
+    def __post_init__(self) -> None:
+        if self.items < 2 * len(FAMILIES) or self.items % len(FAMILIES):
+            raise ValueError(
+                f"expected a multiple of {len(FAMILIES)} items, 2 a family at least, got {self.items}: simulated "
+                "families share the items alike"
+            )
 
     @property
     def explorers(self) -> int:
@@ -73,6 +80,11 @@ class Draw:
         self.num_drawn = 0
         # Whose run of which round is lucky on dev alone, where the scenario has one.
         self.liar = rng.integers(0, [plan.rules.rounds, plan.explorers], (campaigns, 2))
+
+    @property
+    def external_items(self) -> int:
+        """Items of the target in a round, both halves together."""
+        return of_families(self.scenario.external_share * self.plan.items)
 
     def luck(self, runs: int) -> tuple[np.ndarray, np.ndarray]:
         """What the seeds of R runs do to each family's accuracy on dev and outside, (B, R, F) each."""
@@ -115,7 +127,7 @@ class Draw:
         seeds = range(self.plan.origin_seeds)
         runs = [((ORIGIN, seed), -2) for seed in seeds]
         nothing = np.zeros((self.campaigns, len(seeds), len(FAMILIES)))
-        sizes = self.plan.dev_items, self.scenario.external_items
+        sizes = self.plan.items, self.external_items
         scored = [self.answers(runs, nothing, luck, n) for luck, n in zip(self.luck(len(seeds)), sizes, strict=True)]
         return SeedPool((RunReplicates(*(one.replicates(ORIGIN, seeds) for one in scored)),))
 
@@ -135,8 +147,8 @@ class Draw:
         t_BRF = _by_run(ranks, np.take_along_axis(state.t_BKF, order[..., None], axis=1), state.standing_t_BF)
         asked = [row for row, rank in enumerate(ranks) if rank <= 0 or self.scenario.ask == "all"]
         told = [runs[row] for row in asked]
-        dev = self.answers(runs, d_BRF, dev_luck, self.plan.dev_items)
-        external = self.answers(told, t_BRF[:, asked], external_luck[:, asked], self.scenario.external_items)
+        dev = self.answers(runs, d_BRF, dev_luck, self.plan.items)
+        external = self.answers(told, t_BRF[:, asked], external_luck[:, asked], self.external_items)
         scores = {name_of(rank, number): -float(rank) for rank in range(self.plan.explorers)}
         origin = (ORIGIN if away else ANCHOR) if self.scenario.drift else None
         return RoundItems(number, ANCHOR, scores, dev, external, WEIGHTS, WEIGHTS, origin), order
@@ -149,8 +161,8 @@ class Draw:
     def order(self, state: State, dev_luck_BKF: np.ndarray, external_luck_BKF: np.ndarray) -> np.ndarray:
         """The axes by their A-half scores, best first, (B, K). An A half is drawn as a normal, not item by item."""
         dice = self.rng.normal(size=state.d_BKF.shape[:2])
-        dev = (state.d_BKF + dev_luck_BKF).mean(-1) + dice * math.sqrt(self.noise.flips / 2 / self.plan.dev_items)
-        half = self.scenario.external_items / 2
+        dev = (state.d_BKF + dev_luck_BKF).mean(-1) + dice * math.sqrt(self.noise.flips / 2 / self.plan.items)
+        half = self.external_items / 2
         external = (state.t_BKF + external_luck_BKF).mean(-1) + dice * math.sqrt(self.noise.flips / 2 / half)
         return np.argsort(-np.where(state.external_B[:, None], external, dev), axis=1)
 
@@ -159,3 +171,8 @@ def _by_run(ranks: np.ndarray, gains_BKF: np.ndarray, standing_BF: np.ndarray) -
     """True gain of each run over the standing settings, (B, R, F): the anchor's is nothing, the origin is behind."""
     fixed = np.stack([-standing_BF, np.zeros_like(standing_BF)], axis=1)
     return np.concatenate([fixed, gains_BKF], axis=1)[:, ranks + 2]
+
+
+def of_families(items: float) -> int:
+    """The nearest number of items that the families share alike, at least two each."""
+    return max(2, round(items / len(FAMILIES))) * len(FAMILIES)

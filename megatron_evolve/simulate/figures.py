@@ -14,31 +14,36 @@ import numpy as np
 
 from megatron_evolve.eval.paired import wilson
 from megatron_evolve.gap import OVERALL
-from megatron_evolve.simulate.campaigns import Told, run_campaigns
+from megatron_evolve.simulate.campaigns import PLAN, Told, run_campaigns
+from megatron_evolve.simulate.draw import Plan
 from megatron_evolve.simulate.noise import NOISE, Noise
 from megatron_evolve.simulate.scenarios import SCENARIOS, Scenario, scenario
 
-CAMPAIGNS = 500
 
-
-def simulate(names: Sequence[str], noise: str, campaigns: int, seed: int) -> list[dict[str, Any]]:
-    """The figures of these scenarios, of all where none is named, in order."""
+def simulate(
+    names: Sequence[str], noise: str, campaigns: int, seed: int, plan: Plan = PLAN, shared: float = 0.0
+) -> list[dict[str, Any]]:
+    """The figures of these scenarios, of all where none is named, in order; `shared`: flips common to explorers."""
     if noise not in NOISE:
         raise ValueError(f"expected one of the noises {', '.join(NOISE)}, got {noise!r}: choose one")
     chosen = [scenario(name) for name in names] or list(SCENARIOS.values())
-    return [figures(one, NOISE[noise], campaigns, seed) | {"noise": noise} for one in chosen]
+    dice = NOISE[noise].replace(shared=shared)
+    return [figures(one, dice, campaigns, seed, plan) | {"noise": noise, "shared_flips": shared} for one in chosen]
 
 
-def figures(one: Scenario, noise: Noise, campaigns: int, seed: int) -> dict[str, Any]:
+def figures(one: Scenario, noise: Noise, campaigns: int, seed: int, plan: Plan = PLAN) -> dict[str, Any]:
     """One scenario's figures. Accuracy units: 0.01 is one point."""
     start = time.perf_counter()
-    told = run_campaigns(one, noise, campaigns, seed)
-    best = None if one.harmless else run_campaigns(one, noise, campaigns, seed, known=True)
+    told = run_campaigns(one, noise, campaigns, seed, plan)
+    best = None if one.harmless else run_campaigns(one, noise, campaigns, seed, plan, known=True)
     by_round = [rate(told.first_round <= number) for number in range(1, told.alarms.shape[1] + 1)]
     return {
         "scenario": one.name,
         "about": one.about,
         "harmless": one.harmless,
+        "items": plan.items,
+        "anchor_runs": plan.rules.anchor_seeds,
+        "origin_runs": plan.origin_seeds,
         "campaigns": campaigns,
         "seed": seed,
         "seconds": time.perf_counter() - start,
@@ -128,8 +133,10 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     first = found[0]
     told = (
-        f"{first['campaigns']} campaigns a scenario, seed {first['seed']}, noise {first['noise']}; brackets are 95 % "
-        f"intervals over campaigns. bound: the same with the noise of a run known."
+        f"{first['campaigns']} campaigns a scenario, seed {first['seed']}; {first['items']} dev-B items, "
+        f"{first['anchor_runs']} anchor runs a round, {first['origin_runs']} of the origin; noise {first['noise']}, "
+        f"{100 * first['shared_flips']:.0f} % of flips common to all explorers.\n"
+        "Brackets are 95 % intervals over campaigns; bound: the last power, had the noise of a run been known."
     )
     return "\n".join([*lines, "", told])
 

@@ -21,7 +21,10 @@ Gains = Callable[[np.random.Generator, tuple[int, int]], tuple[np.ndarray, np.nd
 
 @dataclass(frozen=True)
 class Scenario:
-    """One kind of campaign. `apart`: the scopes (overall, families) in which dev and target truly part."""
+    """One kind of campaign. `apart`: the scopes (overall, families) in which dev and target truly part.
+
+    external_share: items of the target over those of dev-B. ask: whose external score is asked, as in a policy.
+    """
 
     name: str
     about: str
@@ -30,7 +33,7 @@ class Scenario:
     uneven: float = 0.0
     slope: float = 0.0
     kept: float = 1.0
-    external_items: int = 500
+    external_share: float = 1.0
     ask: str = "all"
     lie: float = 0.0
     drift: float = 0.0
@@ -105,7 +108,9 @@ SCENARIOS: Mapping[str, Scenario] = {
             uneven=0.02,
             slope=0.5,
         ),
-        replace(_TRACKS, name="noisy-external", about="as tracks, the target asks 100 items", external_items=100),
+        replace(
+            _TRACKS, name="noisy-external", about="as tracks, the target asks a fifth of the items", external_share=0.2
+        ),
         replace(_TRACKS, name="few-looks", about="as tracks, the target is asked of one explorer", ask="best"),
         replace(
             _TRACKS,

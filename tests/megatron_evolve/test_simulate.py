@@ -185,6 +185,23 @@ def test_simulate_command():
     assert found[0]["looks_used"] == {"campaign": 64, "to_detect": None}
     text = runner.invoke(app, ["simulate", "inverse", "--campaigns", "20"]).stdout
     assert re.search(r"^inverse +\S+ \[", text, re.MULTILINE) and "20 campaigns a scenario" in text
+    sized = [
+        "simulate",
+        "inverse",
+        "--campaigns",
+        "20",
+        "--items",
+        "100",
+        "--anchors",
+        "2",
+        "--shared",
+        "0.6",
+        "--json",
+    ]
+    one = json.loads(runner.invoke(app, sized).stdout)
+    assert (one["items"], one["anchor_runs"], one["shared_flips"]) == (100, 2, 0.6)
+    assert one["power_by_round"][0] < found[1]["power_by_round"][0]
+    assert "expected a multiple of 5 items" in runner.invoke(app, ["simulate", "--items", "101"]).stderr
     wrong = runner.invoke(app, ["simulate", "nul"])
     assert wrong.exit_code == 1 and "expected a scenario, got 'nul'" in wrong.stderr
     assert "expected one of the noises" in runner.invoke(app, ["simulate", "--noise", "loud"]).stderr
