@@ -114,16 +114,8 @@ def _looks(told: Told) -> float | None:
     return float((told.first_round[seen] * told.asked / rounds).mean()) if seen.any() else None
 
 
-HEADER = (
-    "scenario",
-    "alarms per campaign",
-    "wrong scope",
-    "power by round",
-    "bound",
-    "rounds",
-    "looks",
-    "external, pt",
-)
+HEADER = ("scenario", "alarms per campaign", "wrong scope", "power by round", "bound", "rounds", "looks")
+HEADER += ("visible, pt", "external, pt")
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
@@ -136,7 +128,8 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         f"{first['campaigns']} campaigns a scenario, seed {first['seed']}; {first['items']} dev-B items, "
         f"{first['anchor_runs']} anchor runs a round, {first['origin_runs']} of the origin; noise {first['noise']}, "
         f"{100 * first['shared_flips']:.0f} % of flips common to all explorers.\n"
-        "Brackets are 95 % intervals over campaigns; bound: the last power, had the noise of a run been known."
+        "Brackets are 95 % intervals over campaigns. bound: the last power, had the noise of a run been known. visible:\n"
+        "mean dev gain of all explorers that the last round sees in 80 % of campaigns, if none of it arrives."
     )
     return "\n".join([*lines, "", told])
 
@@ -157,6 +150,7 @@ def _row(one: dict[str, Any]) -> tuple[str, ...]:
         _share(bound[-1]) if bound else "-",
         f"{time_to['mean_of_found']:.1f}" if time_to and time_to["mean_of_found"] else "-",
         f"{spent:.0f} of {looks['campaign']}" if spent else str(looks["campaign"]),
+        f"{100 * one['minimum_detectable_effect']['mean']:.1f}",
         f"{100 * reached['mean']:+.1f} [{100 * reached['low']:+.1f}, {100 * reached['high']:+.1f}]",
     )
 
