@@ -55,7 +55,7 @@ def figures(one: Scenario, noise: Noise, campaigns: int, seed: int, plan: Plan =
         "power_by_round_and_estimand": _by_estimand(told),
         "bound_by_round": None if best is None else _power(best.first_round, best.alarms.shape[1]),
         "rounds_to_detect": None if one.harmless else _time(told),
-        "moves_per_round": rate(told.moved.ravel()),
+        "moves_per_round": rate(told.moved.mean(1)),
         "looks_used": {"campaign": told.asked, "to_detect": None if one.harmless else _looks(told)},
         "dev_reached": mean(told.reached_dev),
         "external_reached": mean(told.reached_external),
