@@ -162,8 +162,8 @@ def decide(looks: Sequence[Look], number: int, rule: GapTest) -> list[Decision]:
         mine = [look for look in looks if (look.domain == OVERALL) == half]
         asked = [look for look in mine if look.asked]
         if asked:
-            alarm = holm_levels(np.stack([look.alarm_p for look in asked]), rule.level)
-            tracking = holm_levels(np.stack([look.tracking_p for look in asked]), rule.level)
+            alarm = holm_levels(np.stack(np.broadcast_arrays(*(look.alarm_p for look in asked))), rule.level)
+            tracking = holm_levels(np.stack(np.broadcast_arrays(*(look.tracking_p for look in asked))), rule.level)
             levels = {id(look): both for look, *both in zip(asked, alarm, tracking, strict=True)}
         for look in mine:
             if look.missing:

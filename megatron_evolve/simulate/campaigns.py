@@ -95,7 +95,7 @@ def _together(draw: Draw, plan: Plan, known: bool) -> Told:
         looks = [look for _, of_scope in looks_at(rounds, rule, pool) for look in of_scope]
         found = _alarms(looks, number, rule, draw.campaigns)
         alarms.append(found)
-        asked += 2 * len({name for name, _ in items.external_answers.runs} - {"origin"})  # on two halves
+        asked += 2 * len({name for name, _ in items.external_answers.runs})  # on two halves
         moves.append(_promoted(items, pool, state.external_B, plan))
         state = _after(state, moves[-1], order, found.any(-1), scenario)
     reached = state.standing_d_BF.mean(-1), state.standing_t_BF.mean(-1)

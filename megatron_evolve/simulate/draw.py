@@ -35,7 +35,7 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The runs of a round: who, under which seeds, and which explorer (by rank) each belongs to."""
+    """What a round runs: who, under which seeds, and on how many items of dev-B (and, by scenario, of the target)."""
 
     rules: Constitution = field(default=Constitution())
     replicates: Replicates = field(default=Replicates())
