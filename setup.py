@@ -15,6 +15,7 @@ SUBFOLDERS = (
     "substrate/train",
     "eval/engines",
     "megatron_evolve/report",
+    "megatron_evolve/simulate",
     "megatron_evolve/workers",
     "megatron_evolve/worlds",
 )

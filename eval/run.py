@@ -16,8 +16,7 @@ from typing import Any
 
 from megatron_evolve.eval.engines.seam import Completion, Examinee, Prompt, ask
 from megatron_evolve.eval.judge import Judge, comparison_key, load_judge
-from megatron_evolve.eval.metric import exact, extract, has_box, verify
-from megatron_evolve.eval.score import SCORES_FILE, ItemRows, split_scores, write_rows
+from megatron_evolve.eval.score import SCORES_FILE, ItemRows, answer_row, split_scores, write_rows
 from megatron_evolve.eval.suite import Item, family_weights
 from megatron_evolve.launch.rundir import RunDirError, make_folder, write_json
 from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
@@ -80,20 +79,8 @@ def score(
     return record
 
 
-def _row(item: Item, split: str, completion: Completion) -> dict[str, Any]:
-    prediction = extract(completion.text)
-    return {
-        "item_id": item.id,
-        "family": item.family,
-        "subfamily": item.subfamily,
-        "split": split,
-        "correct": verify(item.answer, prediction),
-        "exact": exact(item.answer, prediction),
-        "boxed": has_box(completion.text),
-        "truncated": completion.truncated,
-        "num_tokens": completion.num_tokens,
-        "prediction": prediction,
-    }
+def _row(item: Item, split: str, given: Completion) -> dict[str, Any]:
+    return answer_row(item, split, given.text, truncated=given.truncated, num_tokens=given.num_tokens)
 
 
 def _split_record(

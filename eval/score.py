@@ -8,12 +8,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
+from megatron_evolve.eval.metric import exact, extract, has_box, verify
 from megatron_evolve.eval.paired import RunItems, wilson
 from megatron_evolve.eval.seeds import weight_vector
+from megatron_evolve.eval.suite import Item
 from megatron_evolve.launch.rundir import read_json, write_whole
 from megatron_evolve.substrate.frozen import Frozen
 
@@ -100,6 +103,23 @@ def _check_columns(names: Mapping | Sequence[str], where: str) -> None:
             f"expected {where} with the columns {', '.join(COLUMNS)}, got {', '.join(names)} "
             f"(missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}): score the run again"
         )
+
+
+def answer_row(item: Item, split: str, text: str, *, truncated: bool, num_tokens: int) -> dict[str, Any]:
+    """The row of one item and what was answered to it: every score is made of these."""
+    prediction = extract(text)
+    return {
+        "item_id": item.id,
+        "family": item.family,
+        "subfamily": item.subfamily,
+        "split": split,
+        "correct": verify(item.answer, prediction),
+        "exact": exact(item.answer, prediction),
+        "boxed": has_box(text),
+        "truncated": truncated,
+        "num_tokens": num_tokens,
+        "prediction": prediction,
+    }
 
 
 class Score(Frozen):

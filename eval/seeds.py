@@ -4,7 +4,8 @@ Replicates of one candidate differ by s^2 on fixed items. Of that psi_rep / 2n i
 the item variance of a paired difference counts already, so only the excess max(0, s^2 - psi_rep / 2n) is a run's own.
 s^2 is taken per run of whatever is judged (dev, external, or the gap between them), because dev and external share the
 weights, and pooled within candidates. Made from answers once, kept as moments: the origin's are frozen with the judge.
-Letters: k replicates, n items, F families.
+Letters: k replicates, n items, F families. Every number of a campaign may be an array over campaigns instead, as a
+leading axis (`...`): the simulator runs thousands through the very functions that judge one.
 """
 
 import math
@@ -31,14 +32,26 @@ def weight_vector(weights: Mapping[str, float], families: Sequence[str]) -> np.n
     return w / math.fsum(w)
 
 
-def weighted_sum(values_F: np.ndarray, w: np.ndarray) -> float:
-    """Rounded once at the end, so that no relabelling of the families moves a bit."""
-    return math.fsum((values_F * w).tolist())
+def total(values: np.ndarray) -> float | np.ndarray:
+    """Sum over the last axis; one campaign's is rounded once, at the end, so that no relabelling moves a bit."""
+    return math.fsum(values.tolist()) if values.ndim == 1 else values.sum(-1)
+
+
+def weighted_sum(values_F: np.ndarray, w: np.ndarray) -> float | np.ndarray:
+    """Weighted sum over families, (..., F) to (...)."""
+    return total(values_F * w)
+
+
+def sums_by(codes: np.ndarray, values: np.ndarray, num: int) -> np.ndarray:
+    """Sum of the items' values by code, (..., n) to (..., num); `codes` below `num` name the group of an item."""
+    rows = values.reshape(-1, values.shape[-1])
+    place = codes + num * np.arange(len(rows))[:, None]
+    return np.bincount(place.ravel(), rows.ravel(), num * len(rows)).reshape(*values.shape[:-1], num)
 
 
 def family_means(correct_Rn: np.ndarray, codes: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Mean of each run over the items of each family, (R, F); `codes` names the family of an item."""
-    return np.stack([np.bincount(codes, row, len(counts)) for row in correct_Rn]) / counts
+    """Mean of each run over the items of each family, (..., R, F); `codes` names the family of an item."""
+    return sums_by(codes, correct_Rn, len(counts)) / counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +78,9 @@ class Replicates:
             raise ValueError(f"expected at least 2 runs of one candidate, got {list(runs)}: one seed shows no variance")
         counts = np.bincount(codes, minlength=len(families))
         means = family_means(correct_kn, codes, counts)
-        residual = correct_kn - correct_kn.mean(0) - (means - means.mean(0))[:, codes]
-        square = np.bincount(codes, (residual**2).sum(0), len(families))
+        centred = means - means.mean(-2, keepdims=True)
+        residual = correct_kn - correct_kn.mean(-2, keepdims=True) - centred[..., codes]
+        square = sums_by(codes, (residual**2).sum(-2), len(families))
         flips = square / ((len(runs) - 1) * (counts - 1.0) * counts)
         return cls(candidates.pop(), tuple(seed for _, seed in runs), tuple(families), means, flips)
 
@@ -74,7 +88,7 @@ class Replicates:
         """The same with fewer runs."""
         keep = [position for position, seed in enumerate(self.seeds) if seed not in seeds]
         left = tuple(self.seeds[position] for position in keep)
-        return Replicates(self.candidate, left, self.families, self.means_kF[keep], self.flips_F)
+        return Replicates(self.candidate, left, self.families, self.means_kF[..., keep, :], self.flips_F)
 
     def to_dict(self) -> dict:
         return {
@@ -95,13 +109,13 @@ class Replicates:
 class SeedVariance:
     """Variance s^2 between replicates of one run's score on fixed items, the flips' share of it, and its df."""
 
-    replicate: float
-    flips: float
+    replicate: float | np.ndarray
+    flips: float | np.ndarray
     df: float
 
     @property
-    def excess(self) -> float:
-        return max(0.0, self.replicate - self.flips)
+    def excess(self) -> float | np.ndarray:
+        return np.maximum(0.0, self.replicate - self.flips)
 
     def draws(self) -> tuple[np.ndarray, np.ndarray]:
         """What the excess may truly be, with probabilities: df s^2 / W - psi_rep / 2n, not below 0, W ~ chi^2(df).
@@ -112,7 +126,8 @@ class SeedVariance:
         flips is no chi^2; counting the flips' df back in cost all power below 8 df.
         """
         chi2, probability = _chi2_nodes(self.df)
-        return np.maximum(0.0, self.df * self.replicate / chi2 - self.flips), probability
+        squares, flips = (np.asarray(one)[..., None] for one in (self.df * self.replicate, self.flips))
+        return np.maximum(0.0, squares / chi2 - flips), probability
 
 
 Term = tuple[float, Replicates, Mapping[str, float]]  # factor, replicates of one split, family weights
@@ -140,11 +155,12 @@ def seed_variance(groups: Sequence[Sequence[Term]]) -> SeedVariance | None:
         score, flip = 0.0, 0.0
         for factor, replicates, weights in group:
             w = weight_vector(weights, replicates.families)
-            score = score + factor * np.array([weighted_sum(means_F, w) for means_F in replicates.means_kF])
-            flip += factor**2 * weighted_sum(replicates.flips_F, w**2)
+            by_run = np.moveaxis(replicates.means_kF, -2, 0)
+            score = score + factor * np.array([weighted_sum(means_F, w) for means_F in by_run])
+            flip = flip + factor**2 * weighted_sum(replicates.flips_F, w**2)
         degrees = len(score) - 1
-        squares += float(((score - score.mean()) ** 2).sum())
-        flips += degrees * flip
+        squares = squares + ((score - score.mean(0)) ** 2).sum(0)
+        flips = flips + degrees * flip
         df += degrees
     return SeedVariance(squares / df, flips / df, df) if df else None
 

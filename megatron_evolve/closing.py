@@ -51,12 +51,12 @@ def final_comparison(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     outside = _origins(desk.ground)
     mine, theirs = closing_runs(desk.campaign, policy.round, standing, origin, desk.origin)
     names = {"standing": standing.id, "origin": origin.id, "same": False}
-    mine = _finished(desk, desk.ground, mine, "train")
+    mine = finish(desk, desk.ground, mine, "train")
     if not mine:
         return {**names, **compare([], [], desk.origin, desk.weights, [])}
     _pay(desk, policy, FINAL_STAGE, [standing.id, origin.id], [*mine, *theirs])
-    mine = _finished(desk, desk.ground, mine, FINAL_STAGE)
-    theirs = _finished(desk, outside, theirs, FINAL_STAGE)
+    mine = finish(desk, desk.ground, mine, FINAL_STAGE)
+    theirs = finish(desk, outside, theirs, FINAL_STAGE)
     answers = [[sealed_answers(folder, run) for run in runs] for runs in (mine, theirs)]
     return {**names, **compare(*answers, desk.origin, desk.weights, desk.all_evidence())}
 
@@ -69,13 +69,13 @@ def final_survey(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
         ground = _origins(ground)
         _pay(desk, policy, FINAL_STAGE, [runs[0].candidate.id], runs)
     else:
-        runs = _finished(desk, ground, runs, "train")
+        runs = finish(desk, ground, runs, "train")
     for stage in stages:
         if not runs:
             break
         if stage != FINAL_STAGE:
             _pay(desk, policy, stage, [runs[0].candidate.id], runs)
-        runs = _finished(desk, ground, runs, stage)
+        runs = finish(desk, ground, runs, stage)
     return survey(desk.ground.folder, runs, stages)
 
 
@@ -104,8 +104,8 @@ def closing_runs(
     return [Run(number, standing, seed) for seed in seeds], [Run(ORIGIN_ROUND, origin, seed) for seed in scored.seeds]
 
 
-def _finished(desk: Desk, ground: Ground, runs: Sequence[Run], stage: Stage) -> list[Run]:
-    """Runs one stage of some runs, each end an event, and returns those that finished. Raises Stopped."""
+def finish(desk: Desk, ground: Ground, runs: Sequence[Run], stage: Stage) -> list[Run]:
+    """Takes some runs through one stage, each end an event, and returns those that finished. Raises Stopped."""
     todo = [(run, stage) for run in runs if desk.ledger.find("ended", f"{run.key}/{stage}") is None]
     for end in drive(ground, desk.launcher, todo, lambda end: (), desk.stop):
         desk.record(end, ground)

@@ -19,6 +19,12 @@ class GapRule(Frozen):
         default=0.05, gt=0, lt=0.5, description="false-alarm probability per campaign, all looks together"
     )
     window: int = Field(default=4, ge=1, le=100, description="rounds that a verdict pools")
+    estimands: tuple[Literal["selected", "mean", "cumulative"], ...] = Field(
+        default=("selected", "mean"),
+        min_length=1,
+        description="what is judged in every round: the A half's winner, the mean of all explorers, the standing "
+        "settings against the origin (which takes a look more on each external half once they have moved)",
+    )
 
 
 class Limits(Frozen):

@@ -1,12 +1,13 @@
 """The desk: what the steps of an open campaign work with, and the two ways they may have to pause."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_evolve.artefacts import load_json, load_yaml_checked
 from megatron_evolve.campaign import Campaign
-from megatron_evolve.eval.looks import Looks
+from megatron_evolve.eval.looks import Look, Looks
+from megatron_evolve.eval.suite import Split
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.facts import RoundFacts, round_facts
 from megatron_evolve.jobs import Ground, StageEnd
@@ -15,6 +16,7 @@ from megatron_evolve.ledger import Ledger
 from megatron_evolve.origin import Origin
 from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.review import Weights
+from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
 
 STOPPED = "stopped as asked: everything finished is kept; run the same command to go on"
@@ -56,6 +58,25 @@ class Desk:
         facts = {name: getattr(end, name) for name in ("outcome", "reason", "cpu_seconds", "seconds", "attempts")}
         self.ledger.once("ended", f"{end.run.key}/{end.stage}", lambda: {"end": facts, "files": ground.files(end)})
         self.on_progress("ended", {"round": end.run.round, "stage": end.stage, "end": end})
+
+    def pay(self, number: int, name: str, keys: Sequence[str], split: Split) -> None:
+        """Enters the look at one candidate's score. Its items are named by what draws them, so none is opened here."""
+        self.looks.pay(
+            Look(
+                candidates=(name,),
+                runs=tuple(keys),
+                purpose="select" if split.endswith("-a") else "judge",
+                split=split,
+                round=number,
+                item_set=digest_of({"judge": self.judge_digest, "split": split, "round": number}),
+                items=self.suites["items"][split],
+            )
+        )
+
+    def may_ask(self, number: int, name: str, split: Split) -> bool:
+        """Whether the external budget has a look left for this question, or it was paid before."""
+        paid = self.looks.paid(candidate=name, round_number=number, split=split) is not None
+        return paid or self.looks.spent < self.looks.external_budget
 
     def facts(self, number: int) -> RoundFacts:
         """What a round whose runs have ended left behind."""

@@ -165,7 +165,10 @@ def _proposal(data: dict[str, Any], policy: SearchPolicy) -> ProposalFacts:
 def _runs(
     folder: CampaignFolder, campaign_seed: int, number: int, name: str, found: dict[int, dict[str, Any]]
 ) -> tuple[RunFacts, ...]:
-    """Runs in order of replicate, which is the order their seeds are drawn in, whatever order they ended in."""
+    """Runs in order of replicate, which is the order their seeds are drawn in, whatever order they ended in.
+
+    The origin's frozen runs, asked again, were drawn under no seed of the round: by seed.
+    """
     order: list[int] = []
     for replicate in range(MAX_REPLICATES):
         if len(order) == len(found):
@@ -173,4 +176,5 @@ def _runs(
         seed = run_seed(campaign_seed, number, name, replicate)
         if seed in found:
             order.append(seed)
+    order += sorted(set(found) - set(order))
     return tuple(RunFacts(name, seed, folder.run(number, name, seed), found[seed]) for seed in order)

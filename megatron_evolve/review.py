@@ -30,9 +30,10 @@ from megatron_evolve.evidence import (
     ScoreValue,
 )
 from megatron_evolve.facts import RoundFacts, RunFacts
+from megatron_evolve.gap import OVERALL, GapTest, rule_of
 from megatron_evolve.origin import Origin
 from megatron_evolve.policy import SearchPolicy
-from megatron_evolve.verdict import OVERALL, GapTest, Verdict, judge
+from megatron_evolve.verdict import Verdict, judge
 from megatron_evolve.window import RoundItems
 
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -87,17 +88,11 @@ def review(
     all rounds before the last one keeps; `looks` the account's counts so far.
     """
     facts = window[-1]
-    rounds = [round_items(one, weights) for one in window if one.has_anchor]
+    judged_origin = origin.candidate if "cumulative" in constitution.gap.estimands else None
+    rounds = [round_items(one, weights, judged_origin) for one in window if one.has_anchor]
     replicates = rounds[-1].replicates() if facts.has_anchor else ()
     pool = SeedPool((*origin.pooled(), *(RunReplicates.from_dict(one) for one in earlier), *replicates))
-    rule = GapTest(
-        rounds=tuple(range(1, constitution.rounds + 1)),
-        domains=tuple(sorted(weights.external)) if weights.external else (),
-        estimands=("selected", "mean"),
-        beta0=constitution.gap.beta0,
-        alpha=constitution.gap.alpha,
-        window=constitution.gap.window,
-    )
+    rule = rule_of(constitution, sorted(weights.external) if weights.external else ())
     verdicts = judge(rounds, rule, pool) if facts.has_anchor else unjudged(rule)
     means = a_half_means(facts, weights)
     reviewed = [_candidate(facts, name, weights, pool) for name in _names(facts)]
@@ -112,7 +107,7 @@ def review(
         candidates=(*reviewed, *_refused(facts)),
         noise=_noise(facts, reviewed, weights, pool),
         minimum_detectable_effect=_detectable(facts, weights, pool),
-        verdicts=tuple(verdict.model_dump(mode="json") for verdict in verdicts),
+        verdicts=tuple(verdict.to_dict() for verdict in verdicts),
         looks=dict(looks),
         replicates=tuple(one.to_dict() for one in replicates),
         cpu_seconds=sum(
@@ -135,11 +130,16 @@ def first_pooled(policy: SearchPolicy, constitution: Constitution) -> int:
     return max(1, policy.objective_since, policy.round - constitution.gap.window + 1)
 
 
-def round_items(facts: RoundFacts, weights: Weights) -> RoundItems:
-    """A round's answers as the gap test wants them: dev-B, and of external what selection has not used."""
+def round_items(facts: RoundFacts, weights: Weights, origin: str | None = None) -> RoundItems:
+    """A round's answers as the gap test wants them: dev-B, and of external what selection has not used.
+
+    `origin`, where it is judged, brings its frozen runs in as far as they were asked this round's items.
+    """
     splits = SPLITS["external-b" if facts.policy.objective == "external" else "external"]
     names = [facts.anchor, *facts.explorers]
     means = {name: _a_half_mean(facts, name, weights) for name in names}
+    asked_again = origin is not None and origin not in names and facts.scored(origin, "dev-b")
+    names += [origin] if asked_again else []
     return RoundItems(
         number=facts.number,
         anchor=facts.anchor,
@@ -148,6 +148,7 @@ def round_items(facts: RoundFacts, weights: Weights) -> RoundItems:
         external=[run.items(splits) for name in names for run in _scored_on_all(facts, name, splits)],
         dev_weights=weights.dev,
         external_weights=weights.external,
+        origin=origin if asked_again or origin == facts.anchor else None,
     )
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from megatron_evolve.artefacts import save_json, save_yaml
 from megatron_evolve.candidate import Candidate, candidate, run_seed
 from megatron_evolve.desk import STOPPED, Desk, Stopped
+from megatron_evolve.drift import ask_origin
 from megatron_evolve.edits import check_edits
-from megatron_evolve.eval.looks import Look
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.jobs import Run, Stage, StageEnd, drive, write_candidate
 from megatron_evolve.meta import next_policy
@@ -142,6 +142,7 @@ def run_candidates(desk: Desk, policy: SearchPolicy) -> RoundRuns:
         ask_external(runs, "external-a")
     ask_external(runs, "external-b")
     pay_dev(runs, "dev-b")
+    ask_origin(desk, policy, runs.runs)
     return runs
 
 
@@ -170,7 +171,7 @@ def pay_dev(runs: RoundRuns, split: str) -> None:
         mine = facts.first(name, split) if split == "dev-a" else facts.scored(name, split)
         if mine:
             keys = [f"{runs.policy.round}/{name}/{run.seed}" for run in mine]
-            runs.desk.looks.pay(look_of(runs, name, keys, split))
+            runs.desk.pay(runs.policy.round, name, keys, split)
 
 
 def ask_external(runs: RoundRuns, stage: Stage) -> None:
@@ -184,9 +185,9 @@ def ask_external(runs: RoundRuns, stage: Stage) -> None:
     stages: list[tuple[Run, Stage]] = []
     for name in asked:
         mine = [run for run in runs.runs[name] if runs.finished(run, "dev")]
-        if not mine or (desk.looks.spent >= desk.looks.external_budget and not _paid(runs, name, stage)):
+        if not mine or not desk.may_ask(policy.round, name, stage):
             continue
-        desk.looks.pay(look_of(runs, name, [run.key for run in mine], stage))
+        desk.pay(policy.round, name, [run.key for run in mine], stage)
         stages += [(run, stage) for run in mine]
     runs.drive(stages, follow=False)
 
@@ -195,24 +196,6 @@ def ranked_or_all(runs: RoundRuns) -> list[str]:
     """Which explorers' external score is asked."""
     explorers = [name for name in runs.runs if name != runs.anchor.id]
     return explorers if runs.policy.ask_external == "all" else ranked(runs)[:1]
-
-
-def _paid(runs: RoundRuns, name: str, stage: Stage) -> bool:
-    return runs.desk.looks.paid(candidate=name, round_number=runs.policy.round, split=stage) is not None
-
-
-def look_of(runs: RoundRuns, name: str, keys: list[str], split: str) -> Look:
-    """The look at one candidate's score. Its items are named by what draws them, so none is opened here."""
-    number, desk = runs.policy.round, runs.desk
-    return Look(
-        candidates=(name,),
-        runs=tuple(keys),
-        purpose="select" if split.endswith("-a") else "judge",
-        split=split,
-        round=number,
-        item_set=digest_of({"judge": desk.judge_digest, "split": split, "round": number}),
-        items=desk.suites["items"][split],
-    )
 
 
 # --- the round -------------------------------------------------------------------------------------------------------

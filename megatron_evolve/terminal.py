@@ -131,7 +131,9 @@ def round_table(one: dict[str, Any]) -> Table:
     """Candidates of a round: dev and external, then its verdicts."""
     verdicts = "; ".join(verdict_words(one.get("verdicts", [])))
     table = Table(
-        title=f"round {one['round']}  (objective {one['objective']})", caption=verdicts or None, title_justify="left"
+        title=f"round {one['round']}  (objective {one['objective']}{_visible(one)})",
+        caption=verdicts or None,
+        title_justify="left",
     )
     for column in ("candidate", "axis", "runs", "dev", "external"):
         table.add_column(column, justify="left" if column in ("candidate", "axis") else "right")
@@ -146,6 +148,13 @@ def round_table(one: dict[str, Any]) -> Table:
             _score(found["external"]),
         )
     return table
+
+
+def _visible(one: dict[str, Any]) -> str:
+    """The smallest dev effect that the round could see: a number in its status, one by split in its evidence."""
+    found = one.get("minimum_detectable_effect")
+    found = found.get("dev-b") if isinstance(found, dict) else found
+    return "" if found is None else f"; smallest visible dev effect {100 * found:.1f} pt"
 
 
 def _score(value: dict[str, Any] | None) -> str:

@@ -1,60 +1,39 @@
-"""The verdict: does a gain on dev still reach the external target? A pure function of what the rounds' runs answered.
+"""The verdict: what may be said of a round, and what would settle what may not. A pure function of the runs' answers.
 
-Let D be the dev gain over the same-round anchor, T the external gain, and G = beta0 x D - T the transfer gap: what dev
-promised, at the least carry-over beta0, and the target did not get. For each estimand (`window.py`):
-
-    DECOUPLED   lower(D) > 0 and lower(G) > 0
-    INVERSE     D > 0 and T < 0, or D < 0 and T > 0, both significant
-    TRACKING    lower(D) > 0 and upper(G) < 0
-    UNRESOLVED  otherwise, with what would settle it
-
-Each outcome is an intersection-union test (Berger 1982), so its p-value is the larger of its two. DECOUPLED and INVERSE
-alarm. All alarms of a campaign together are false with probability alpha at most, whatever their dependence: every
-declared round has an equal share, half of it for the overall estimands and half for the domains, each half by Holm
-(1979). TRACKING claims are held to the same levels among themselves. The null includes T = beta0 x D exactly.
+The outcome is the transfer-gap test's (`gap.py`); here it gets its bounds, the smallest effect that it could have seen,
+and a sentence.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Self
 
+import numpy as np
 from pydantic import Field
 
-from megatron_evolve.eval.paired import Estimate, estimate, minimum_detectable_effect
-from megatron_evolve.eval.seeds import SeedPool, SeedVariance
-from megatron_evolve.substrate.frozen import Frozen
-from megatron_evolve.window import (
-    DESCRIPTION_ALPHA,
-    Estimand,
-    Pair,
-    RoundItems,
-    pair_of,
-    ranking_usable,
-    seed_covariance,
+from megatron_evolve.eval.paired import Estimate, minimum_detectable_effect
+from megatron_evolve.eval.reported import WHOLE
+from megatron_evolve.eval.seeds import SeedPool, weight_vector
+from megatron_evolve.gap import (
+    ALARMS,
+    OVERALL,
+    Decision,
+    GapTest,
+    Look,
+    Outcome,
+    Scope,
+    check_window,
+    decide,
+    looks_at,
+    smallest_visible,
 )
+from megatron_evolve.substrate.frozen import Frozen
+from megatron_evolve.window import DESCRIPTION_ALPHA, Estimand, RoundItems, ranking_usable, seed_covariance
 
-OVERALL = "overall"
-Outcome = Literal["TRACKING", "DECOUPLED", "INVERSE", "UNRESOLVED"]
+__all__ = ["OVERALL", "Bounds", "GapTest", "Verdict", "judge"]
 
 # Beyond this many times the data of now, the honest advice is that nothing affordable settles it.
 MOST_TIMES = 100
-
-
-class GapTest(Frozen):
-    """The rule, from the constitution: never changed and never re-estimated during a campaign."""
-
-    rounds: tuple[int, ...] = Field(description="numbers of the rounds at which a look is declared; they share alpha")
-    domains: tuple[str, ...] = Field(default=(), description="families judged one by one, in addition")
-    estimands: tuple[Estimand, ...] = Field(default=("selected", "mean", "cumulative"), min_length=1)
-    beta0: float = Field(default=0.5, gt=0, description="least share of a dev gain that must reach the target")
-    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="false-alarm probability per campaign")
-    window: int = Field(default=2, ge=1, description="rounds that a verdict pools")
-
-    @property
-    def level(self) -> float:
-        """Share of one look at one half (overall, or domains), before Holm."""
-        return self.alpha / 2 / max(1, len(self.rounds))
 
 
 class Bounds(Frozen):
@@ -73,7 +52,7 @@ class Bounds(Frozen):
 
 
 class Verdict(Frozen):
-    """What may be said. Accuracy units: 0.01 is one point. JSON by `model_dump`, back by `parse`."""
+    """What may be said. Accuracy units: 0.01 is one point."""
 
     outcome: Outcome
     estimand: Estimand
@@ -90,85 +69,19 @@ class Verdict(Frozen):
         default=None, description="dev gain that, had nothing of it reached the target, would be seen with 80 % power"
     )
     ranking_usable: bool = Field(description="dev still orders the explorers as the target does (one-sided 5 %)")
+    attributed_to: tuple[str, ...] = Field(
+        default=(),
+        description="families that make up an alarm's dev gain, where the target tells none by family; no test of them",
+    )
     reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `parse` reads it back. Without `attributed_to` where nothing is attributed."""
+        return self.model_dump(mode="json", exclude=set() if self.attributed_to else {"attributed_to"})
 
     @property
     def alarm(self) -> bool:
-        return self.outcome in ("DECOUPLED", "INVERSE")
-
-
-@dataclass(frozen=True, eq=False)
-class _Look:
-    """One estimand in one domain, estimated; `missing` says why there is no number.
-
-    `asked` is false where nothing was compared, which is known before this round's answers are: such a look takes no
-    share of the level. One that was asked and shows no variance keeps its share.
-    """
-
-    estimand: Estimand
-    domain: str
-    pair: Pair
-    d: Estimate | None = None
-    t: Estimate | None = None
-    g: Estimate | None = None
-    ranking_usable: bool = False
-    missing: str = ""
-    asked: bool = True
-
-    @property
-    def decoupled_p(self) -> float:
-        return max(self.d.p_above(), self.g.p_above())
-
-    @property
-    def inverse_p(self) -> float:
-        return min(max(self.d.p_above(), self.t.p_below()), max(self.d.p_below(), self.t.p_above()))
-
-    @property
-    def alarm_p(self) -> float:
-        return 1.0 if self.missing else min(self.decoupled_p, self.inverse_p)
-
-    @property
-    def tracking_p(self) -> float:
-        return 1.0 if self.missing else max(self.d.p_above(), self.g.p_below())
-
-
-@dataclass(frozen=True, eq=False)
-class _Scope:
-    """Overall or one domain: its weights on both splits, and the seed variance of D, T and G under them."""
-
-    domain: str
-    weights: tuple[Mapping[str, float], Mapping[str, float]]
-    seeds: tuple[SeedVariance | None, ...]
-    ranking_usable: bool
-
-
-def _scope(domain: str, rounds: Sequence[RoundItems], rule: GapTest, pool: SeedPool) -> _Scope | str:
-    dev, external = rounds[-1].dev_weights, rounds[-1].external_weights
-    if domain != OVERALL:
-        if absent := [split for split, weights in (("dev", dev), ("external", external)) if domain not in weights]:
-            return f"{' and '.join(absent)} asked nothing of {domain}, so it cannot be judged alone"
-        dev, external = ({name: float(name == domain) for name in weights} for weights in (dev, external))
-    seeds = tuple(pool.variance(a, dev, b, external) for a, b in ((1.0, 0.0), (0.0, 1.0), (rule.beta0, -1.0)))
-    if any(one is None for one in seeds):
-        return "no candidate was run twice on dev and external, so the noise of a seed is unknown: run the anchor twice"
-    luck = seed_covariance(seeds, rule.beta0)
-    return _Scope(domain, (dev, external), seeds, ranking_usable(rounds, dev, external, luck))
-
-
-def _look(estimand: Estimand, pair: Pair, domain: str, scope: _Scope | str, rule: GapTest) -> _Look:
-    if pair.missing or isinstance(scope, str):
-        return _Look(estimand, domain, pair, missing=pair.missing or scope, asked=False)
-    dev, external = ((one, weights) for one, weights in zip((pair.dev, pair.external), scope.weights, strict=True))
-    d = estimate([(1.0, *dev)], scope.seeds[0])
-    t = estimate([(1.0, *external)], scope.seeds[1])
-    g = estimate([(rule.beta0, *dev), (-1.0, *external)], scope.seeds[2])
-    flat = [name for name, one in (("dev-B", d), ("external", t)) if not one.item_variance]
-    if flat:
-        missing = (
-            f"no item of {' and of '.join(flat)} tells the two sides apart, so no variance can be had: ask more items"
-        )
-        return _Look(estimand, domain, pair, missing=missing)
-    return _Look(estimand, domain, pair, d, t, g, scope.ranking_usable)
+        return self.outcome in ALARMS
 
 
 def judge(rounds_in_window: Sequence[RoundItems], rule: GapTest, pool: SeedPool) -> tuple[Verdict, ...]:
@@ -178,58 +91,25 @@ def judge(rounds_in_window: Sequence[RoundItems], rule: GapTest, pool: SeedPool)
     ValueError for rounds out of order or of different suites, and whatever a comparison raises on bad items.
     """
     rounds = tuple(rounds_in_window)
-    _check_window(rounds, rule)
-    pairs = {estimand: pair_of(estimand, rounds) for estimand in rule.estimands}
-    verdicts: list[Verdict] = []
-    for domains in ((OVERALL,), rule.domains):
-        looks = []
-        for domain in domains:
-            # Without a target there is nothing to weigh: no pair, no scope.
-            scope = "" if all(pair.missing for pair in pairs.values()) else _scope(domain, rounds, rule, pool)
-            looks += [_look(estimand, pairs[estimand], domain, scope, rule) for estimand in rule.estimands]
-        alarm = holm_levels([look.alarm_p for look in looks if look.asked], rule.level)
-        tracking = holm_levels([look.tracking_p for look in looks if look.asked], rule.level)
-        for look in looks:
-            if look.missing:
-                verdicts.append(_without_number(look))
-            else:
-                levels = alarm[look.alarm_p], tracking[look.tracking_p]
-                verdicts.append(_verdict(look, levels, rounds[-1].number, rule))
+    check_window(rounds, rule)
+    found = looks_at(rounds, rule, pool)
+    ranks = {look.domain: _ranks(scope, rounds, rule) for scope, looks in found for look in looks if not look.missing}
+    verdicts = []
+    last = rounds[-1]
+    for decision in decide([look for _, looks in found for look in looks], last.number, rule):
+        look = decision.look
+        if look.missing:
+            verdicts.append(_without_number(look))
+        else:
+            verdicts.append(_verdict(decision, ranks[look.domain], last.dev_weights, last.number, rule))
     return tuple(verdicts)
 
 
-def _check_window(rounds: Sequence[RoundItems], rule: GapTest) -> None:
-    numbers = [one.number for one in rounds]
-    if not 1 <= len(rounds) <= rule.window or numbers != sorted(set(numbers)):
-        raise ValueError(f"expected 1 to {rule.window} rounds in order, got {numbers}: hand over the window's rounds")
-    for one in rounds[1:]:
-        for ours, theirs in (
-            (rounds[0].dev_weights, one.dev_weights),
-            (rounds[0].external_weights, one.external_weights),
-        ):
-            if ours.keys() != theirs.keys() or any(not math.isclose(ours[name], theirs[name]) for name in ours):
-                raise ValueError(
-                    f"expected one weighting of families in rounds {numbers}, got {dict(ours)} and {dict(theirs)}: "
-                    "pool only rounds of one suite"
-                )
+def _ranks(scope: Scope, rounds: Sequence[RoundItems], rule: GapTest) -> bool:
+    return ranking_usable(rounds, *scope.weights, seed_covariance(scope.seeds, rule.beta0))
 
 
-def holm_levels(p_values: Sequence[float], alpha: float) -> dict[float, float]:
-    """The level at which Holm's step-down tests each p-value; it rejects where p <= level.
-
-    From the smallest on, the k-th of m meets alpha / (m - k + 1); the first to fail keeps its level for all after it.
-    Equal p-values meet one level, so that their order does not matter.
-    """
-    level_of: dict[float, float] = {}
-    level = alpha
-    for place, p in enumerate(sorted(p_values)):
-        if not level_of or max(level_of) <= level:
-            level = alpha / (len(p_values) - place)
-        level_of.setdefault(p, level)
-    return level_of
-
-
-def _without_number(look: _Look) -> Verdict:
+def _without_number(look: Look) -> Verdict:
     return Verdict(
         outcome="UNRESOLVED",
         estimand=look.estimand,
@@ -240,15 +120,26 @@ def _without_number(look: _Look) -> Verdict:
     )
 
 
-def _verdict(look: _Look, levels: tuple[float, float], number: int, rule: GapTest) -> Verdict:
-    level = levels[0] if look.alarm_p <= look.tracking_p else levels[1]
-    outcome, declared = "UNRESOLVED", number in rule.rounds
-    if declared and min(look.alarm_p, look.tracking_p) <= level:
-        outcome = "TRACKING" if look.tracking_p < look.alarm_p else "DECOUPLED"
-        outcome = "INVERSE" if look.inverse_p <= level else outcome
+def _attributed(look: Look, weights: Mapping[str, float]) -> tuple[str, ...]:
+    """The fewest families that together make half of the dev change, the largest first, if the target names none."""
+    if look.pair.external.families != (WHOLE,):
+        return ()
+    dev = look.pair.dev
+    shares = weight_vector(weights, dev.families) * dev.means_F * math.copysign(1, look.d.mean)
+    found: list[str] = []
+    made = 0.0
+    for place in np.argsort(-shares, kind="stable"):
+        if made < abs(look.d.mean) / 2:
+            found.append(dev.families[place])
+            made += shares[place]
+    return tuple(found)
+
+
+def _verdict(decision: Decision, ranks: bool, dev_weights: Mapping[str, float], number: int, rule: GapTest) -> Verdict:
+    look, outcome, level = decision.look, decision.outcome, float(decision.level)
     reason = f"round {number} is not a declared look, so it reports the effects and claims nothing"
-    if declared:
-        reason = _reason(outcome, look, level, rule)
+    if number in rule.rounds:
+        reason = _reason(outcome, look, ranks, level, rule)
     sure = min(look.d.p_above(), look.d.p_below()) <= DESCRIPTION_ALPHA / 2
     return Verdict(
         outcome=outcome,
@@ -259,11 +150,10 @@ def _verdict(look: _Look, levels: tuple[float, float], number: int, rule: GapTes
         gap=Bounds.of(look.g, level),
         transfer_slope=look.t.mean / look.d.mean if sure else None,
         df=look.g.df,
-        alpha_spent=level if declared else 0.0,
-        minimum_detectable_effect=max(
-            minimum_detectable_effect(look.d, level), minimum_detectable_effect(look.g, level) / rule.beta0
-        ),
-        ranking_usable=look.ranking_usable,
+        alpha_spent=level if number in rule.rounds else 0.0,
+        minimum_detectable_effect=smallest_visible(look, level, rule.beta0),
+        ranking_usable=ranks,
+        attributed_to=_attributed(look, dev_weights) if outcome in ALARMS else (),
         reason=_sentence(reason),
     )
 
@@ -276,10 +166,10 @@ def _points(value: float) -> str:
     return f"{100 * value:+.1f} pt"
 
 
-def _reason(outcome: Outcome, look: _Look, level: float, rule: GapTest) -> str:
+def _reason(outcome: Outcome, look: Look, ranks: bool, level: float, rule: GapTest) -> str:
     gained = f"dev changed by {_points(look.d.mean)} and the external target by {_points(look.t.mean)}"
     if outcome == "DECOUPLED":
-        order = "; dev still ranks candidates as the target does" if look.ranking_usable else ""
+        order = "; dev still ranks candidates as the target does" if ranks else ""
         return (
             f"{gained}: less than {rule.beta0:g} of the gain arrived (gap at least {_points(look.g.lower(level))})"
             + order
@@ -291,7 +181,7 @@ def _reason(outcome: Outcome, look: _Look, level: float, rule: GapTest) -> str:
     return _unresolved(look, level)
 
 
-def _unresolved(look: _Look, level: float) -> str:
+def _unresolved(look: Look, level: float) -> str:
     """What stands in the way, and how much more of what would settle it if the observed effects were the true ones."""
     if look.d.mean > 0:
         sides = {"the dev gain": look.d, "the gap": look.g}
@@ -307,7 +197,7 @@ def _unresolved(look: _Look, level: float) -> str:
     return f"{text}; {_settled_by(look, sides.values(), level)}"
 
 
-def _settled_by(look: _Look, sides: Iterable[Estimate], level: float) -> str:
+def _settled_by(look: Look, sides: Iterable[Estimate], level: float) -> str:
     items, seeds, looks = 1.0, 1.0, 1.0
     for one in sides:
         target = one.se**2 * (one.mean / minimum_detectable_effect(one, level)) ** 2

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_evolve.eval.paired import Answers, Contrast, RunItems, contrast, difference
+from megatron_evolve.eval.reported import ReportedScores, reported_contrast
 from megatron_evolve.eval.seeds import RunReplicates, SeedVariance, weight_vector, weighted_sum
 
 Estimand = Literal["selected", "mean", "cumulative"]
@@ -28,23 +29,24 @@ class RoundItems:
     """What a round's runs answered on dev-B and external, and the dev-A means that selected among the explorers.
 
     dev_b holds runs of the anchor and of every explorer named in dev_a, and of the origin where it was scored on these
-    items. external holds runs of those whose external score was asked; it may be empty.
+    items. external holds runs of those whose external score was asked; it may be empty. Runs, or their stacked answers,
+    or what a target reported that shows no items.
     """
 
     number: int
     anchor: str
     dev_a: Mapping[str, float]
-    dev_b: Sequence[RunItems]
-    external: Sequence[RunItems]
+    dev_b: Sequence[RunItems] | Answers
+    external: Sequence[RunItems] | Answers | ReportedScores
     dev_weights: Mapping[str, float]
     external_weights: Mapping[str, float]
     origin: str | None = None
     dev_answers: Answers = field(init=False)
-    external_answers: Answers | None = field(init=False)
+    external_answers: Answers | ReportedScores | None = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dev_answers", Answers.of(self.dev_b))
-        object.__setattr__(self, "external_answers", Answers.of(self.external) if self.external else None)
+        object.__setattr__(self, "dev_answers", _stacked(self.dev_b))
+        object.__setattr__(self, "external_answers", _stacked(self.external) if self.external else None)
         scored = {name for name, _ in self.dev_answers.runs}
         if missing := sorted({self.anchor, *self.dev_a} - scored):
             raise ValueError(
@@ -80,6 +82,10 @@ class RoundItems:
         return tuple(found)
 
 
+def _stacked(runs: Sequence[RunItems] | Answers | ReportedScores) -> Answers | ReportedScores:
+    return runs if isinstance(runs, Answers | ReportedScores) else Answers.of(runs)
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
     """One estimand's contrast on both splits, or why there is none."""
@@ -108,7 +114,9 @@ def pair_of(estimand: Estimand, rounds: Sequence[RoundItems]) -> Pair:
         coefficients |= difference({control: one.seeds_on_both(control)}, -share)
         dev.append((one.dev_answers, coefficients))
         external.append((one.external_answers, coefficients))
-    return Pair(contrast(dev), contrast(external), num_rounds=len(chosen))
+    reported = isinstance(external[0][0], ReportedScores)
+    outside = reported_contrast(external) if reported else contrast(external)
+    return Pair(contrast(dev), outside, num_rounds=len(chosen))
 
 
 def _sides(estimand: Estimand, one: RoundItems) -> tuple[list[str], str | None]:
@@ -167,7 +175,9 @@ def ranking_usable(
     return r > 0 and bool(stdtr(degrees, -r * math.sqrt(degrees / max(1e-12, 1 - r * r))) <= DESCRIPTION_ALPHA)
 
 
-def _candidate_means(answers: Answers, seeds: Mapping[str, Sequence[int]], weights: Mapping[str, float]) -> np.ndarray:
+def _candidate_means(
+    answers: Answers | ReportedScores, seeds: Mapping[str, Sequence[int]], weights: Mapping[str, float]
+) -> np.ndarray:
     w = weight_vector(weights, answers.families)
     score_of = {
         run: weighted_sum(means_F, w) for run, means_F in zip(answers.runs, answers.family_means_RF(), strict=True)

@@ -195,6 +195,17 @@ def test_answers_that_never_differ_leave_the_seeds_alone():
     assert found.mean == 0 and found.half_width(0.05) > 0.02 and found.p_above() == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("runs", [1, 3, 7])
+def test_a_copy_is_neither_better_nor_worse(runs):
+    """Answers that agree item by item, some right and some wrong, leave rounding of either sign behind."""
+    anchors = draw_runs(np.random.default_rng(12), ["anchor"], runs)
+    copies = [replace(run, candidate="copy") for run in anchors]
+    for seeds in (SeedVariance(1e-4, 0.0, 7), SeedVariance(1e-4, 9e-5, 7), SeedVariance(1e-4, 2e-4, 7)):
+        found = effect(copies, anchors, WEIGHTS, seeds)
+        assert (found.mean, found.item_variance) == (0.0, 0.0)
+        assert probability_better(found) == pytest.approx(0.5, abs=1e-12)
+
+
 @pytest.mark.parametrize("df", [2, 7])
 @pytest.mark.parametrize("seed_over_items", [0.0, 1.0, 10.0])
 @pytest.mark.parametrize("flips", [0.3, 1.0])

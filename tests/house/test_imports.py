@@ -44,7 +44,19 @@ TORCH_FREE_FILES = [
     *(path for path in sorted((ROOT / "substrate" / "plan").glob("*.py")) if path.stem != "measure"),
     *(
         ROOT / "eval" / f"{name}.py"
-        for name in ["metric", "score", "suite", "paired", "seeds", "looks", "leakage", "judge", "freeze"]
+        for name in [
+            "metric",
+            "score",
+            "suite",
+            "paired",
+            "seeds",
+            "looks",
+            "leakage",
+            "judge",
+            "freeze",
+            "probes",
+            "reported",
+        ]
     ),
     *(
         ROOT / "eval" / "engines" / f"{name}.py"

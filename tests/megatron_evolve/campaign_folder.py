@@ -308,7 +308,7 @@ class Story:
             candidates=candidates,
             noise=Noise(seed_sd_dev=RUN_SD, between_sd_dev=0.03, signal_to_noise=2.6, df=10 + policy.round),
             minimum_detectable_effect=dict.fromkeys(ITEMS, 0.031),
-            verdicts=tuple(one.model_dump(mode="json") for one in verdicts_of(selected, explorers, self.families)),
+            verdicts=tuple(one.to_dict() for one in verdicts_of(selected, explorers, self.families)),
             looks=self.looks.summary(),
             cpu_seconds=sum(run.cpu_seconds for one in candidates for run in one.runs),
         )

@@ -14,7 +14,8 @@ import pytest
 
 from megatron_evolve.eval.paired import RunItems
 from megatron_evolve.eval.seeds import SeedPool
-from megatron_evolve.verdict import GapTest, Verdict, holm_levels, judge
+from megatron_evolve.gap import GapTest, holm_levels
+from megatron_evolve.verdict import Verdict, judge
 from megatron_evolve.window import RoundItems
 
 KNOWN = 0.6
@@ -195,7 +196,7 @@ def test_larger_effects_reach_each_outcome():
         assert mean.d_dev.mean == pytest.approx(dev, abs=0.03)
         assert mean.gap.mean == pytest.approx(0.5 * mean.d_dev.mean - mean.d_external.mean)
         assert mean.transfer_slope == pytest.approx(mean.d_external.mean / mean.d_dev.mean)
-        assert Verdict.parse(mean.model_dump(mode="json"), where="verdict") == mean
+        assert Verdict.parse(mean.to_dict(), where="verdict") == mean
 
 
 def test_offset_is_decoupled_and_still_ranks():
@@ -287,6 +288,35 @@ def test_no_number_comes_from_nothing():
     assert "No item of external tells" in reasons([flat])
 
 
+@pytest.mark.parametrize(("anchors", "explorers"), [(7, 5), (7, 6), (3, 7), (1, 3)])
+def test_no_verdict_comes_from_rounding(anchors, explorers):
+    """All agree on every item of one family, some right and some wrong: 5/5 less 7/7 is not quite nothing in floats."""
+    latent = Latent(np.random.default_rng(53), World(anchors=anchors))
+    names = dict.fromkeys(EXPLORERS[:explorers], 0.0)
+
+    def agreed(one: RoundItems) -> RoundItems:
+        splits = (
+            [
+                RunItems(
+                    r.candidate, r.seed, r.item_ids, r.families, np.where(r.families == "domain2", same(r), r.correct)
+                )
+                for r in runs
+            ]
+            for runs in (one.dev_b, one.external)
+        )
+        return RoundItems(one.number, one.anchor, one.dev_a, *splits, WEIGHTS, WEIGHTS)
+
+    def same(run: RunItems) -> np.ndarray:
+        return run.item_ids % 50 > 0
+
+    one, origin = (agreed(latent.round(number, names, names)) for number in (1, 2))
+    pool = SeedPool((*origin.replicates(), *latent.pool().groups))
+    verdicts = judge([one], GapTest(rounds=(1,), domains=FAMILIES), pool)
+    for verdict in verdicts:
+        if verdict.domain == "domain2" and verdict.estimand != "cumulative":
+            assert verdict.outcome == "UNRESOLVED" and "tells the two sides apart" in verdict.reason, verdict
+
+
 def test_undeclared_round_reports_and_does_not_alarm():
     latent = Latent(np.random.default_rng(41), World(items=2000))
     pool, one = latent.pool(), latent.round(5, all_at(0.1), all_at(-0.1))
@@ -305,10 +335,15 @@ def test_unresolved_says_what_would_settle_it():
 
 
 def test_holm_levels():
-    assert holm_levels([0.5, 0.001, 0.02], 0.05) == {0.001: 0.05 / 3, 0.02: 0.025, 0.5: 0.05}
-    assert holm_levels([0.5, 0.02, 0.03], 0.05) == dict.fromkeys((0.02, 0.03, 0.5), 0.05 / 3), "stops at the first"
-    assert holm_levels([0.01, 0.01], 0.05) == {0.01: 0.025}
-    assert holm_levels([], 0.05) == {}
+    def levels(*p: float) -> list[float]:
+        return holm_levels(np.array(p), 0.05).tolist()
+
+    assert levels(0.5, 0.001, 0.02) == [0.05, 0.05 / 3, 0.025]
+    assert levels(0.5, 0.02, 0.03) == [0.05 / 3] * 3, "stops at the first"
+    assert levels(0.01, 0.01) == [0.025, 0.025]
+    assert levels() == []
+    many = np.array([[0.5, 0.5], [0.001, 0.02], [0.02, 0.03]])
+    assert holm_levels(many, 0.05).T.tolist() == [levels(*column) for column in many.T.tolist()]
 
 
 def test_windows_that_cannot_be_pooled_are_refused():

@@ -1,0 +1,92 @@
+"""Reported scores: an external target that tells one number a run, as a leaderboard does, and shows no item.
+
+What such a number is worth has to be bounded from what is declared of it: `items`, how many it is a mean over, and
+`step`, what it is rounded to. All runs answer the same items, in every round, so within each side of a comparison their
+errors are at worst alike, and between the sides at worst independent:
+
+    var = p (1 - p) / n x ((sum of candidates' coefficients)^2 + (sum of anchors')^2) + step^2 / 12 x sum c^2
+
+More rounds of the same items do not shrink the first part. It is an upper bound: scores of items are worth far more
+(paired, about a quarter of this variance at 12 % flips). The seeds' variance is the replicates' own, with nothing taken
+off for flips, which nobody sees.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_evolve.eval.paired import Contrast, quantisation_variance
+from megatron_evolve.eval.seeds import Replicates, RunKey
+
+WHOLE = "whole"  # the one family of a target that names none
+WHOLE_WEIGHT = {WHOLE: 1.0}
+
+
+@dataclass(frozen=True, eq=False)
+class ReportedScores:
+    """The score of each run, between 0 and 1. Stands where `Answers` does for a target whose items are seen."""
+
+    scores: Mapping[RunKey, float]
+    items: int
+    step: float = 0.0
+    families = (WHOLE,)
+
+    def __post_init__(self) -> None:
+        if not self.scores:
+            raise ValueError("expected the reported score of at least one run, got none: submit one")
+        for (name, seed), score in self.scores.items():
+            if not 0 <= score <= 1:  # NaN included
+                raise ValueError(f"run {name}/{seed}: expected a score between 0 and 1, got {score}: enter it again")
+        if self.items < 2 or not 0 <= self.step < 1:
+            raise ValueError(
+                f"expected a score over at least 2 items, rounded to a step below 1, got {self.items} items and step "
+                f"{self.step}: declare what the target publishes"
+            )
+
+    @property
+    def runs(self) -> tuple[RunKey, ...]:
+        return tuple(self.scores)
+
+    def family_means_RF(self) -> np.ndarray:
+        return np.array(list(self.scores.values()))[:, None]
+
+    def seeds_of(self, candidate: str) -> tuple[int, ...]:
+        return tuple(seed for name, seed in self.scores if name == candidate)
+
+    def replicates(self, candidate: str, seeds: Sequence[int]) -> Replicates:
+        """These runs of one candidate, for the seed variance of their scores."""
+        means = np.array([[self.scores[candidate, seed]] for seed in seeds])
+        return Replicates(candidate, tuple(seeds), self.families, means, np.zeros(1))
+
+
+def reported_contrast(parts: Sequence[tuple[ReportedScores, Mapping[RunKey, float]]]) -> Contrast:
+    """Sums `coefficient x score`; a part is one round's scores. Raises ValueError if they are of different targets."""
+    first = parts[0][0]
+    totals: dict[RunKey, float] = {}
+    mean, rounding = 0.0, 0.0
+    sides = {1: [0.0, 0.0], -1: [0.0, 0.0]}  # by sign of the coefficient: sum of |c|, sum of |c| x score
+    for scores, coefficients in parts:
+        if (scores.items, scores.step) != (first.items, first.step):
+            raise ValueError(
+                f"expected one target in all rounds, got {first.items} items at step {first.step} and {scores.items} "
+                f"at {scores.step}: pool only rounds of one target"
+            )
+        for key, coefficient in coefficients.items():
+            score = scores.scores[key]
+            mean += coefficient * score
+            rounding += coefficient**2 * quantisation_variance(scores.step)
+            side = sides[1 if coefficient > 0 else -1]
+            side[0] += abs(coefficient)
+            side[1] += abs(coefficient) * score
+            totals[key] = totals.get(key, 0.0) + coefficient
+    items = math.fsum(weight * total * (1 - total / weight) / first.items for weight, total in sides.values() if weight)
+    return Contrast(
+        first.families,
+        np.array([mean]),
+        np.array([items + rounding]),
+        np.array([first.items - 1.0]),
+        first.items,
+        totals,
+    )

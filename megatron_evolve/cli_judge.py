@@ -1,0 +1,83 @@
+"""The commands that put the judge itself to the test: simulated campaigns, the anchor against itself, false answers."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
+
+
+def add_judge_commands(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    app.command("simulate")(simulate)
+    app.command("calibrate")(calibrate)
+    app.command("verify-eval")(verify_eval)
+
+
+def simulate(
+    scenarios: Annotated[
+        list[str] | None, typer.Argument(metavar="[SCENARIO]...", help="by name; all of them otherwise")
+    ] = None,
+    campaigns: Annotated[int, typer.Option(help="simulated campaigns a scenario", min=2)] = 500,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same campaigns", min=0)] = 1,
+    noise: Annotated[
+        str, typer.Option(help="measured: as nano runs are; specified: as the stated powers assume")
+    ] = "measured",
+    items: Annotated[int, typer.Option(help="dev-B items of a round, and as many of the target", min=10)] = 500,
+    anchors: Annotated[int, typer.Option(help="runs of the anchor in every round", min=1, max=64)] = 3,
+    origin: Annotated[int, typer.Option(help="runs of the origin that were frozen with the judge", min=2)] = 8,
+    shared: Annotated[float, typer.Option(help="share of flips common to all explorers", min=0, max=1)] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Thousands of campaigns whose truth is known: false alarms, power, time to detect. JSON: one object a line."""
+    from megatron_evolve.cli import guarded
+
+    def answer() -> None:
+        from megatron_evolve.constitution import Constitution
+        from megatron_evolve.simulate import Plan, table
+        from megatron_evolve.simulate import simulate as run
+
+        plan = Plan(Constitution(anchor_seeds=anchors), origin_seeds=origin, items=items)
+        found = run(scenarios or [], noise, campaigns, seed, plan, shared)
+        typer.echo("\n".join(json.dumps(one) for one in found) if as_json else table(found))
+
+    guarded(answer, as_json)
+
+
+def calibrate(
+    dir: Annotated[Path, typer.Argument(help="a campaign's folder", show_default=False)],
+    campaigns: Annotated[int, typer.Option(help="simulated campaigns in which nothing differs", min=2)] = 500,
+    seed: Annotated[int, typer.Option(help="of the simulated ones", min=0)] = 1,
+    as_json: Json = False,
+) -> None:
+    """The anchor against itself with other seeds: how often the gates accept what is only chance."""
+    from megatron_evolve.cli import guarded
+
+    def answer() -> None:
+        from megatron_evolve.calibrate import calibrate as run
+        from megatron_evolve.calibrate import words
+
+        found = run(dir, campaigns, seed)
+        typer.echo(json.dumps(found) if as_json else words(found))
+
+    guarded(answer, as_json)
+
+
+def verify_eval(
+    dir: Annotated[Path, typer.Argument(help="a frozen judge, or a campaign's folder", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Answers whose score is known, put before the judge: right, wrong, dealt anew, empty, cut off. 1 if it errs."""
+    from megatron_evolve.cli import guarded
+
+    def answer() -> None:
+        from megatron_evolve.probing import probe, words
+
+        found = probe(dir)
+        typer.echo(json.dumps(found) if as_json else words(found))
+        if not found["ok"]:
+            raise typer.Exit(1)
+
+    guarded(answer, as_json)

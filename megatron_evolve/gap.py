@@ -1,0 +1,225 @@
+"""The transfer-gap test: does a gain on dev still reach the external target?
+
+Let D be the dev gain over the same-round anchor, T the external gain, and G = beta0 x D - T the transfer gap: what dev
+promised, at the least carry-over beta0, and the target did not get. For each estimand (`window.py`):
+
+    DECOUPLED   lower(D) > 0 and lower(G) > 0
+    INVERSE     D > 0 and T < 0, or D < 0 and T > 0, both significant
+    TRACKING    lower(D) > 0 and upper(G) < 0
+    UNRESOLVED  otherwise
+
+Each outcome is an intersection-union test (Berger 1982), so its p-value is the larger of its two. DECOUPLED and INVERSE
+alarm. All alarms of a campaign together are false with probability alpha at most, whatever their dependence: every
+declared round has an equal share, half of it for the overall estimands and half for the domains, each half by Holm
+(1979). TRACKING claims are held to the same levels among themselves. The null includes T = beta0 x D exactly.
+
+One campaign is decided, or thousands at once (`megatron-evolve simulate`): a number of one is an array over the others,
+by the same lines, so that what is simulated is what judges.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from megatron_evolve.constitution import Constitution
+from megatron_evolve.eval.paired import Estimate, estimate, minimum_detectable_effect
+from megatron_evolve.eval.seeds import SeedPool, SeedVariance
+from megatron_evolve.substrate.frozen import Frozen
+from megatron_evolve.window import Estimand, Pair, RoundItems, pair_of
+
+OVERALL = "overall"
+Outcome = Literal["TRACKING", "DECOUPLED", "INVERSE", "UNRESOLVED"]
+ALARMS = ("DECOUPLED", "INVERSE")
+
+
+class GapTest(Frozen):
+    """The rule, from the constitution: never changed and never re-estimated during a campaign."""
+
+    rounds: tuple[int, ...] = Field(description="numbers of the rounds at which a look is declared; they share alpha")
+    domains: tuple[str, ...] = Field(default=(), description="families judged one by one, in addition")
+    estimands: tuple[Estimand, ...] = Field(default=("selected", "mean", "cumulative"), min_length=1)
+    beta0: float = Field(default=0.5, gt=0, description="least share of a dev gain that must reach the target")
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="false-alarm probability per campaign")
+    window: int = Field(default=2, ge=1, description="rounds that a verdict pools")
+
+    @property
+    def level(self) -> float:
+        """Share of one look at one half (overall, or domains), before Holm."""
+        return self.alpha / 2 / max(1, len(self.rounds))
+
+
+def rule_of(rules: Constitution, domains: Sequence[str]) -> GapTest:
+    """The rule that a constitution sets, with every declared round a look."""
+    return GapTest(rounds=tuple(range(1, rules.rounds + 1)), domains=tuple(domains), **rules.gap.model_dump())
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """One estimand in one domain, estimated; `missing` says why there is no number.
+
+    `asked` is false where nothing was compared, which is known before this round's answers are: such a look takes no
+    share of the level. One that was asked and shows no variance keeps its share.
+    """
+
+    estimand: Estimand
+    domain: str
+    pair: Pair
+    d: Estimate | None = None
+    t: Estimate | None = None
+    g: Estimate | None = None
+    missing: str = ""
+    asked: bool = True
+
+    @cached_property
+    def inverse_p(self) -> float | np.ndarray:
+        return np.minimum(
+            np.maximum(self.d.p_above(), self.t.p_below()), np.maximum(self.d.p_below(), self.t.p_above())
+        )
+
+    @cached_property
+    def alarm_p(self) -> float | np.ndarray:
+        return self._of_some(lambda: np.minimum(np.maximum(self.d.p_above(), self.g.p_above()), self.inverse_p))
+
+    @cached_property
+    def tracking_p(self) -> float | np.ndarray:
+        return self._of_some(lambda: np.maximum(self.d.p_above(), self.g.p_below()))
+
+    def _of_some(self, p: Callable[[], float | np.ndarray]) -> float | np.ndarray:
+        """The p-value, 1 where no item tells the two sides apart."""
+        if self.missing:
+            return 1.0
+        varies = np.asarray(self.d.item_variance > 0) & (self.t.item_variance > 0)
+        return np.where(varies, p(), 1.0)[()]
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What a look says, and the level at which it was allowed to."""
+
+    look: Look
+    outcome: Outcome | np.ndarray
+    level: float | np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """Overall or one domain: its weights on both splits, and the seed variance of D, T and G under them."""
+
+    domain: str
+    weights: tuple[Mapping[str, float], Mapping[str, float]]
+    seeds: tuple[SeedVariance, ...]
+
+
+def scope_of(domain: str, rounds: Sequence[RoundItems], rule: GapTest, pool: SeedPool) -> Scope | str:
+    """The scope's weights and noise; or why there is none."""
+    dev, external = rounds[-1].dev_weights, rounds[-1].external_weights
+    if domain != OVERALL:
+        if absent := [split for split, weights in (("dev", dev), ("external", external)) if domain not in weights]:
+            return f"{' and '.join(absent)} asked nothing of {domain}, so it cannot be judged alone"
+        dev, external = ({name: float(name == domain) for name in weights} for weights in (dev, external))
+    seeds = tuple(pool.variance(a, dev, b, external) for a, b in ((1.0, 0.0), (0.0, 1.0), (rule.beta0, -1.0)))
+    if any(one is None for one in seeds):
+        return "no candidate was run twice on dev and external, so the noise of a seed is unknown: run the anchor twice"
+    return Scope(domain, (dev, external), seeds)
+
+
+def _look(estimand: Estimand, pair: Pair, domain: str, scope: Scope | str, rule: GapTest) -> Look:
+    if pair.missing or isinstance(scope, str):
+        return Look(estimand, domain, pair, missing=pair.missing or scope, asked=False)
+    dev, external = ((one, weights) for one, weights in zip((pair.dev, pair.external), scope.weights, strict=True))
+    d = estimate([(1.0, *dev)], scope.seeds[0])
+    t = estimate([(1.0, *external)], scope.seeds[1])
+    g = estimate([(rule.beta0, *dev), (-1.0, *external)], scope.seeds[2])
+    flat = [name for name, one in (("dev-B", d), ("external", t)) if not np.any(one.item_variance)]
+    if flat:
+        missing = (
+            f"no item of {' and of '.join(flat)} tells the two sides apart, so no variance can be had: ask more items"
+        )
+        return Look(estimand, domain, pair, missing=missing)
+    return Look(estimand, domain, pair, d, t, g)
+
+
+def looks_at(rounds: Sequence[RoundItems], rule: GapTest, pool: SeedPool) -> list[tuple[Scope | str, list[Look]]]:
+    """Every estimand overall, then in every domain, of the window's last round."""
+    pairs = {estimand: pair_of(estimand, rounds) for estimand in rule.estimands}
+    found = []
+    for domain in (OVERALL, *rule.domains):
+        # Without a target there is nothing to weigh: no pair, no scope.
+        scope = "" if all(pair.missing for pair in pairs.values()) else scope_of(domain, rounds, rule, pool)
+        found.append((scope, [_look(estimand, pairs[estimand], domain, scope, rule) for estimand in rule.estimands]))
+    return found
+
+
+def decide(looks: Sequence[Look], number: int, rule: GapTest) -> list[Decision]:
+    """What each look of round `number` says: those overall share one half of its level, those in domains the other."""
+    decided = []
+    for half in (True, False):
+        mine = [look for look in looks if (look.domain == OVERALL) == half]
+        asked = [look for look in mine if look.asked]
+        if asked:
+            alarm = holm_levels(np.stack(np.broadcast_arrays(*(look.alarm_p for look in asked))), rule.level)
+            tracking = holm_levels(np.stack(np.broadcast_arrays(*(look.tracking_p for look in asked))), rule.level)
+            levels = {id(look): both for look, *both in zip(asked, alarm, tracking, strict=True)}
+        for look in mine:
+            if look.missing:
+                decided.append(Decision(look, "UNRESOLVED", 0.0))
+            else:
+                decided.append(_decision(look, *levels[id(look)], number in rule.rounds))
+    return decided
+
+
+def _decision(
+    look: Look, alarm_level: float | np.ndarray, tracking_level: float | np.ndarray, declared: bool
+) -> Decision:
+    level = np.where(look.alarm_p <= look.tracking_p, alarm_level, tracking_level)[()]
+    outcome = np.where(look.tracking_p < look.alarm_p, "TRACKING", "DECOUPLED")
+    outcome = np.where(look.inverse_p <= level, "INVERSE", outcome)
+    outcome = np.where(declared & (np.minimum(look.alarm_p, look.tracking_p) <= level), outcome, "UNRESOLVED")
+    return Decision(look, outcome if outcome.ndim else str(outcome), level)
+
+
+def smallest_visible(look: Look, level: float, beta0: float) -> float:
+    """Dev gain that, had nothing of it reached the target, would be seen with 80 % power at this level."""
+    return max(minimum_detectable_effect(look.d, level), minimum_detectable_effect(look.g, level) / beta0)
+
+
+def holm_levels(p: np.ndarray, alpha: float) -> np.ndarray:
+    """The level at which Holm's step-down tests each p-value, (m, ...) to (m, ...); it rejects where p <= level.
+
+    From the smallest on, the k-th of m meets alpha / (m - k + 1); the first to fail keeps its level for all after it.
+    Equal p-values meet one level, so that their order does not matter.
+    """
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p, axis=0, kind="stable")
+    ranked, levels = np.take_along_axis(p, order, axis=0), np.empty_like(p)
+    level = np.full(p.shape[1:], alpha / max(1, len(p)))
+    for place in range(len(p)):
+        if place:
+            level = np.where(ranked[place - 1] <= level, alpha / (len(p) - place), level)
+        tied = ranked[place] == ranked[place - 1] if place else np.zeros(p.shape[1:], dtype=bool)
+        levels[place] = np.where(tied, levels[place - 1], level)
+    back = np.empty_like(p)
+    np.put_along_axis(back, order, levels, axis=0)
+    return back
+
+
+def check_window(rounds: Sequence[RoundItems], rule: GapTest) -> None:
+    """Raises ValueError for rounds out of order or of different suites."""
+    numbers = [one.number for one in rounds]
+    if not 1 <= len(rounds) <= rule.window or numbers != sorted(set(numbers)):
+        raise ValueError(f"expected 1 to {rule.window} rounds in order, got {numbers}: hand over the window's rounds")
+    for one in rounds[1:]:
+        for ours, theirs in (
+            (rounds[0].dev_weights, one.dev_weights),
+            (rounds[0].external_weights, one.external_weights),
+        ):
+            if ours.keys() != theirs.keys() or any(not math.isclose(ours[name], theirs[name]) for name in ours):
+                raise ValueError(
+                    f"expected one weighting of families in rounds {numbers}, got {dict(ours)} and {dict(theirs)}: "
+                    "pool only rounds of one suite"
+                )

@@ -1,0 +1,183 @@
+"""Runs thousands of simulated campaigns through the product's own test, a hundred at a time.
+
+What judges is `gap.decide` on `gap.looks_at`, with the seed pool and the window of a real campaign. What moves the
+standing settings is the product's rule too: the best leader whose P(better) on the B half reaches the constitution's
+bar, whose further seed alone agrees, and which the external score does not veto. After an alarm the search goes by the
+external score to the end; a real campaign may return to dev after TRACKING.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_evolve.constitution import Constitution
+from megatron_evolve.eval.paired import Answers, Estimate, contrast, difference, estimate, probability_better
+from megatron_evolve.eval.seeds import RunReplicates, SeedPool, SeedVariance, weight_vector
+from megatron_evolve.gap import ALARMS, OVERALL, GapTest, Look, decide, looks_at, rule_of, smallest_visible
+from megatron_evolve.simulate.draw import ANCHOR, WEIGHTS, Draw, Plan, State, name_of
+from megatron_evolve.simulate.noise import FAMILIES, Noise, true_variance
+from megatron_evolve.simulate.scenarios import Scenario
+from megatron_evolve.window import RoundItems
+
+AT_ONCE = 100  # a round's answers of one split are then .6 MB, which stays in a core's cache
+KNOWN_DF = 1e6
+VETO_ALPHA = 0.025  # a gain is vetoed where the 95 % interval of its external effect lies below zero
+PLAN = Plan()
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What C campaigns told: which looks (estimand, domain) alarmed in which round, and what was reached."""
+
+    looks: tuple[tuple[str, str], ...]
+    alarms: np.ndarray  # (C, rounds, looks)
+    moved: np.ndarray  # (C, rounds): whether an explorer moved into the standing settings
+    reached_dev: np.ndarray  # (C,): true gain of the final standing settings over the origin
+    reached_external: np.ndarray
+    asked: int  # looks at the external target in one campaign
+    visible: dict[str, float]  # smallest dev gain seen overall, by estimand, in the last round of one campaign
+
+    @property
+    def first_round(self) -> np.ndarray:
+        """Round of the first alarm by campaign; one more than there are where none came."""
+        any_by_round = self.alarms.any(-1)
+        return np.where(any_by_round.any(1), any_by_round.argmax(1), any_by_round.shape[1]) + 1
+
+
+@dataclass(frozen=True, eq=False)
+class KnownNoise(SeedPool):
+    """A pool that knows what no campaign does, the true variance of a run: what the test could see at best."""
+
+    noise: Noise
+
+    def plus(self, groups: Iterable[RunReplicates]) -> "KnownNoise":
+        return self
+
+    def variance(
+        self, dev: float, dev_weights: Mapping[str, float], external: float, external_weights: Mapping[str, float]
+    ) -> SeedVariance:
+        squared = float((weight_vector(dev_weights, FAMILIES) ** 2).sum())
+        return SeedVariance(true_variance(self.noise, dev, external, squared), 0.0, KNOWN_DF)
+
+
+def run_campaigns(
+    scenario: Scenario, noise: Noise, campaigns: int, seed: int, plan: Plan = PLAN, known: bool = False
+) -> Told:
+    """Runs `campaigns` campaigns; the same scenario and seed give the same ones. `known`: the noise is told."""
+    if campaigns < 1 or seed < 0:
+        raise ValueError(f"expected at least one campaign and a seed from 0 on, got {campaigns} and {seed}: mend them")
+    parts = []
+    for start in range(0, campaigns, AT_ONCE):
+        rng = np.random.default_rng([seed, start, *scenario.name.encode()])
+        parts.append(_together(Draw(rng, noise, scenario, plan, min(AT_ONCE, campaigns - start)), plan, known))
+    joined = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in ("alarms", "moved", "reached_dev", "reached_external")
+    }
+    return replace(parts[0], **joined)
+
+
+def _together(draw: Draw, plan: Plan, known: bool) -> Told:
+    """B campaigns from their first round to their last."""
+    scenario, rule = draw.scenario, rule_of(plan.rules, FAMILIES)
+    if scenario.drift:
+        rule = rule.replace(estimands=("selected", "mean", "cumulative"))
+    d, t = scenario.draw(draw.rng, draw.campaigns, plan.explorers)
+    nothing = np.zeros((draw.campaigns, len(FAMILIES)))
+    state = State(d, t, nothing, nothing, np.zeros(draw.campaigns, dtype=bool))
+    pool, rounds, alarms, moves, looks, asked = draw.pool(), [], [], [], [], 0
+    pool = KnownNoise((), draw.noise) if known else pool
+    for number in rule.rounds:
+        items, order = draw.round(number, state)
+        rounds = [*rounds, items][-rule.window :]
+        pool = pool.plus(items.replicates())
+        looks = [look for _, of_scope in looks_at(rounds, rule, pool) for look in of_scope]
+        found = _alarms(looks, number, rule, draw.campaigns)
+        alarms.append(found)
+        asked += 2 * len({name for name, _ in items.external_answers.runs})  # on two halves
+        moves.append(_promoted(items, pool, state.external_B, plan))
+        state = _after(state, moves[-1], order, found.any(-1), scenario)
+    reached = state.standing_d_BF.mean(-1), state.standing_t_BF.mean(-1)
+    names = tuple((look.estimand, look.domain) for look in looks)
+    visible = {
+        look.estimand: smallest_visible(_first(look), rule.level / len(rule.estimands), rule.beta0)
+        for look in looks
+        if look.domain == OVERALL and not look.missing
+    }
+    moved = np.stack(moves, axis=1) >= 0
+    return Told(names, np.stack(alarms, axis=1), moved, *reached, asked, visible)
+
+
+def _alarms(looks: list[Look], number: int, rule: GapTest, campaigns: int) -> np.ndarray:
+    """Which looks alarm, (B, looks)."""
+    decided = decide(looks, number, rule)
+    return np.stack([np.broadcast_to(np.isin(one.outcome, ALARMS), campaigns) for one in decided], axis=1)
+
+
+def _first(look: Look) -> Look:
+    """The look in the first of the campaigns."""
+    one = {name: _of_first(getattr(look, name)) for name in ("d", "t", "g")}
+    return replace(look, **one)
+
+
+def _of_first(found: Estimate) -> Estimate:
+    seeds = found.seeds
+    luck = SeedVariance(*(float(np.ravel(one)[0]) for one in (seeds.replicate, seeds.flips)), seeds.df)
+    numbers = (float(np.ravel(one)[0]) for one in (found.mean, found.item_variance, found.item_df))
+    return Estimate(*numbers, found.squared, luck)
+
+
+def _after(state: State, moves: np.ndarray, order: np.ndarray, alarmed: np.ndarray, scenario: Scenario) -> State:
+    """The state after a round: the axis at rank `moves` is in the standing settings, and drift where there is any."""
+    campaigns = np.arange(len(order))
+    axis = order[campaigns, np.maximum(moves, 0)]
+    moved = (moves >= 0)[:, None]
+    gained = [gains[campaigns, axis] * moved for gains in (state.d_BKF, state.t_BKF)]
+    left = np.ones(order.shape)
+    left[campaigns, axis] = np.where(moves >= 0, scenario.kept, 1.0)
+    return State(
+        d_BKF=state.d_BKF * left[..., None],
+        t_BKF=state.t_BKF * left[..., None],
+        standing_d_BF=state.standing_d_BF + gained[0] + scenario.drift,
+        standing_t_BF=state.standing_t_BF + gained[1],
+        external_B=state.external_B | alarmed,
+    )
+
+
+def _promoted(items: RoundItems, pool: SeedPool, external_B: np.ndarray, plan: Plan) -> np.ndarray:
+    """Rank of the explorer that moves into the standing settings, (B,); -1 where none does."""
+    dev_seeds = pool.variance(1.0, WEIGHTS, 0.0, WEIGHTS)
+    outside_seeds = pool.variance(0.0, WEIGHTS, 1.0, WEIGHTS)
+    chosen = np.full(len(external_B), -1)
+    for rank in reversed(range(plan.replicates.confirm_candidates)):
+        name = name_of(rank, items.number)
+        first = plan.replicates.explorer
+        dev, outside = (
+            _effect(answers, name, 0, seeds)
+            for answers, seeds in ((items.dev_answers, dev_seeds), (items.external_answers, outside_seeds))
+        )
+        later = [_effect(answers, name, first, None) for answers in (items.dev_answers, items.external_answers)]
+        gains = _gain(dev, later[0], plan.rules) & ~_vetoed(outside)
+        by_external = _gain(outside, later[1], plan.rules)
+        chosen = np.where(np.where(external_B, by_external, gains), rank, chosen)
+    return chosen
+
+
+def _effect(answers: Answers, name: str, first: int, seeds: SeedVariance | None) -> Estimate | None:
+    """A candidate's runs from `first` on against the anchor's; none where it was not asked."""
+    mine = answers.seeds_of(name)[first:]
+    if not mine:
+        return None
+    coefficients = difference({name: mine}, 1.0) | difference({ANCHOR: answers.seeds_of(ANCHOR)}, -1.0)
+    return estimate([(1.0, contrast([(answers, coefficients)]), WEIGHTS)], seeds)
+
+
+def _gain(found: Estimate | None, later: Estimate | None, rules: Constitution) -> np.ndarray | bool:
+    if found is None or later is None:
+        return False
+    return (probability_better(found) >= rules.promote_probability) & (later.mean > 0)
+
+
+def _vetoed(outside: Estimate | None) -> np.ndarray | bool:
+    return False if outside is None else outside.p_below() < VETO_ALPHA

@@ -1,0 +1,82 @@
+"""Calibration: pairings that share no run within, intervals that know how few runs there are, and the whole command."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from megatron_evolve.calibrate import MOST_TRIALS, Sides, false_accepts
+from megatron_evolve.cli import app
+from megatron_evolve.eval.paired import RunItems
+
+N = 200
+
+
+def runs(seed, count):
+    """Runs of one candidate on the same items."""
+    rng = np.random.default_rng(seed)
+    known = rng.random(N) < 0.6
+    return [
+        RunItems("origin", run, np.arange(N), ["a"] * N, np.where(rng.random(N) < 0.3, rng.random(N) < 0.6, known))
+        for run in range(count)
+    ]
+
+
+def better(mine, anchors):
+    return np.mean([run.correct for run in mine]) > np.mean([run.correct for run in anchors])
+
+
+def test_pairings_share_no_run_and_are_thinned_evenly():
+    trials = Sides(2, 3).trials(8)
+    assert 0 < len(trials) <= MOST_TRIALS
+    assert all(len({*mine, *theirs}) == 5 for mine, theirs in trials)
+    assert len(Sides(1, 1).trials(3)) == 6 and Sides(1, 1).trials(1) == []
+    first = np.bincount([mine[0] for mine, _ in trials], minlength=8)
+    assert first.min() >= 0.5 * first.max()
+
+
+def test_gates_that_know_only_chance_pass_half_and_say_how_little_that_tells():
+    found = false_accepts(runs(1, 8), Sides(1, 3), better)
+    assert found["low"] < 0.5 < found["high"] and found["high"] - found["low"] > 0.2
+    always, never = (false_accepts(runs(1, 8), Sides(1, 3), lambda mine, anchors, it=it: it) for it in (True, False))
+    assert (always["rate"], never["rate"]) == (1.0, 0.0)
+    # Eight runs hold two pairings without overlap: nothing seen is not much to go by.
+    assert never["high"] == pytest.approx(0.658, abs=1e-3) and always["low"] == pytest.approx(1 - 0.658, abs=1e-3)
+
+
+def test_the_interval_covers():
+    """Of 60 calibrations of a gate that passes half, the 95 % interval misses in at most 9 (probability .01 at 8 %)."""
+    missed = 0
+    for seed in range(60):
+        found = false_accepts(runs([2, seed], 6), Sides(1, 2), better)
+        missed += not found["low"] <= 0.5 <= found["high"]
+    assert missed <= 9
+
+
+def test_calibrate_and_verify_eval_of_a_campaign(ground):
+    runner = CliRunner()
+    done = runner.invoke(app, ["calibrate", str(ground.finished), "--campaigns", "20", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    for split, items in (("dev", 60), ("external", 60)):
+        one = found["runs"][split]
+        assert (one["runs"], one["items"], one["explorer_runs"], one["anchor_runs"]) == (8, items, 2, 2)
+        assert one["copy_of_the_anchor"]["ok"] and one["seed_df"] >= 2
+        assert one["gain_at_5_per_cent"]["low"] <= 0.05, "more gains than chance may bring"
+    assert found["simulated"]["campaigns"] == 20 and 0 <= found["noise"]["redraw"] <= 1
+    text = runner.invoke(app, ["calibrate", str(ground.finished), "--campaigns", "20"]).stdout
+    assert "a copy of the anchor: P(better) 0.50" in text and "campaigns with an alarm" in text
+
+    done = runner.invoke(app, ["verify-eval", str(ground.finished), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["ok"]
+    text = runner.invoke(app, ["verify-eval", str(ground.finished)]).stdout
+    assert "ok    gold           1.000, must be 1.000" in text and "headroom dev-b" in text
+
+
+def test_what_cannot_be_calibrated_is_said(tmp_path):
+    done = CliRunner().invoke(app, ["calibrate", str(tmp_path)])
+    assert done.exit_code == 1 and "campaign" in done.stderr
+    done = CliRunner().invoke(app, ["verify-eval", str(tmp_path)])
+    assert done.exit_code == 1 and "expected a frozen judge or a campaign" in done.stderr
