@@ -122,3 +122,28 @@ def bench_train(
         write(speed.rows(rounds), out)
 
     guarded(answer, as_json)
+
+
+@bench_app.command("plot")
+def bench_plot(
+    rows: Annotated[Path, typer.Argument(help="JSON lines of bench kernels or of gpu_check")],
+    out: Annotated[Path, typer.Option(help="the SVG to write")],
+    title: Annotated[str | None, typer.Option(help="above the bars; the file's name otherwise")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="errors as JSON")] = False,
+) -> None:
+    """A picture of the layers' times, forward and backward, provider beside provider."""
+    from megatron_evolve.cli import guarded
+
+    def answer() -> None:
+        from megatron_evolve.kernels.bench import plot
+
+        try:
+            found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, json.JSONDecodeError) as failure:
+            raise ValueError(
+                f"expected JSON lines in {rows}; got {failure}: give the file that a bench wrote"
+            ) from None
+        out.write_text(plot.svg(found, title or rows.stem), encoding="utf-8")
+        typer.echo(str(out))
+
+    guarded(answer, as_json)

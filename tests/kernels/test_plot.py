@@ -1,0 +1,48 @@
+"""The picture of the benchmark: bars as long as their times, and nothing drawn that has none."""
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from megatron_evolve.kernels.bench import plot
+
+SHAPE = {"model": "nano", "tokens": 8192, "ep": 8, "rank": 0, "mode": "frozen", "max_vio": 0.0}
+
+
+def row(provider: str, direction: str, ms: float | None, **shape) -> dict:
+    return {"op": "experts", "provider": provider, "pass": direction, "median_ms": ms, "shape": SHAPE | shape}
+
+
+ROWS = [
+    row("triton", "forward", 2.0),
+    row("triton", "backward", 1.0),
+    row("triton", "both", 3.0),
+    row("unfused", "forward", 4.0),
+    row("unfused", "backward", 2.0),
+    row("eager", "forward", None),
+    row("triton", "forward", 1.0, mode="lora", rank=32, max_vio=5.0),
+    {"op": "permute", "provider": "triton", "pass": "forward", "median_ms": 0.1, "shape": {}},
+]
+
+
+def test_bars_are_as_long_as_their_times():
+    text = plot.svg(ROWS, "a < b")
+    root = ElementTree.fromstring(text)
+    widths = {
+        title.text.split(":")[0]: float(rect.get("width"))
+        for rect in root.iter("{http://www.w3.org/2000/svg}rect")
+        for title in rect
+    }
+    assert widths["unfused, forward"] == pytest.approx(2 * widths["triton, forward"], abs=0.2)
+    assert widths["unfused, forward"] + widths["unfused, backward"] == pytest.approx(plot.WIDTH, abs=0.2)
+    assert "eager" not in text and "a &lt; b" in text and "3.00 ms" in text
+
+
+def test_a_layer_without_both_times_is_left_out():
+    assert [group.title for group in plot.groups(ROWS) if group.bars] == ["nano 8,192 EP8, frozen"]
+    assert plot.title_of(ROWS[6]["shape"]) == "nano 8,192 EP8, adapters r32, MaxVio 5"
+
+
+def test_nothing_to_draw_is_said():
+    with pytest.raises(ValueError, match="a picture needs rows of op experts with forward and backward times"):
+        plot.svg(ROWS[-1:], "none")
