@@ -95,9 +95,12 @@ RESUMED = {  # where what those cases saved is gone on with
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports below those that the system gives to whoever asks for any: a case's port must be free until its turn."""
+    """Ports below those that the system gives to whoever asks for any: a case's port must be free until its turn.
+
+    By the system's own chance: Hypothesis seeds the module's generator, so that two test processes drew the same ports.
+    """
     found: list[int] = []
-    for port in random.sample(range(20_000, 32_000), 40 * number):
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 40 * number):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             found.append(port)
