@@ -54,6 +54,7 @@ def test_the_interval_covers():
     assert missed <= 9
 
 
+@pytest.mark.slow
 def test_calibrate_and_verify_eval_of_a_campaign(ground):
     runner = CliRunner()
     done = runner.invoke(app, ["calibrate", str(ground.finished), "--campaigns", "20", "--json"])
