@@ -2,10 +2,10 @@
 
     out[m, o] = scale * sum_i x[row(m), i] W_e[o, i]   +   sum_r u[m, r] B_e[o, r]        e = expert of row m
 
-The second sum is a low-rank adapter (u = scale x A_e^T, made before by this same product): the loop over i goes on
-over r with other pointers, into one float32 accumulator, so base and adapter are never rounded apart. `W.transposed`
-turns the forward product into the input gradient. `row(m)` is m, or the token of a choice, so that rows need not be
-gathered in memory first.
+The second sum is a low-rank adapter (u = scale x A_e^T, made before by this same product): it ends the first in the
+same float32 accumulator, so base and adapter are never rounded apart. `W.transposed` turns the forward product into the
+input gradient. `row(m)` is m, or the token of a choice, so that rows need not be gathered in memory first. Operands
+come by pointers, or, where both lie in memory as they are summed, in blocks by the copy engine of Hopper and later.
 
 Letters: M rows, I and O input and output width, R adapter rank; BM, BN, BK the block of rows, columns and depth.
 """
