@@ -53,17 +53,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def share(name: str, *, checks_only: bool) -> int:
-    """One process's part: its checks, then one untimed run of its part of the benchmark."""
+    """One process's part: its checks, then one untimed run of its part of the benchmark.
+
+    Status 0 also where a check fails, which its row says: any other status means that rows are missing.
+    """
     from megatron_evolve.kernels.bench import checks, targets
     from megatron_evolve.kernels.bench.shares import turn
 
-    ok = True
     for row in checks.checks("cuda", checks.Sizes(), turn(name)):
-        ok = ok and row["ok"]
         print(json.dumps(row), flush=True)
     if not checks_only:
         targets.warm("cuda", turn(name))
-    return 0 if ok else 1
+    return 0
 
 
 def report(until: float, *, checks_only: bool) -> Iterator[dict]:

@@ -11,11 +11,11 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_evolve.constitution import Constitution
-from megatron_evolve.document import load_yaml
+from megatron_evolve.document import find_yaml, load_yaml
 from megatron_evolve.eval.engines.settings import EngineSettings, MegatronSettings
 from megatron_evolve.eval.suite import GeneratedSuite
 from megatron_evolve.policy import Axis, Replicates
-from megatron_evolve.substrate.frozen import Frozen, nearest
+from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.substrate.layout import Layout
 
 SHIPPED = Path(__file__).resolve().parent / "campaigns"
@@ -136,16 +136,7 @@ class Campaign(Frozen):
 
 def find_campaign(name: str) -> Path:
     """Path of a campaign file: a path that exists, or the name of a shipped campaign."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = SHIPPED / f"{name}.yaml"
-    if shipped.is_file():
-        return shipped
-    known = [file.stem for file in sorted(SHIPPED.glob("*.yaml"))]
-    raise ValueError(
-        f"no campaign file {name!r}: expected the path of a YAML file or a shipped name{nearest(name, known)}"
-    )
+    return find_yaml(name, SHIPPED, "campaign file")
 
 
 def load_campaign(path: Path, *, external: Path | None = None) -> Campaign:

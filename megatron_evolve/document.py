@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from megatron_evolve.substrate.frozen import nearest
+
 
 class _Loader(yaml.SafeLoader):
     """Safe loader that also knows YAML 1.2's floats and refuses a key written twice."""
@@ -27,6 +29,20 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+
+
+def find_yaml(name: str, shipped: Path, what: str) -> Path:
+    """Path of a YAML file: a path that exists, or the name of one that is shipped in that folder."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    found = shipped / f"{path.name}.yaml"
+    if found.is_file():
+        return found
+    known = [file.stem for file in sorted(shipped.glob("*.yaml"))]
+    raise ValueError(
+        f"no {what} {name!r}: expected the path of a YAML file or a shipped name{nearest(path.name, known)}"
+    )
 
 
 def load_yaml(path: Path | str) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from megatron_evolve.campaign import Campaign
-from megatron_evolve.document import load_yaml
+from megatron_evolve.document import find_yaml, load_yaml
 from megatron_evolve.eval.engines.settings import OpenAISettings, VllmServer
 from megatron_evolve.launch.slurm import Queue
-from megatron_evolve.substrate.frozen import Frozen, nearest
+from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.substrate.plan.job import memory_bytes
 
 SHIPPED_SITES = Path(__file__).resolve().parent / "sites"
@@ -81,14 +81,7 @@ class Site(Frozen):
 
 def find_site(name: str) -> Path:
     """Path of a site file: a path that exists, or the name of a shipped one."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = SHIPPED_SITES / f"{name}.yaml"
-    if shipped.is_file():
-        return shipped
-    known = [file.stem for file in sorted(SHIPPED_SITES.glob("*.yaml"))]
-    raise ValueError(f"no site file {name!r}: expected the path of a YAML file or a shipped name{nearest(name, known)}")
+    return find_yaml(name, SHIPPED_SITES, "site file")
 
 
 def load_site(path: Path) -> Site:

@@ -2,11 +2,12 @@
 
     python substrate/gpu_check.py --out docs/results/gpu-model.jsonl
 
-Needs this checkout and torch, triton, megatron-core and pydantic. A Nemotron-3-Nano cut to a few layers, all of full
-width, is built on the GPU in bfloat16 and handed to a second process that has no GPU and computes in float32 (Megatron
-and this package choose their device once a process). Compared are every layer alone, given the same input, the losses
-and the gradients, once with the plain experts and once with the fused kernels: those may be off by what plain PyTorch
-loses, and half more. Then a few steps of LoRA and of full training, with their time and memory beside the plan's.
+Needs this checkout, torch, triton, megatron-core, pydantic, safetensors, einops and psutil. A Nemotron-3-Nano cut to a
+few layers, all of full width, is built on the GPU in bfloat16 and handed to a second process that has no GPU and
+computes in float32 (Megatron and this package choose their device once a process). Compared are every layer alone,
+given the same input, its gradients, and the losses, once with the plain experts and once with the fused kernels: those
+may be off by what plain PyTorch loses, and half more. Then a few steps of LoRA and of full training, with their time
+and memory beside the plan's.
 One JSON line each, as they come. Status 1 where something is wrong, 2 without a GPU.
 """
 

@@ -29,19 +29,19 @@ SAME_LOSS = 1e-4  # relative; float32 sums in another order
 THEIR_EXPERTS = ("eager", "grouped_mm")  # batched_mm copies a matrix for every token: a seventh of their speed
 
 
-def _of(name: str, **fields: Any) -> Architecture:
+def sized(name: str, **fields: Any) -> Architecture:
     return Architecture.model_validate(NANO_CPU.model_dump() | {"name": name, "dt_min": 1e-3} | fields)
 
 
 # By name: the model, rows and tokens of a batch.
 SIZES = {
     "1M": (
-        _of("1M", hidden_size=96, mamba_num_heads=12, num_experts=8, expert_ffn_size=224, shared_ffn_size=256),
+        sized("1M", hidden_size=96, mamba_num_heads=12, num_experts=8, expert_ffn_size=224, shared_ffn_size=256),
         64,
         80,
     ),
     "12.5M": (
-        _of(
+        sized(
             "12.5M",
             hidden_size=288,
             mamba_num_heads=36,

@@ -133,10 +133,7 @@ def runs_of(at: Layer, tiles: Tiles) -> dict[str, tuple[Callable[[], Tensor], in
     return {
         "fc1": (lambda: fc1_squared_relu(x, p_TK, W1, tiled)[0], one),
         "product": (both_ways, 2 * one),
-        "fc2_gradient": (
-            lambda: fc2_gradient(dy, p_TK, at.h_MF, W2.transposed, tiled, choice_of_row=choice, keep_a=False)[0],
-            one,
-        ),
+        "fc2_gradient": (through_fc2, one),
         "adapter": (lambda: product(x, matrices(at.adapter), tiled), 2 * M * 32 * H),
         "weight_gradient": (weights, 2 * one),
     }
@@ -164,7 +161,7 @@ def warm(device: str, buckets: tuple[Bucket, ...], mine: shares.Turn) -> None:
 
 
 def tune(device: str, bucket: Bucket, clock: Clock, rounds: int) -> Iterator[dict]:
-    """A row for each candidate of each product, best first within a product."""
+    """A row for each candidate of each product, in the order of `pieces`."""
     at, base = layer(bucket, device), chosen(0, 0, 2**20, 1)
     shape = {"model": bucket.model, "tokens": bucket.tokens, "ep": bucket.ep, "rows": at.h_MF.shape[0]}
     shape |= {"experts": len(at.v.W1_EFH), "matrix": shape_key(*at.v.W1_EFH.shape[1:])}
@@ -172,7 +169,7 @@ def tune(device: str, bucket: Bucket, clock: Clock, rounds: int) -> Iterator[dic
     for kind, tile in pieces(bucket):
         found.setdefault(kind, {})[tile] = runs_of(at, with_tile(base, kind, tile))[kind]
     for kind, by_tile in found.items():
-        reasons, runs, want = {}, {}, None
+        reasons, runs, want, got = {}, {}, None, None
         for tile, (run, _) in by_tile.items():
             try:
                 got = run()
@@ -201,6 +198,8 @@ def entry(rows: list[dict], bucket: Bucket) -> dict:
     def best(kind: str, tile_rows: int | None = None) -> dict:
         fit = [row for row in rows if row["kind"] == kind and row["median_ms"]]
         fit = [row for row in fit if tile_rows is None or row["tile"][0] == tile_rows]
+        if not fit:
+            raise ValueError(f"no tile of {kind} ran for {rows[0]['shape']}: the rows before say why each did not")
         return min(fit, key=lambda row: row["median_ms"])
 
     shared = Tiles._fields[:-1]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_evolve.campaign import Campaign, JudgeSpec, SubstrateSpec, find_campaign, load_campaign
-from megatron_evolve.document import load_yaml
+from megatron_evolve.document import find_yaml, load_yaml
 from megatron_evolve.eval.suite import GeneratedSuite
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.frozen import Frozen, nearest
@@ -64,7 +64,7 @@ class Grid(Frozen):
 
 def load_grid(spec: Path) -> tuple[Grid, Campaign]:
     """The grid of a file (or shipped name) and its base campaign. Raises ValueError in one sentence."""
-    path = _find(spec)
+    path = find_yaml(str(spec), SHIPPED, "grid of worlds")
     grid = Grid.parse(load_yaml(path), where=str(path))
     beside = path.parent / grid.campaign
     base = load_campaign(beside if beside.is_file() else find_campaign(grid.campaign))
@@ -76,19 +76,6 @@ def load_grid(spec: Path) -> tuple[Grid, Campaign]:
     for world in grid.worlds:
         judge_of(base, world, secret=base.judge.secret)
     return grid, base
-
-
-def _find(spec: Path) -> Path:
-    if spec.is_file():
-        return spec
-    shipped = SHIPPED / f"{spec.name}.yaml"
-    if shipped.is_file():
-        return shipped
-    known = [path.stem for path in sorted(SHIPPED.glob("*.yaml"))]
-    raise ValueError(
-        f"no grid of worlds {str(spec)!r}: expected the path of a YAML file or a shipped name"
-        f"{nearest(spec.name, known)}"
-    )
 
 
 def drawn(code: str, world: World, index: int | None, purpose: str) -> str:

@@ -5,7 +5,7 @@ import pytest
 from megatron_evolve.substrate import speed
 from megatron_evolve.substrate.model import build
 
-TINY = speed._of("tiny", pattern="ME*", hidden_size=32, mamba_num_heads=4)
+TINY = speed.sized("tiny", pattern="ME*", hidden_size=32, mamba_num_heads=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
