@@ -133,13 +133,14 @@ def first_pooled(policy: SearchPolicy, constitution: Constitution) -> int:
 def round_items(facts: RoundFacts, weights: Weights, origin: str | None = None) -> RoundItems:
     """A round's answers as the gap test wants them: dev-B, and of external what selection has not used.
 
-    `origin`, where it is judged, brings its frozen runs in as far as they were asked this round's items.
+    `origin`, where it is judged, brings in its frozen runs as far as they were asked this round's items, or an
+    explorer's that proposed those very settings again.
     """
     splits = SPLITS["external-b" if facts.policy.objective == "external" else "external"]
     names = [facts.anchor, *facts.explorers]
     means = {name: _a_half_mean(facts, name, weights) for name in names}
-    asked_again = origin is not None and origin not in names and facts.scored(origin, "dev-b")
-    names += [origin] if asked_again else []
+    answered = origin is not None and (origin == facts.anchor or bool(facts.scored(origin, "dev-b")))
+    names += [origin] if answered and origin not in names else []
     return RoundItems(
         number=facts.number,
         anchor=facts.anchor,
@@ -148,7 +149,7 @@ def round_items(facts: RoundFacts, weights: Weights, origin: str | None = None) 
         external=[run.items(splits) for name in names for run in _scored_on_all(facts, name, splits)],
         dev_weights=weights.dev,
         external_weights=weights.external,
-        origin=origin if asked_again or origin == facts.anchor else None,
+        origin=origin if answered else None,
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.megatron_evolve.tiny import Ground, environment, settings_on
+from tests.megatron_evolve.tiny import WORKER, Ground, environment, settings_on
 
 
 @contextmanager
@@ -83,5 +83,17 @@ def variant(ground: Ground, tmp_path: Path) -> Callable[..., Path]:
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(document, sort_keys=False))
         return file
+
+    return write
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Callable[[str], list[str]]:
+    """A worker's program: `calls` counts from 0, `answer(change)` proposes."""
+
+    def write(body: str) -> list[str]:
+        path = tmp_path / "worker.py"
+        path.write_text(WORKER.format(asked=str(tmp_path / "asked"), body=body))
+        return [sys.executable, str(path)]
 
     return write

@@ -5,21 +5,29 @@ import json
 import pytest
 
 from megatron_evolve.artefacts import CampaignFolder
+from megatron_evolve.audit import open_record
 from megatron_evolve.eval.looks import Looks
-from tests.megatron_evolve.tiny import command, events
+from megatron_evolve.review import Weights, round_items
+from megatron_evolve.window import pair_of
+from tests.megatron_evolve.tiny import command, events, facts_of
 
 ESTIMANDS = ["selected", "mean", "cumulative"]
 
 
+# The first explorer of round 1 learns for forty times as long as the origin, so that it is sure to move in.
+PROPOSALS = """
+first = brief["policy"]["round"] == 1
+answer({"recipe.steps": {"set": (320 if calls == 0 else 8 + calls) if first else 300 + calls}})
+"""
+
+
 @pytest.mark.slow
-def test_the_origin_is_asked_again_once_the_standing_settings_moved(ground, variant, tmp_path):
-    """Three explorers, all confirmed, at a bar of .51: under seed 2 chance moves one into the standing settings."""
+def test_the_origin_is_asked_again_once_the_standing_settings_moved(ground, worker, variant, tmp_path):
     file = variant(
         constitution__gap={"estimands": ESTIMANDS},
-        seed=2,
-        constitution__workers=4,
+        constitution__limits__max_steps=400,
         constitution__external_looks=24,
-        search__replicates={"explorer": 1, "confirm_candidates": 3, "confirm_seeds": 1},
+        worker=worker(PROPOSALS),
     )
     folder = tmp_path / "campaign"
     done = ground.run(folder, "--json", file=file)
@@ -29,8 +37,7 @@ def test_the_origin_is_asked_again_once_the_standing_settings_moved(ground, vari
     assert len(first["verdicts"]) == 3 * (1 + len(first["candidates"][0]["domains"]))
     assert all("still the origin" in one["reason"] for one in cumulative)
     assert json.loads(command("verify", folder, "--json").stdout)["ok"]
-    if second["anchor"] == first["anchor"]:
-        pytest.skip("nothing moved in the first round, so the standing settings are still the origin's")
+    assert second["anchor"] != first["anchor"]
 
     origin = first["anchor"]
     cumulative = next(one for one in second["verdicts"] if one["estimand"] == "cumulative")
@@ -48,3 +55,16 @@ def test_the_origin_is_asked_again_once_the_standing_settings_moved(ground, vari
     before = len(events(folder))
     again = ground.run(folder, "--json", file=file)
     assert again.returncode == 0 and len(events(folder)) == before, "nothing is asked twice"
+
+
+@pytest.mark.slow
+def test_an_explorer_that_proposes_the_origins_settings_again_answers_for_it(ground):
+    """It moved away from the origin, and a worker proposed the way back: those runs are the origin's."""
+    weights = Weights(**open_record(ground.finished).suites["weights"])
+    facts = facts_of(ground.finished, 1)
+    again = facts.explorers[0]
+    items = round_items(facts, weights, origin=again)
+    assert items.origin == again and items.explorers == round_items(facts, weights).explorers
+    assert pair_of("cumulative", [items]).missing == ""
+    assert round_items(facts, weights, origin=facts.anchor).origin == facts.anchor
+    assert round_items(facts, weights, origin="0" * 12).origin is None

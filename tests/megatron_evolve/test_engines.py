@@ -9,15 +9,9 @@ from megatron_evolve import doctor
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.audit import open_record
 from megatron_evolve.candidate import Candidate
-from megatron_evolve.facts import RoundFacts, round_facts
 from megatron_evolve.jobs import Ground, Run
 from megatron_evolve.review import Weights, round_items
 from tests.megatron_evolve import tiny
-
-
-def facts_of(root: Path, number: int) -> RoundFacts:
-    record = open_record(root)
-    return round_facts(CampaignFolder(root), record.events, record.campaign.seed, number)
 
 
 def test_a_run_is_scored_by_the_grounds_judge_whoever_it_is(tmp_path: Path) -> None:
@@ -50,7 +44,7 @@ def test_the_doctor_says_which_engines_are_usable() -> None:
 @pytest.mark.slow
 def test_every_run_of_a_round_carries_one_comparison_key(ground: tiny.Ground) -> None:
     for number in (1, 2):
-        facts = facts_of(ground.finished, number)
+        facts = tiny.facts_of(ground.finished, number)
         scored = {name: facts.scored(name, "dev-b") for name in facts.runs}
         assert len(scored[facts.anchor]) == 2 and len(scored) > 1
         for split in ("dev-a", "dev-b", "external-a", "external-b"):
@@ -66,7 +60,7 @@ def test_scores_of_two_engines_in_one_round_are_an_error(
 ) -> None:
     record = open_record(copy_of_finished)
     weights = Weights(**record.suites["weights"])
-    facts = facts_of(copy_of_finished, 1)
+    facts = tiny.facts_of(copy_of_finished, 1)
     round_items(facts, weights)
     name = facts.anchor if whose == "anchor" else facts.explorers[0]
     path = facts.runs[name][0].folder / "dev" / "scores.json"
@@ -75,4 +69,4 @@ def test_scores_of_two_engines_in_one_round_are_an_error(
     path.unlink()  # a link to the shared campaign's file
     path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match=r"to be scored alike, got the comparison keys .*0000.*: another engine"):
-        round_items(facts_of(copy_of_finished, 1), weights)
+        round_items(tiny.facts_of(copy_of_finished, 1), weights)

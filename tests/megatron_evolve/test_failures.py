@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,23 +24,6 @@ SMALL = {
     "constitution__repairs": 2,
 }
 
-# Answers by attempt: the number of briefs that were kept before is the attempt.
-PROGRAM = """
-import json, os, signal, sys
-from pathlib import Path
-brief, reply = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-from megatron_evolve.workers.brief import Brief
-digest = Brief.parse(brief, where="brief").digest
-base = {{"substrate": brief["substrate"]["digest"], "recipe": f"policy/{{brief['policy']['round']}}"}}
-def answer(change):
-    delta = {{"schema": "delta/1", "base": base, "hypothesis": "Try it.", "change": change}}
-    reply.write_text(json.dumps({{"schema": "proposal/1", "brief": digest, "delta": delta}}))
-asked = Path({asked!r})
-calls = len(asked.read_text()) if asked.exists() else 0
-asked.write_text("x" * (calls + 1))
-{body}
-"""
-
 # Loses every number within twenty steps or so: each is larger than the one before, and nothing clips it.
 WILD = {
     "recipe.optimizer": "sgd",
@@ -52,18 +34,6 @@ WILD = {
     "recipe.warmup_steps": 0,
     "recipe.steps": 40,
 }
-
-
-@pytest.fixture
-def worker(tmp_path: Path) -> Callable[[str], list[str]]:
-    """A worker's program: `calls` counts from 0, `answer(change)` proposes."""
-
-    def write(body: str) -> list[str]:
-        path = tmp_path / "worker.py"
-        path.write_text(PROGRAM.format(asked=str(tmp_path / "asked"), body=body))
-        return [sys.executable, str(path)]
-
-    return write
 
 
 def proposed(folder: Path) -> list[dict[str, Any]]:

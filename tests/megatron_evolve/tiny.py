@@ -11,10 +11,30 @@ from typing import Any
 import yaml
 
 import megatron_evolve
+from megatron_evolve.artefacts import CampaignFolder
+from megatron_evolve.audit import open_record
+from megatron_evolve.facts import RoundFacts, round_facts
 
 COMMAND = (sys.executable, "-m", "megatron_evolve.cli")
 COMMAND_SECONDS = 600  # a loaded machine; 40 on an idle one
 FAMILIES = ("numeral", "gravity", "unit_conversion", "cipher", "bit_manipulation", "equation")
+
+# A worker's program: it keeps what it was asked, so the number of briefs kept before is the attempt.
+WORKER = """
+import json, os, signal, sys
+from pathlib import Path
+brief, reply = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+from megatron_evolve.workers.brief import Brief
+digest = Brief.parse(brief, where="brief").digest
+base = {{"substrate": brief["substrate"]["digest"], "recipe": f"policy/{{brief['policy']['round']}}"}}
+def answer(change):
+    delta = {{"schema": "delta/1", "base": base, "hypothesis": "Try it.", "change": change}}
+    reply.write_text(json.dumps({{"schema": "proposal/1", "brief": digest, "delta": delta}}))
+asked = Path({asked!r})
+calls = len(asked.read_text()) if asked.exists() else 0
+asked.write_text("x" * (calls + 1))
+{body}
+"""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -116,3 +136,9 @@ def build_tiny(folder: Path) -> None:
 def events(folder: Path) -> list[dict[str, Any]]:
     """The events of a campaign's ledger."""
     return [json.loads(line) for line in (folder / "ledger.jsonl").read_bytes().splitlines()]
+
+
+def facts_of(root: Path, number: int) -> RoundFacts:
+    """What a round of a campaign left behind."""
+    record = open_record(root)
+    return round_facts(CampaignFolder(root), record.events, record.campaign.seed, number)
