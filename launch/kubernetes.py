@@ -39,7 +39,7 @@ from megatron_evolve.launch.kubernetes_watch import Mirror
 CONFLICT = 409
 # NFS shows a new file to a client up to 60 s late (acdirmax), so a pod may have ended before its outcome can be seen.
 SETTLE_S = 90.0
-_ADDRESSES = {
+ADDRESSES = {
     "Job": ("/apis/batch/v1", "jobs"),
     "Pod": ("/api/v1", "pods"),
     "PersistentVolumeClaim": ("/api/v1", "persistentvolumeclaims"),
@@ -260,8 +260,8 @@ class KubernetesLauncher:
         self.cancel(entry.job.key)
         entry.state = self._record(entry, Cause(OutcomeKind.CANCELLED, why))
         raise KubernetesError(
-            f"job {entry.job.key} was called off: {why}; correct `kubernetes.image` or what else it names, then run the "
-            "same command again"
+            f"job {entry.job.key} was called off: {why}; correct the site's `kubernetes` section or what it names, "
+            "then run the same command again"
         )
 
     def _given_up(self, entry: _Entry, found: Manifest | None) -> JobState:
@@ -293,5 +293,5 @@ class KubernetesLauncher:
 
     def _path(self, kind: str, name: str = "") -> str:
         """The address of one object, or of all of its kind in the namespace."""
-        group, plural = _ADDRESSES[kind]
+        group, plural = ADDRESSES[kind]
         return f"{group}/namespaces/{self._cluster.namespace}/{plural}" + (f"/{name}" if name else "")

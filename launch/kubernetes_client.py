@@ -108,7 +108,9 @@ class Client:
         response = self._send("GET", path, query, None, read_s=WATCH_S + 15)
         try:
             if response.status != 200:
-                raise _trouble(f"watch {path}", response.status, response.data.decode(errors="replace"), response.headers)
+                raise _trouble(
+                    f"watch {path}", response.status, response.data.decode(errors="replace"), response.headers
+                )
             for line in self._lines(response):
                 event = json.loads(line)
                 if event["type"] == "ERROR":  # the status of a request that had begun well
@@ -141,8 +143,8 @@ class Client:
             except Unanswered as error:
                 if tried == TRIES:
                     raise Unanswered(
-                        f"{error}; it was asked {TRIES} times: see that the API server is up, then run the same command "
-                        "again"
+                        f"{error}; it was asked {TRIES} times: see that the API server is up, then run the same "
+                        "command again"
                     ) from error
                 time.sleep(min(error.wait_s or self.backoff_s * 2 ** (tried - 1), LONGEST_WAIT_S))
         raise AssertionError("the last try returns or raises")

@@ -1,4 +1,4 @@
-"""What the cluster says of an attempt that wrote no outcome, or was stopped from outside: an outcome kind and a sentence.
+"""What the cluster says of an attempt that wrote no outcome, or was stopped from outside: a kind and a sentence.
 
 In this order:
 1. out_of_memory  a container was killed by the kernel at its memory limit (OOMKilled).

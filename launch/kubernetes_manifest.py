@@ -17,7 +17,6 @@ import sys
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -129,7 +128,7 @@ def render(job: Job, attempt: int, cluster: Cluster) -> str:
 
 
 def num_pods(job: Job, cluster: Cluster) -> int:
-    """Pods of a job: one, or one for each node that its GPUs fill. Raises ValueError where they do not come out even."""
+    """Pods of a job: one, or one a node that its GPUs fill. Raises ValueError where they do not come out even."""
     gpus, tasks, node = job.resources.gpus, job.resources.tasks, cluster.gpus_per_node
     if gpus <= node:
         return 1
@@ -288,12 +287,3 @@ def _resources(job: Job, cluster: Cluster, pods: int) -> Manifest:
     if job.resources.gpus:
         requests[GPU] = limits[GPU] = str(job.resources.gpus // pods)
     return {"requests": requests, **({"limits": limits} if limits else {})}
-
-
-def attempt_folder(found: Manifest) -> Path | None:
-    """The attempt folder that an object of ours belongs to, None for somebody else's object."""
-    metadata = found["metadata"]
-    run_dir, attempt = metadata.get("annotations", {}).get(FOLDER_ANNOTATION), metadata.get("labels", {})
-    if run_dir is None or ATTEMPT_LABEL not in attempt:
-        return None
-    return rundir.attempt_dir(Path(run_dir), int(attempt[ATTEMPT_LABEL]))

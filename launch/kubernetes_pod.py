@@ -128,7 +128,7 @@ def _run(ranks: list[subprocess.Popen], elsewhere: Callable[[], int], grace_s: f
     Returns 0, or the status of what failed first as a shell would give it.
     """
     status, deadline = 0, None
-    while any(rank.poll() is None for rank in ranks):
+    while None in [rank.poll() for rank in ranks]:  # all are asked: `any` would stop at the first that runs
         if deadline is None and (status := _first_failure(ranks) or elsewhere()):
             deadline = time.monotonic() + grace_s
             _signal_all(ranks, signal.SIGTERM)

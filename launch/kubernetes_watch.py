@@ -46,8 +46,8 @@ class Mirror:
             trouble, silent_s = self._trouble, time.monotonic() - self._heard
             if isinstance(trouble, Refused) or (trouble is not None and silent_s > self._patience_s):
                 raise KubernetesError(
-                    f"{trouble}; heard nothing of the jobs for {silent_s:.0f} s: they run on, and the same command goes "
-                    "on with them"
+                    f"{trouble}; heard nothing of the jobs for {silent_s:.0f} s: they run on, and the same command "
+                    "goes on with them"
                 ) from trouble
             return dict(self._objects)
 

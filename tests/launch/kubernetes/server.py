@@ -1,4 +1,4 @@
-"""An API server of Kubernetes over real HTTP, as far as a launcher meets it, with its troubles on demand; and a kubelet.
+"""An API server of Kubernetes over real HTTP, as far as a launcher meets it, with troubles on demand; and a kubelet.
 
 It stores objects with versions, refuses what exists, lists by labels in pages, and streams a watch. What it is told by
 `fail` happens to the next requests that fit. Its kubelet runs the containers' real commands as processes here.
@@ -20,7 +20,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from megatron_evolve.launch.job import Job
+from megatron_evolve.launch.kubernetes_manifest import object_name
+
 Object = dict[str, Any]
+
+JOBS = "/apis/batch/v1/namespaces/here/jobs"
+PODS = "/api/v1/namespaces/here/pods"
+CLAIM = "/api/v1/namespaces/here/persistentvolumeclaims/work"
 
 
 @dataclass
@@ -108,26 +115,33 @@ class FakeCluster:
         self.add(f"/api/v1/namespaces/{namespace}/pods", pod)
         return f"/api/v1/namespaces/{namespace}/pods/{metadata['name']}"
 
-    def start(self, job_path: str, index: int = 0) -> subprocess.Popen:
-        """Run the command of a Job's container, as the first process of its own session."""
+    def start(self, job_path: str, index: int = 0, wrapped: tuple[str, ...] = ()) -> subprocess.Popen:
+        """Run the command of a Job's container in a session of its own; `wrapped` is a command that runs it."""
         (container,) = self.objects[job_path]["spec"]["template"]["spec"]["containers"]
         env = os.environ | {"JOB_COMPLETION_INDEX": str(index)}
-        return subprocess.Popen(container["command"], env=env, start_new_session=True)
+        return subprocess.Popen([*wrapped, *container["command"]], env=env, start_new_session=True)
 
 
 @contextlib.contextmanager
 def serving(cluster: FakeCluster, port: int = 0) -> Iterator[str]:
     """The cluster's server on this machine; yields its address."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), type("Bound", (_Handler,), {"cluster": cluster}))
+    over = threading.Event()
+    handler = type("Bound", (_Handler,), {"cluster": cluster, "over": over})
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
+        over.set()  # connections that are kept open end too
         server.shutdown()
         server.server_close()
         cluster.cut_watches()
+
+
+def job_path(job: Job, attempt: int = 1) -> str:
+    return f"{JOBS}/{object_name(job, attempt)}"
 
 
 def end(process: subprocess.Popen, signum: int = signal.SIGTERM) -> int:
@@ -137,6 +151,7 @@ def end(process: subprocess.Popen, signum: int = signal.SIGTERM) -> int:
 
 class _Handler(BaseHTTPRequestHandler):
     cluster: FakeCluster
+    over: threading.Event
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
@@ -153,6 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self, verb: str) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.over.is_set():
+            return self._break(Fault(verb, "", 0))
         cluster, url = self.cluster, urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         with cluster.changed:

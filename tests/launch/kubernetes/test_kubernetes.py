@@ -1,8 +1,7 @@
 """The Kubernetes launcher against an API server over real HTTP, whose pods run their real commands here."""
 
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,64 +9,11 @@ import pytest
 pytest.importorskip("kubernetes", reason="the official client is the optional extra [k8s]")
 
 from megatron_evolve.launch import rundir
-from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind, Resources
+from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind
 from megatron_evolve.launch.kubernetes import KubernetesLauncher
 from megatron_evolve.launch.kubernetes_client import Client, KubernetesError, connect
 from megatron_evolve.launch.kubernetes_manifest import Cluster, object_name
-from tests.launch.kubernetes_server import FakeCluster, end, serving
-
-JOBS = "/apis/batch/v1/namespaces/here/jobs"
-PODS = "/api/v1/namespaces/here/pods"
-CLAIM = "/api/v1/namespaces/here/persistentvolumeclaims/work"
-
-
-@pytest.fixture
-def server() -> Iterator[tuple[FakeCluster, str]]:
-    cluster = FakeCluster()
-    with serving(cluster) as address:
-        cluster.put(CLAIM, {"metadata": {"name": "work"}})
-        cluster.put("/api/v1/namespaces/here/services/megatron-evolve", {"metadata": {"name": "megatron-evolve"}})
-        yield cluster, address
-
-
-def client_of(address: str, folder: Path) -> Client:
-    """A client as `connect` makes it from a kubeconfig; it waits a hundredth of the real times."""
-    config = folder / "kubeconfig"
-    config.write_text(
-        f"apiVersion: v1\nkind: Config\ncurrent-context: c\nclusters: [{{name: k, cluster: {{server: '{address}'}}}}]\n"
-        "users: [{name: u, user: {token: secret-token}}]\ncontexts: [{name: c, context: {cluster: k, user: u}}]\n"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KUBECONFIG", str(config))
-        client = connect()
-    client.backoff_s = 0.005
-    return client
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Cluster:
-    return Cluster("here", "registry.example/evolve:1", "work", str(tmp_path), gpus_per_node=8)
-
-
-@pytest.fixture
-def client(server: tuple[FakeCluster, str], tmp_path: Path) -> Client:
-    return client_of(server[1], tmp_path)
-
-
-@pytest.fixture
-def launcher(site: Cluster, client: Client) -> Iterator[KubernetesLauncher]:
-    with KubernetesLauncher(site, client, settle_s=0.0) as launcher:
-        yield launcher
-
-
-@pytest.fixture
-def cluster(server: tuple[FakeCluster, str]) -> FakeCluster:
-    return server[0]
-
-
-def job_path(job: Job, attempt: int = 1) -> str:
-    return f"{JOBS}/{object_name(job, attempt)}"
-
+from tests.launch.kubernetes.server import CLAIM, PODS, FakeCluster, end, job_path
 
 # --- one job, from submit to its outcome -----------------------------------------------------------------------------
 
@@ -149,7 +95,7 @@ def test_attempts_follow_each_other(
 def test_cancel_stops_what_runs_and_says_so(
     cluster: FakeCluster, launcher: KubernetesLauncher, make_job: Callable[..., Job], ending_of: Callable, wait_until
 ) -> None:
-    job = make_job("a", 'touch "$RUN/up"; sleep 60')
+    job = make_job("a", 'touch "$RUN/up"; exec sleep 60')
     launcher.submit(job)
     pod = cluster.start(job_path(job))
     wait_until((job.run_dir / "up").exists, "the job to run")
@@ -261,87 +207,6 @@ def test_an_outcome_may_arrive_after_the_end(
         assert ending_of(launcher, "a").kind is OutcomeKind.FINISHED
 
 
-# --- a cluster in trouble --------------------------------------------------------------------------------------------
-
-
-def watches(cluster: FakeCluster) -> int:
-    return sum("watch=true" in request and "/jobs" in request for request in cluster.requests)
-
-
-def lists(cluster: FakeCluster) -> int:
-    return sum("limit=" in request and "/jobs" in request for request in cluster.requests)
-
-
-@pytest.mark.parametrize("trouble", ["reset", "gone"])
-def test_a_watch_is_taken_up_again(
-    trouble: str, cluster: FakeCluster, launcher: KubernetesLauncher, make_job, ending_of, wait_until
-) -> None:
-    jobs = [make_job(f"j{number}", "true") for number in range(5)]  # two pages of the server's three
-    for job in jobs:
-        launcher.submit(job)
-    wait_until(lambda: watches(cluster) == 1, "the watch")
-    listed = lists(cluster)
-    if trouble == "gone":
-        cluster.forget_events()
-    cluster.cut_watches()
-    wait_until(lambda: watches(cluster) >= 2, "a second watch")
-    cluster.condition(job_path(jobs[3]), "Failed", "BackoffLimitExceeded", "words")
-    assert ending_of(launcher, "j3").kind is OutcomeKind.LOST
-    states = launcher.poll([job.key for job in jobs])
-    assert [states[f"j{number}"] for number in (0, 1, 2, 4)] == ["pending"] * 4
-    assert (lists(cluster) > listed) is (trouble == "gone")  # a reset goes on from where it was
-    versions = [request.split("resourceVersion=")[1].split("&")[0] for request in cluster.requests if "/jobs?" in request
-                and "watch=true" in request]
-    assert trouble == "gone" or int(versions[-1]) >= int(versions[0])
-
-
-def test_too_many_requests_are_asked_again_when_the_server_says(
-    cluster: FakeCluster, launcher: KubernetesLauncher, make_job: Callable[..., Job]
-) -> None:
-    cluster.fail("POST", "dryRun", 429, headers={"Retry-After": "1"})
-    started = time.monotonic()
-    launcher.submit(make_job("a", "true"))
-    assert time.monotonic() - started >= 1.0
-    assert launcher.poll(["a"]) == {"a": "pending"}
-
-
-def test_a_server_that_is_down_for_a_while_changes_no_state(
-    site: Cluster, tmp_path: Path, make_job: Callable[..., Job], ending_of: Callable
-) -> None:
-    cluster = FakeCluster()
-    with serving(cluster) as address:
-        launcher = KubernetesLauncher(site, client_of(address, tmp_path), settle_s=0.0).__enter__()
-        job = make_job("a", "true")
-        launcher.submit(job)
-    assert launcher.poll(["a"]) == {"a": "pending"}
-    with pytest.raises(KubernetesError, match=r"no answer from the API server .*asked 6 times: see that the API server"):
-        launcher.submit(make_job("b", "true"))
-    assert not (tmp_path / "b").exists()
-    with serving(cluster, int(address.rsplit(":", 1)[1])):
-        cluster.condition(job_path(job), "Failed", "PodFailurePolicy", "words")
-        assert ending_of(launcher, "a").kind is OutcomeKind.LOST
-        launcher.close()
-
-
-def test_silence_beyond_patience_is_told(
-    site: Cluster, client: Client, cluster: FakeCluster, launcher, make_job, wait_until
-) -> None:
-    launcher.submit(make_job("a", "true"))
-    wait_until(lambda: watches(cluster) == 1, "the watch")
-    launcher._mirrors["Job"]._patience_s = 0.05
-    cluster.fail("GET", "watch=true", 503, times=1000)
-    cluster.cut_watches()
-
-    def told() -> str:
-        try:
-            launcher.poll(["a"])
-        except KubernetesError as error:
-            return str(error)
-        return ""
-
-    assert "they run on, and the same command goes on with them" in wait_until(told, "the launcher to lose patience")
-
-
 # --- what a user gave ------------------------------------------------------------------------------------------------
 
 
@@ -364,7 +229,7 @@ def test_a_forbidden_watch_stops_the_campaign(
     with KubernetesLauncher(site, client) as launcher:
         launcher.submit(make_job("a", "true"))
         wait_until(lambda: launcher._mirrors["Pod"]._trouble, "the refusal")
-        with pytest.raises(KubernetesError, match="list .*/pods: pods is forbidden"):
+        with pytest.raises(KubernetesError, match=r"list .*/pods: pods is forbidden"):
             launcher.poll(["a"])
 
 
@@ -375,7 +240,7 @@ def test_a_claim_that_is_not_there(cluster: FakeCluster, launcher: KubernetesLau
 
 
 def test_a_run_folder_outside_the_claim(launcher: KubernetesLauncher, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="run folders must lie under .* got /elsewhere/run"):
+    with pytest.raises(ValueError, match=r"run folders must lie under .* got /elsewhere/run"):
         launcher.submit(Job("a", ("true",), Path("/elsewhere/run"), 1.0, "done"))
 
 
@@ -392,7 +257,7 @@ def test_an_image_that_is_not_there_calls_the_job_off(
         assert launcher.poll(["a"]) == {"a": "pending"}  # its registry may only be down
         pod["metadata"]["creationTimestamp"] = "2020-01-01T00:00:00Z"
         cluster.put(f"{PODS}/{pod['metadata']['name']}", pod)
-    with pytest.raises(KubernetesError, match="job a was called off: pod .* cannot start: .*evolve:2"):
+    with pytest.raises(KubernetesError, match=r"job a was called off: pod .* cannot start: .*evolve:2"):
         wait_until(lambda: launcher.poll(["a"]) and False, "the launcher to see it")
     assert cluster.find("/jobs/") == []
     assert isinstance(launcher.poll(["a"])["a"], JobOutcome)
@@ -406,54 +271,3 @@ def test_no_way_to_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(KubernetesError, match=r"pip install 'megatron-evolve\[k8s\]'"):
         connect()
-
-
-# --- several pods ----------------------------------------------------------------------------------------------------
-
-WIDE = Resources(cores=16, gpus=16, tasks=4)
-
-
-def test_ranks_of_several_pods_know_their_place(
-    cluster: FakeCluster, launcher: KubernetesLauncher, make_job: Callable[..., Job], ending_of: Callable, wait_until
-) -> None:
-    words = (
-        'echo $RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $MASTER_PORT > "$RUN/rank$RANK"; '
-        'while [ ! -e "$RUN/rank0" -o ! -e "$RUN/rank3" ]; do sleep 0.05; done; touch "$RUN/done"'  # ranks meet
-    )
-    job = make_job("a", words, resources=WIDE)
-    launcher.submit(job)
-    first = cluster.start(job_path(job), 0)
-    time.sleep(0.3)
-    assert launcher.poll(["a"]) == {"a": "pending"}  # pod 0 alone begins nothing: no clock runs
-    second = cluster.start(job_path(job), 1)
-    assert first.wait(20) == 0 and second.wait(20) == 0
-    assert cluster.start(job_path(job), 1).wait(20) == 0  # a pod put in the place of one that had begun does nothing
-    assert ending_of(launcher, "a").kind is OutcomeKind.FINISHED
-    place = [(job.run_dir / f"rank{rank}").read_text().split() for rank in range(4)]
-    host = f"{object_name(job, 1)}-0.megatron-evolve"
-    assert place == [[str(rank), "4", str(rank % 2), host, "29500"] for rank in range(4)]
-
-
-@pytest.mark.parametrize("failing", [0, 3])
-def test_one_failed_rank_ends_them_all_with_its_words(
-    failing: int, cluster: FakeCluster, launcher: KubernetesLauncher, make_job: Callable[..., Job], ending_of: Callable
-) -> None:
-    words = f'[ $RANK = {failing} ] && {{ echo "ValueError: no such row" >&2; exit 4; }}; sleep 60'
-    job = make_job("a", words, resources=WIDE)
-    launcher.submit(job)
-    pods = [cluster.start(job_path(job), index) for index in (0, 1)]
-    assert [pod.wait(20) for pod in pods] == [0, 0]
-    outcome = ending_of(launcher, "a")
-    assert (outcome.kind, outcome.exit_code) == (OutcomeKind.CRASHED, 4) and "no such row" in outcome.reason
-
-
-def test_a_pod_that_is_drained_fails_its_job(
-    cluster: FakeCluster, launcher: KubernetesLauncher, make_job: Callable[..., Job], ending_of: Callable, wait_until
-) -> None:
-    job = make_job("a", 'touch "$RUN/up$RANK"; sleep 60', resources=WIDE)
-    launcher.submit(job)
-    first, second = (cluster.start(job_path(job), index) for index in (0, 1))
-    wait_until(lambda: len(list(job.run_dir.glob("up*"))) == 4, "all ranks to run")
-    assert end(second) == 128 + signal.SIGTERM  # so the Job fails, and the others are stopped by the cluster
-    assert end(first) == 0
-    assert ending_of(launcher, "a").kind is OutcomeKind.LOST
