@@ -18,7 +18,7 @@ from types import TracebackType
 
 from megatron_evolve.launch import rundir
 from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind
-from megatron_evolve.launch.kubernetes_client import Client, KubernetesError, Refused, Unanswered
+from megatron_evolve.launch.kubernetes_client import TRIES, Client, KubernetesError, Refused, Unanswered
 from megatron_evolve.launch.kubernetes_ending import Cause, cause_of, is_finished, why_it_cannot_start
 from megatron_evolve.launch.kubernetes_manifest import (
     ATTEMPT_LABEL,
@@ -58,6 +58,7 @@ class _Entry:
     attempt: int
     kind: str  # "Job" or "TrainJob"
     state: JobState = "pending"
+    created: bool = True  # unless the cluster has yet to answer that it was
     ended_at: float | None = None  # when the cluster was first seen to have ended it without an outcome
 
     @property
@@ -126,15 +127,20 @@ class KubernetesLauncher:
                     f"attempt {latest} is {state if isinstance(state, str) else 'the latest'}: wait for it"
                 )
             entry = _Entry(job, attempt, kind)
-            self._create(entry, only_try=True)  # what the cluster would refuse leaves no trace in the run folder
+            with contextlib.suppress(Unanswered):
+                self._create(entry, only_try=True)  # what the cluster would refuse leaves no trace in the run folder
             rundir.prepare_attempt(job, attempt)
+        self._entries[job.key] = entry
         cancelled = (entry.folder / rundir.CANCEL_FILE).exists()
         if not (isinstance(entry.state, JobOutcome) or entry.begun or cancelled):
-            self._create(entry)
-        self._entries[job.key] = entry
+            entry.created = False
+            with contextlib.suppress(Unanswered):  # poll asks again: a control plane may be away for minutes
+                self._create(entry)
 
     def poll(self, keys: Iterable[str]) -> dict[str, JobState]:
         """See `Launcher.poll`. Raises KubernetesError where the cluster refuses, is silent, or can't start a pod."""
+        for mirror in self._mirrors.values():
+            mirror.check()
         pods = defaultdict(list)
         for pod in self._mirrors["Pod"].objects().values():
             labels = pod["metadata"]["labels"]
@@ -188,12 +194,14 @@ class KubernetesLauncher:
             raise ValueError(f"expected the key of a submitted job; got {key}: submit it first")
         return self._entries[key]
 
-    def _create(self, entry: _Entry, *, only_try: bool = False) -> None:
+    def _create(self, entry: _Entry, *, only_try: bool = False, tries: int = TRIES) -> None:
         """Create the attempt's object, or adopt the one that is there. Raises KubernetesError."""
         asked = manifest(entry.job, entry.attempt, self._cluster)
         try:
-            found = self._client.create(self._path(entry.kind), asked, only_try=only_try)
+            self._client.create(self._path(entry.kind), asked, only_try=only_try, tries=tries)
         except Refused as error:
+            if only_try and error.status == 400 and "does not support dry run" in str(error):
+                return  # an admission webhook of this cluster's, which says nothing about the job
             if error.status != CONFLICT:
                 raise
             found = self._client.get(self._path(entry.kind, entry.name))
@@ -206,16 +214,12 @@ class KubernetesLauncher:
                     f"{entry.kind} {entry.name} in namespace {self._cluster.namespace} must be of job {entry.job.key}; "
                     f"it is of {annotations.get(KEY_ANNOTATION)!r}: delete it, or use a namespace of its own"
                 ) from error
-        if found is not None and not only_try:
-            self._mirrors[entry.kind].put(found)
+        entry.created = not only_try
 
     def _find(self, entry: _Entry) -> Manifest | None:
         """The attempt's object as last seen. That it is gone is only believed when it was looked for by name."""
-        mirror = self._mirrors[entry.kind]
-        found = mirror.objects().get(entry.name)
-        if found is None and (found := self._client.get(self._path(entry.kind, entry.name))) is not None:
-            mirror.put(found)
-        return found
+        found = self._mirrors[entry.kind].get(entry.name)
+        return found or self._client.get(self._path(entry.kind, entry.name), tries=1)
 
     def _state_of(self, entry: _Entry, pods: list[Manifest]) -> JobState:
         outcome = self._outcome_of(entry)
@@ -223,6 +227,8 @@ class KubernetesLauncher:
             return self._explained(entry, outcome)
         if entry.ended_at is not None and time.monotonic() - entry.ended_at < self._settle_s:
             return entry.state
+        if not entry.created:
+            self._create(entry, tries=1)
         found = self._find(entry)
         if found is not None and not is_finished(found):
             if not entry.begun and (why := why_it_cannot_start(pods)) is not None:
@@ -283,7 +289,7 @@ class KubernetesLauncher:
     def _pods_of(self, entry: _Entry) -> list[Manifest]:
         """The attempt's pods, asked for now: the mirror of pods may be behind the one of Jobs."""
         selector = f"{_SELECTOR},{JOB_LABEL}={digest(entry.job)},{ATTEMPT_LABEL}={entry.attempt}"
-        return self._client.list(self._path("Pod"), selector)[0]
+        return self._client.list(self._path("Pod"), selector, tries=1)[0]
 
     def _record(self, entry: _Entry, cause: Cause) -> JobOutcome:
         where = f"namespace {self._cluster.namespace}"

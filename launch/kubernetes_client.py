@@ -64,21 +64,23 @@ class Client:
         self._headers = headers
         self.backoff_s = backoff_s
 
-    def get(self, path: str) -> dict[str, Any] | None:
+    def get(self, path: str, tries: int = TRIES) -> dict[str, Any] | None:
         """An object, None if there is none."""
         try:
-            return self._answered("GET", path, f"read {path}")
+            return self._answered("GET", path, f"read {path}", tries=tries)
         except Refused as error:
             if error.status == 404:
                 return None
             raise
 
-    def create(self, path: str, manifest: Mapping[str, Any], *, only_try: bool = False) -> dict[str, Any]:
+    def create(
+        self, path: str, manifest: Mapping[str, Any], *, only_try: bool = False, tries: int = TRIES
+    ) -> dict[str, Any]:
         """Create an object and return it as it stands; `only_try` has the server check all and keep nothing."""
         query = {"fieldValidation": "Strict"} | ({"dryRun": "All"} if only_try else {})
         metadata = manifest["metadata"]
         asked = f"create {manifest['kind']} {metadata['name']} in namespace {metadata['namespace']}"
-        return self._answered("POST", path, asked, query, manifest)
+        return self._answered("POST", path, asked, query, manifest, tries)
 
     def delete(self, path: str) -> None:
         """Have an object deleted, itself after all that it owns. One that is gone already is no error."""
@@ -89,12 +91,12 @@ class Client:
             if error.status != 404:
                 raise
 
-    def list(self, path: str, selector: str) -> tuple[list[dict[str, Any]], str]:
+    def list(self, path: str, selector: str, tries: int = TRIES) -> tuple[list[dict[str, Any]], str]:
         """All objects with these labels, and the version of the whole."""
         items: list[dict[str, Any]] = []
         query = {"labelSelector": selector, "limit": str(PAGE)}
         while True:
-            page = self._answered("GET", path, f"list {path}", query)
+            page = self._answered("GET", path, f"list {path}", query, tries=tries)
             items += page["items"]
             follows = page["metadata"].get("continue")
             if not follows:
@@ -112,7 +114,7 @@ class Client:
                     f"watch {path}", response.status, response.data.decode(errors="replace"), response.headers
                 )
             for line in self._lines(response):
-                event = json.loads(line)
+                event = _parsed(line)
                 if event["type"] == "ERROR":  # the status of a request that had begun well
                     raise _trouble(f"watch {path}", event["object"].get("code", 500), json.dumps(event["object"]), {})
                 yield event
@@ -131,19 +133,25 @@ class Client:
             raise Unanswered(f"the watch on {self.host} broke off: {error}; it is taken up again") from error
 
     def _answered(
-        self, verb: str, path: str, asked: str, query: Mapping[str, str] | None = None, body: object = None
+        self,
+        verb: str,
+        path: str,
+        asked: str,
+        query: Mapping[str, str] | None = None,
+        body: object = None,
+        tries: int = TRIES,
     ) -> dict[str, Any]:
         """Ask until there is an answer to keep. Every request here may be made twice: names are the caller's choice."""
-        for tried in range(1, TRIES + 1):
+        for tried in range(1, tries + 1):
             try:
                 response = self._send(verb, path, query or {}, body, read_s=REQUEST_S)
                 if 200 <= response.status < 300:
-                    return json.loads(response.data)
+                    return _parsed(response.data)
                 raise _trouble(asked, response.status, response.data.decode(errors="replace"), response.headers)
             except Unanswered as error:
-                if tried == TRIES:
+                if tried == tries:
                     raise Unanswered(
-                        f"{error}; it was asked {TRIES} times: see that the API server is up, then run the same "
+                        f"{error}; it was asked {tries} times: see that the API server is up, then run the same "
                         "command again"
                     ) from error
                 time.sleep(min(error.wait_s or self.backoff_s * 2 ** (tried - 1), LONGEST_WAIT_S))
@@ -166,6 +174,13 @@ class Client:
             )
         except HTTPError as error:
             raise Unanswered(f"no answer from the API server {self.host}: {error}") from error
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise Unanswered(f"the API server, or a proxy before it, answered {data[:80]!r} in place of JSON") from error
 
 
 def _trouble(asked: str, status: int, said: str, headers: Mapping[str, str]) -> KubernetesError:

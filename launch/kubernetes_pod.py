@@ -29,7 +29,7 @@ from megatron_evolve.launch.job import Job
 from megatron_evolve.launch.supervise import ATTEMPT_VARIABLE, redirect, supervise
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"  # set by Kubernetes in every pod of an Indexed Job
-LOOK_S = 1.0  # between looks at a shared disk
+LOOK_S = 0.5  # between looks at a shared disk
 STOPPED = 128 + signal.SIGTERM
 
 

@@ -40,21 +40,27 @@ class Mirror:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._closing.set()  # the thread ends with the next word from the server, or with us
 
-    def objects(self) -> dict[str, dict[str, Any]]:
-        """What is known now. Raises KubernetesError once the server refused, or was silent for `patience_s`."""
+    def check(self) -> None:
+        """Raises KubernetesError once the server refused, or was silent for `patience_s`."""
         with self._lock:
             trouble, silent_s = self._trouble, time.monotonic() - self._heard
-            if isinstance(trouble, Refused) or (trouble is not None and silent_s > self._patience_s):
-                raise KubernetesError(
-                    f"{trouble}; heard nothing of the jobs for {silent_s:.0f} s: they run on, and the same command "
-                    "goes on with them"
-                ) from trouble
+        if isinstance(trouble, Refused) or (trouble is not None and silent_s > self._patience_s):
+            raise KubernetesError(
+                f"{trouble}; heard nothing of the jobs for {silent_s:.0f} s: they run on, and the same command "
+                "goes on with them"
+            ) from trouble
+        if trouble is None and self._thread.ident is not None and not self._thread.is_alive():
+            raise KubernetesError(f"the {self._thread.name} broke, as told above: run the same command again")
+
+    def objects(self) -> dict[str, dict[str, Any]]:
+        """All that is known now."""
+        with self._lock:
             return dict(self._objects)
 
-    def put(self, found: dict[str, Any]) -> None:
-        """Add an object that was just read or created, unless the mirror has it."""
+    def get(self, name: str) -> dict[str, Any] | None:
+        """One object as last heard of; None proves nothing: it may be newer than the last event."""
         with self._lock:
-            self._objects.setdefault(found["metadata"]["name"], found)
+            return self._objects.get(name)
 
     def _keep(self) -> None:
         version, failures = None, 0

@@ -5,7 +5,7 @@ from typing import Any
 
 Object = dict[str, Any]
 
-VERSION = "1.30"  # the oldest that has all of it without a feature gate
+VERSIONS = ("1.28", "1.37")  # the oldest that has all of it without a feature gate, and the newest known here
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?")
@@ -87,7 +87,8 @@ def check_schema(found: Object) -> None:
     elif found["kind"] == "TrainingRuntime":
         (job,) = found["spec"]["template"]["spec"]["replicatedJobs"]
         found = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, "spec": job["template"]["spec"]}
-    kubernetes_validate.validate(found, VERSION, strict=True)
+    for version in VERSIONS:
+        kubernetes_validate.validate(found, version, strict=True)
 
 
 def pod_of(found: Object) -> Object:

@@ -233,6 +233,15 @@ def test_a_forbidden_watch_stops_the_campaign(
             launcher.poll(["a"])
 
 
+def test_a_webhook_that_cannot_try_is_no_refusal(
+    cluster: FakeCluster, launcher: KubernetesLauncher, make_job: Callable[..., Job]
+) -> None:
+    cluster.fail("POST", "dryRun", 400, message='admission webhook "x" does not support dry run')
+    job = make_job("a", "true")
+    launcher.submit(job)
+    assert cluster.find("/jobs/") == [job_path(job)]
+
+
 def test_a_claim_that_is_not_there(cluster: FakeCluster, launcher: KubernetesLauncher) -> None:
     cluster.delete(CLAIM)
     with pytest.raises(KubernetesError, match="namespace here must have the PersistentVolumeClaim work; it has none"):
@@ -262,6 +271,20 @@ def test_an_image_that_is_not_there_calls_the_job_off(
     assert cluster.find("/jobs/") == []
     assert isinstance(launcher.poll(["a"])["a"], JobOutcome)
     assert rundir.read_outcome(rundir.attempt_dir(job.run_dir, 1)).kind is OutcomeKind.CANCELLED
+
+
+def test_a_pod_is_known_by_its_service_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kubernetes.config import incluster_config
+
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
+    for name, text in (("SERVICE_TOKEN_FILENAME", "of-the-pod"), ("SERVICE_CERT_FILENAME", "certificate")):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(incluster_config, name, str(tmp_path / name))
+    client = connect()
+    assert client.host == "https://10.0.0.1:443"
+    assert client._headers() == {"Authorization": "bearer of-the-pod"}
 
 
 def test_no_way_to_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ RESOURCES = st.tuples(st.integers(1, 12), st.integers(0, 8), st.integers(1, 8), 
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     key=st.text(min_size=1, max_size=300),
     run=st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=100),

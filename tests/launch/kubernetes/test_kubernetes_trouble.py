@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("kubernetes", reason="the official client is the optional extra [k8s]")
 
@@ -61,7 +63,7 @@ def test_too_many_requests_are_asked_again_when_the_server_says(
 
 
 def test_a_server_that_is_down_for_a_while_changes_no_state(
-    site: Cluster, tmp_path: Path, make_job: Callable[..., Job], ending_of: Callable
+    site: Cluster, tmp_path: Path, make_job: Callable[..., Job], ending_of: Callable, wait_until
 ) -> None:
     cluster = FakeCluster()
     with serving(cluster) as address:
@@ -69,14 +71,13 @@ def test_a_server_that_is_down_for_a_while_changes_no_state(
         job = make_job("a", "true")
         launcher.submit(job)
     assert launcher.poll(["a"]) == {"a": "pending"}
-    with pytest.raises(
-        KubernetesError, match=r"no answer from the API server .*asked 6 times: see that the API server"
-    ):
-        launcher.submit(make_job("b", "true"))
-    assert not (tmp_path / "b").exists()
+    later = make_job("b", "true")
+    launcher.submit(later)
+    assert launcher.poll(["a", "b"]) == {"a": "pending", "b": "pending"}
     with serving(cluster, int(address.rsplit(":", 1)[1])):
         cluster.condition(job_path(job), "Failed", "PodFailurePolicy", "words")
         assert ending_of(launcher, "a").kind is OutcomeKind.LOST
+        wait_until(lambda: launcher.poll(["b"]) and cluster.find(job_path(later)), "the other job to be created")
         launcher.close()
 
 
@@ -97,3 +98,44 @@ def test_silence_beyond_patience_is_told(
         return ""
 
     assert "they run on, and the same command goes on with them" in wait_until(told, "the launcher to lose patience")
+
+
+FAULTS = st.tuples(st.sampled_from(["POST", "GET"]), st.sampled_from([0, 429, 500, 503]), st.booleans(), st.booleans())
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(faults=st.lists(FAULTS, max_size=5), kill=st.booleans())
+def test_whatever_is_lost_an_attempt_is_one_object(
+    faults: list[tuple[str, int, bool, bool]], kill: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Requests that are dropped, put off or answered into nothing, before or after they did their work."""
+    place = tmp_path_factory.mktemp("law")
+    site = Cluster("here", "registry.example/evolve:1", "work", str(place))
+    jobs = [Job(f"j{number}", ("true",), place / f"j{number}", 30.0, "done") for number in range(2)]
+    keys = [job.key for job in jobs]
+    cluster = FakeCluster()
+    for verb, status, after, of_jobs in faults:
+        cluster.fail(verb, "/jobs" if of_jobs else "", status, after=after)
+    with serving(cluster) as address:
+        with KubernetesLauncher(site, client_of(address, place), settle_s=60.0) as launcher:
+            for job in (*jobs, *jobs[: 0 if kill else 2]):
+                launcher.submit(job)
+            assert set(launcher.poll(keys).values()) == {"pending"}
+        with KubernetesLauncher(site, client_of(address, place), settle_s=60.0) as again:
+            for job in jobs:
+                again.submit(job)
+            for _ in range(len(faults) + 1):  # each poll asks once more for what is not there yet
+                assert set(again.poll(keys).values()) == {"pending"}
+    assert sorted(cluster.find("/jobs/")) == sorted(job_path(job) for job in jobs)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_watch_that_breaks_is_told(
+    cluster: FakeCluster, site: Cluster, client: Client, make_job: Callable[..., Job], wait_until
+) -> None:
+    cluster.fail("GET", "/pods", 200, times=100)  # an object, and not a list of any
+    with KubernetesLauncher(site, client) as launcher:
+        launcher.submit(make_job("a", "true"))
+        wait_until(lambda: not launcher._mirrors["Pod"]._thread.is_alive(), "the watch to break")
+        with pytest.raises(KubernetesError, match=r"the mirror of .*/pods broke"):
+            launcher.poll(["a"])
