@@ -73,6 +73,10 @@ class _Entry:
     def begun(self) -> bool:
         return (self.folder / rundir.SUPERVISOR_FILE).exists()
 
+    @property
+    def cancelled(self) -> bool:
+        return (self.folder / rundir.CANCEL_FILE).exists()
+
 
 class KubernetesLauncher:
     """A Launcher for one namespace. Use it within `with`: it keeps a watch.
@@ -131,8 +135,7 @@ class KubernetesLauncher:
                 self._create(entry, only_try=True)  # what the cluster would refuse leaves no trace in the run folder
             rundir.prepare_attempt(job, attempt)
         self._entries[job.key] = entry
-        cancelled = (entry.folder / rundir.CANCEL_FILE).exists()
-        if not (isinstance(entry.state, JobOutcome) or entry.begun or cancelled):
+        if not (isinstance(entry.state, JobOutcome) or entry.begun or entry.cancelled):
             entry.created = False
             with contextlib.suppress(Unanswered):  # poll asks again: a control plane may be away for minutes
                 self._create(entry)
@@ -159,7 +162,8 @@ class KubernetesLauncher:
         entry = self._known(key)
         if not isinstance(entry.state, JobOutcome):
             rundir.write_whole(entry.folder / rundir.CANCEL_FILE, "")
-            self._client.delete(self._path(entry.kind, entry.name))
+            with contextlib.suppress(Unanswered):  # poll asks again, as it does if we die between these lines
+                self._client.delete(self._path(entry.kind, entry.name))
 
     def close(self) -> None:
         """End the watch. Jobs go on in the cluster."""
@@ -227,11 +231,13 @@ class KubernetesLauncher:
             return self._explained(entry, outcome)
         if entry.ended_at is not None and time.monotonic() - entry.ended_at < self._settle_s:
             return entry.state
-        if not entry.created:
+        if not (entry.created or entry.cancelled):
             self._create(entry, tries=1)
         found = self._find(entry)
         if found is not None and not is_finished(found):
-            if not entry.begun and (why := why_it_cannot_start(pods)) is not None:
+            if entry.cancelled and "deletionTimestamp" not in found["metadata"]:
+                self._client.delete(self._path(entry.kind, entry.name), tries=1)
+            elif not entry.begun and (why := why_it_cannot_start(pods)) is not None:
                 self._call_off(entry, why)
             return "running" if entry.begun else "pending"
         if entry.ended_at is None and self._settle_s > 0:
@@ -258,7 +264,7 @@ class KubernetesLauncher:
             outcome = dataclasses.replace(outcome, kind=cause.kind, reason=f"{cause.reason}; {outcome.reason}")
             rundir.write_outcome(entry.job.run_dir, outcome)
         # Whoever queues jobs may start a stopped one again; its pods would find the attempt over, but hold GPUs first.
-        self._client.delete(self._path(entry.kind, entry.name))
+        self._client.delete(self._path(entry.kind, entry.name), tries=1)
         return outcome
 
     def _call_off(self, entry: _Entry, why: str) -> None:
@@ -277,11 +283,13 @@ class KubernetesLauncher:
                 outcome = self._outcome_of(entry)  # the supervisor may have written it as its last act
                 if outcome is not None:
                     return self._explained(entry, outcome)
-                if (entry.folder / rundir.CANCEL_FILE).exists():
+                if entry.cancelled:
                     when = "after its supervisor had ended" if entry.begun else "before it began"
                     return self._record(entry, Cause(OutcomeKind.CANCELLED, f"was cancelled {when}"))
                 gone = f"its {entry.kind} {entry.name} is gone" if found is None else f"its {entry.kind} ended"
                 cause = cause_of(found, self._pods_of(entry)) or Cause(OutcomeKind.LOST, f"{gone}, without an outcome")
+                if cause.kind is OutcomeKind.TIMED_OUT and not entry.begun:  # no time of its own was used
+                    cause = Cause(OutcomeKind.LOST, f"{cause.reason} while it waited to begin")
                 return self._record(entry, cause)
         except rundir.LockHeld:  # a pod that the cluster has lost sight of is still at it
             return "running"

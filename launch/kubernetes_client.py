@@ -82,11 +82,11 @@ class Client:
         asked = f"create {manifest['kind']} {metadata['name']} in namespace {metadata['namespace']}"
         return self._answered("POST", path, asked, query, manifest, tries)
 
-    def delete(self, path: str) -> None:
+    def delete(self, path: str, tries: int = TRIES) -> None:
         """Have an object deleted, itself after all that it owns. One that is gone already is no error."""
         body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"}
         try:
-            self._answered("DELETE", path, f"delete {path}", body=body)
+            self._answered("DELETE", path, f"delete {path}", body=body, tries=tries)
         except Refused as error:
             if error.status != 404:
                 raise
@@ -200,9 +200,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def connect(context: str | None = None) -> Client:
-    """A client of the kubeconfig's cluster ($KUBECONFIG, ~/.kube/config), else of the one that this pod runs in.
+    """A client of the cluster that this pod runs in, unless KUBECONFIG or a context names another.
 
-    Raises KubernetesError where the package is missing or neither place says who we are.
+    Elsewhere ~/.kube/config counts, as for kubectl. Raises KubernetesError where the package is missing or neither
+    place says who we are.
     """
     if importlib.util.find_spec("kubernetes") is None:
         raise KubernetesError(

@@ -88,7 +88,7 @@ def _disrupted(pod: Object) -> Cause | None:
 
 def _past_deadline(pod: Object) -> Cause | None:
     if pod.get("status", {}).get("reason") == "DeadlineExceeded":
-        return Cause(OutcomeKind.TIMED_OUT, f"{_name(pod)} ran past its deadline, with its supervisor: it was stopped")
+        return Cause(OutcomeKind.TIMED_OUT, f"{_name(pod)} was stopped at its deadline")
     return None
 
 

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -172,7 +172,7 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 
 @contextlib.contextmanager
-def _interruptible():
+def _interruptible() -> Iterator[None]:
     """SIGTERM ends what is within: a container's first process would otherwise not even notice it."""
 
     def interrupt(*_: object) -> None:

@@ -72,7 +72,7 @@ class Mirror:
                     if self._closing.is_set():
                         return
                 self._note(None)
-                continue
+                wait_s, failures = None, 0
             except Refused as error:
                 self._note(error if error.status != GONE else None)
                 if error.status != GONE:

@@ -87,7 +87,7 @@ def kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "kubeconfig"
     file.write_text(_config("http://127.0.0.1:9"))  # discard: nobody listens
     monkeypatch.setenv("KUBECONFIG", str(file))
-    monkeypatch.setattr("megatron_evolve.launch.kubernetes_client.TRIES", 1)
+    monkeypatch.setattr("megatron_evolve.launch.kubernetes_client.LONGEST_WAIT_S", 0.01)
     return file
 
 

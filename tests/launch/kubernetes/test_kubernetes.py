@@ -1,5 +1,6 @@
 """The Kubernetes launcher against an API server over real HTTP, whose pods run their real commands here."""
 
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,31 @@ def test_cancel_before_it_began_and_of_what_is_gone(
     assert rundir.read_outcome(rundir.attempt_dir(job.run_dir, 1)) == outcome
 
 
+def test_a_cancelled_job_is_deleted_whoever_dies_before(
+    cluster: FakeCluster, site: Cluster, client: Client, launcher: KubernetesLauncher, make_job, ending_of
+) -> None:
+    job = make_job("a", "true")
+    launcher.submit(job)
+    rundir.write_whole(rundir.attempt_dir(job.run_dir, 1) / rundir.CANCEL_FILE, "")  # and the controller died
+    with KubernetesLauncher(site, client, settle_s=0.0) as another:
+        another.submit(job)
+        assert ending_of(another, "a").kind is OutcomeKind.CANCELLED
+    assert cluster.find("/jobs/") == []
+
+
+def test_a_supervisor_that_hangs_is_stopped_at_the_pod_s_deadline(
+    cluster: FakeCluster, launcher: KubernetesLauncher, make_job: Callable[..., Job], ending_of: Callable, wait_until
+) -> None:
+    job = make_job("a", 'touch "$RUN/up"; exec sleep 60')
+    launcher.submit(job)
+    pod = cluster.start(job_path(job))
+    wait_until((job.run_dir / "up").exists, "the job to run")
+    end(pod, signal.SIGKILL)
+    cluster.add_pod(job_path(job), phase="Failed", reason="DeadlineExceeded")
+    cluster.condition(job_path(job), "Failed", "BackoffLimitExceeded")
+    assert ending_of(launcher, "a").kind is OutcomeKind.TIMED_OUT
+
+
 def disrupted(reason: str, message: str = "words") -> dict:
     return {"conditions": [{"type": "DisruptionTarget", "status": "True", "reason": reason, "message": message}]}
 
@@ -136,7 +162,7 @@ ENDINGS = [
     (disrupted("DeletionByPodGC"), OutcomeKind.LOST, "was lost with its node"),
     (disrupted("TerminationByKubelet", "low on memory"), OutcomeKind.LOST, "low on memory"),
     ({"phase": "Failed", "reason": "Evicted", "message": "disk"}, OutcomeKind.LOST, "by its node: Evicted, disk"),
-    ({"phase": "Failed", "reason": "DeadlineExceeded"}, OutcomeKind.TIMED_OUT, "past its deadline"),
+    ({"phase": "Failed", "reason": "DeadlineExceeded"}, OutcomeKind.LOST, "deadline while it waited to begin"),
     (terminated("Error", 1, "cannot read /work"), OutcomeKind.LOST, "status 1 (Error, cannot read /work)"),
 ]
 
@@ -156,7 +182,6 @@ def test_the_cluster_tells_where_no_outcome_was_written(
 @pytest.mark.parametrize(
     ("condition", "kind", "says"),
     [
-        (("Failed", "DeadlineExceeded", "was active too long"), OutcomeKind.TIMED_OUT, "was active too long"),
         (("Failed", "PodFailurePolicy", "x has DisruptionTarget"), OutcomeKind.LOST, "x has DisruptionTarget"),
         (("Complete", "", ""), OutcomeKind.LOST, "its Job ended, without an outcome"),
         (None, OutcomeKind.LOST, "is gone, without an outcome"),
