@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -85,3 +86,38 @@ def test_a_container_s_first_process_hears_sigterm(
         pod.kill()
         pod.wait()
     assert ending_of(launcher, "a").kind is OutcomeKind.CANCELLED
+
+
+PROGRAM = """
+import os, pathlib, torch
+import torch.distributed as dist
+from megatron_evolve.substrate.ranks import place_in
+place = place_in(os.environ)
+dist.init_process_group("gloo", init_method=place.meet, rank=place.rank, world_size=place.world_size)
+total = torch.tensor([10.0**place.rank])
+dist.all_reduce(total)
+if place.rank == 0:
+    pathlib.Path(os.environ["RUN"], "done").write_text(str(int(total)))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_of_two_pods_meet(
+    cluster: FakeCluster, launcher: KubernetesLauncher, python_job: Callable[..., Job], ending_of: Callable
+) -> None:
+    """As the trainer meets, over gloo; this machine has no names of pods, so that both are told an address instead."""
+    pytest.importorskip("torch", reason="the training half is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = f"127.0.0.1:{free.getsockname()[1]}"
+    one_each = Resources(cores=16, gpus=16, tasks=2)
+    job = python_job("a", PROGRAM, resources=one_each, env={"OMP_NUM_THREADS": "1"}, time_limit_s=120.0)
+    launcher.submit(job)
+    found = cluster.objects[job_path(job)]
+    found["spec"]["template"]["spec"]["containers"][0]["command"][-1] = meet
+    pods = [cluster.start(job_path(job), index) for index in (0, 1)]
+    assert [pod.wait(120) for pod in pods] == [0, 0]
+    outcome = ending_of(launcher, "a")
+    assert outcome.kind is OutcomeKind.FINISHED, outcome.reason
+    assert (job.run_dir / "done").read_text() == "11"
