@@ -38,6 +38,7 @@ LAST_WORDS_S = 30
 IMAGE_PULL_S = 3600  # the pod's own deadline counts from before its image was there
 KEEP_S = 7 * 24 * 3600  # a finished Job stays for a person to look at; its outcome is in the run folder
 
+_NAMES = ("namespace", "claim", "service", "training_runtime", "service_account", "priority_class", "queue", "secret")
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # DNS-1123
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?")
 # distribution/reference: host[:port]/path[:tag][@digest]
@@ -58,6 +59,7 @@ class Cluster:
     memory            of each pod, request and limit, as in `200Gi`
     user              uid and gid of the pods; None: the image's
     queue             Kueue's LocalQueue
+    secret            a Secret that Jobs (not TrainJobs) have in their environment, as for the key of an endpoint
     context           of the kubeconfig; None: the current one, or the pod's own service account
     """
 
@@ -75,13 +77,14 @@ class Cluster:
     tolerations: tuple[Mapping[str, Any], ...] = ()
     priority_class: str | None = None
     queue: str | None = None
+    secret: str | None = None
     pull_secrets: tuple[str, ...] = ()
     context: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "node_selector", types.MappingProxyType(dict(self.node_selector)))
         object.__setattr__(self, "tolerations", tuple(dict(one) for one in self.tolerations))
-        for name in ("namespace", "claim", "service", "training_runtime", "service_account", "priority_class", "queue"):
+        for name in _NAMES:
             value = getattr(self, name)
             if value is not None and not _LABEL.fullmatch(value):
                 raise ValueError(
@@ -161,8 +164,10 @@ def _indexed_job(job: Job, attempt: int, cluster: Cluster, pods: int) -> Manifes
         pod["priorityClassName"] = cluster.priority_class
     if pods > 1:
         pod["subdomain"] = cluster.service
+    secret = {"envFrom": [{"secretRef": {"name": cluster.secret}}]} if cluster.secret else {}
     pod["containers"] = [
         {
+            **secret,
             "name": CONTAINER,
             "image": cluster.image,
             "command": _command(job, attempt, pods, f"{name}-0.{cluster.service}"),

@@ -65,6 +65,9 @@ class Namespace(Frozen):
     tolerations: tuple[Toleration, ...] = Field(default=(), description="taints that the pods may ignore")
     priority_class: str | None = Field(default=None, description="PriorityClass of the pods")
     queue: str | None = Field(default=None, description="Kueue's LocalQueue")
+    secret: str | None = Field(
+        default=None, description="Secret in the environment of Jobs, not of TrainJobs: the key of a judge's endpoint"
+    )
     pull_secrets: tuple[str, ...] = Field(default=(), description="Secrets with which the image is pulled")
     context: str | None = Field(
         default=None, description="of the kubeconfig; none: its current one, or the pod's own service account"

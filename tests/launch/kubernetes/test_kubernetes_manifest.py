@@ -37,6 +37,7 @@ FULL = Cluster(
     tolerations=({"key": "nvidia.com/gpu", "operator": "Exists"},),
     priority_class="high",
     queue="team",
+    secret="keys",
     pull_secrets=("login",),
 )
 
