@@ -356,12 +356,13 @@ def _rates(pairs: list[str]) -> dict[str, float]:
 
 def guarded(action: Any, as_json: bool) -> None:
     """Runs a command; what a user can mend becomes one sentence, everything else keeps its traceback."""
+    from megatron_evolve.launch.kubernetes_client import KubernetesError
     from megatron_evolve.launch.rundir import RunDirError
     from megatron_evolve.launch.warm import WarmError
 
     try:
         action()
-    except (ValueError, RunDirError, WarmError) as error:
+    except (ValueError, RunDirError, WarmError, KubernetesError) as error:
         fail(error, as_json)
     except BrokenPipeError:  # the reader has enough, as `head` does: typer ends without a word
         raise

@@ -43,7 +43,11 @@ def examine() -> dict[str, Any]:
         "gpus": gpus,
         "packages": packages,
         "apex": apex(),
-        "launchers": {"local": True, "slurm": shutil.which("sbatch") is not None},
+        "launchers": {
+            "local": True,
+            "slurm": shutil.which("sbatch") is not None,
+            "kubernetes": util.find_spec("kubernetes") is not None,
+        },
         "operations": operations(machine(bool(gpus)), packages),
         "next": advice(packages),
     }

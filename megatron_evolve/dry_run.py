@@ -22,7 +22,7 @@ from megatron_evolve.eval.engines.command import shown_argv
 from megatron_evolve.eval.engines.settings import OpenAISettings
 from megatron_evolve.eval.freeze import WITHHELD_FILE
 from megatron_evolve.jobs import Run, Stage
-from megatron_evolve.launch import slurm
+from megatron_evolve.launch import kubernetes_manifest, slurm
 from megatron_evolve.launch.job import Job
 from megatron_evolve.launch.local import LocalLauncher
 from megatron_evolve.planning import layout_row
@@ -121,6 +121,11 @@ def notes(found: Preflight) -> list[str]:
         said.append("The run itself needs its external target: --external FILE.csv.")
     if found.site.launcher == "slurm":
         said.append("This version writes scripts for Slurm and does not submit them: the run itself is refused.")
+    if site_section := found.site.kubernetes:
+        said.append(
+            f"Pods see the claim {site_section.claim} at {site_section.mount}: the run itself needs --dir and the "
+            "store in it, and runs where it is mounted."
+        )
     return said
 
 
@@ -131,6 +136,8 @@ def _once(what: str, argv: tuple[str, ...]) -> Step:
 def _of_job(what: str, times: int, job: Job, site: Site) -> Step:
     if site.launcher == "slurm":
         return Step(what, times, job.argv, slurm.render(job, site.queue))
+    if site.launcher == "kubernetes":
+        return Step(what, times, job.argv, kubernetes_manifest.render(job, 1, site.cluster))
     return Step(what, times, job.argv, LocalLauncher(job.resources.cores, job.run_dir).render(job))
 
 

@@ -31,7 +31,7 @@ from megatron_evolve.policy import DomainState, SearchPolicy
 from megatron_evolve.preflight import check_campaign
 from megatron_evolve.prepare import Prepared, ground_of, prepare, reopen
 from megatron_evolve.rounds import run_round
-from megatron_evolve.site import Site, placed
+from megatron_evolve.site import Site, kubernetes_launcher, placed
 from megatron_evolve.sources import decision_sources
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.manifest import public_view
@@ -82,7 +82,11 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
 
 @contextmanager
 def launcher_of(campaign: Campaign, session: Session) -> Iterator[Launcher]:
-    """The launcher of this machine, with the site's GPUs or those that this process may see."""
+    """The site's launcher; that of this machine has the site's GPUs or those that this process may see."""
+    if session.site.launcher == "kubernetes":
+        with kubernetes_launcher(session.site) as launcher:
+            yield launcher
+        return
     warm = WarmSettings(PRELOAD, ("megatron_evolve",), {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"})
     seen = os.environ.get(DEVICES_VARIABLE)
     devices = seen.split(",") if seen else [str(number) for number in range(session.site.gpus_per_node)]

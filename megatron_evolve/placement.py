@@ -2,7 +2,8 @@
 
     campaign (ranks, layout, engine) + site (GPUs of a node, launcher) --> Resources of a job, words before its module
 
-On Slurm every rank is a task that srun starts; on one machine torchrun starts them, and finds a free port by itself.
+On a cluster every rank is a task that the launcher starts (Slurm's srun, Kubernetes' pods); on one machine torchrun
+starts them, and finds a free port by itself.
 """
 
 import os
@@ -37,7 +38,7 @@ class Placement:
             if site.launcher == "local":
                 raise ValueError(
                     f"campaign {campaign.name} trains on {ranks} GPUs, this one machine has {site.gpus_per_node}: give "
-                    "a site with `launcher: slurm`"
+                    "a site with `launcher: slurm` or `launcher: kubernetes`"
                 )
             if ranks % site.gpus_per_node:
                 raise ValueError(
@@ -56,12 +57,12 @@ class Placement:
         gpus = self.training_gpus if trains else self.scoring_gpus
         ranks = self.training.ranks if trains else 1
         cores = gpus * self.site.cores_per_gpu or ranks
-        return Resources(cores=cores, gpus=gpus, tasks=ranks if self.site.launcher == "slurm" else 1)
+        return Resources(cores=cores, gpus=gpus, tasks=1 if self.site.launcher == "local" else ranks)
 
     @property
     def rank_starter(self) -> tuple[str, ...]:
         """Python's arguments before the trainer's module."""
-        if self.training.ranks == 1 or self.site.launcher == "slurm":
+        if self.training.ranks == 1 or self.site.launcher != "local":
             return ()
         return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.training.ranks}")
 

@@ -13,7 +13,7 @@ from megatron_evolve.doctor import gpu_names
 from megatron_evolve.eval.engines.settings import CommandServer, OpenAISettings, VllmServer
 from megatron_evolve.placement import Placement, cores_here
 from megatron_evolve.prepare import IMPORTED, require_import, require_own_pool, substrate_folder
-from megatron_evolve.site import Site
+from megatron_evolve.site import Site, kubernetes_launcher
 from megatron_evolve.substrate.build import PRESETS as BUILT
 from megatron_evolve.substrate.exchange import imported_default
 from megatron_evolve.substrate.frozen import nearest
@@ -118,6 +118,11 @@ def check_campaign(campaign: Campaign, site: Site, store: Path, *, new: bool) ->
             f"campaign {campaign.name} is to run through Slurm, whose scripts this version writes and does not submit: "
             "see them with --dry-run, or name a site with `launcher: local`"
         )
+    if site.launcher == "kubernetes":  # its nodes are elsewhere, so what jobs need is looked for there
+        kubernetes_launcher(site)
+        if new:
+            require_import(campaign.substrate, store)
+        return
     if len(gpu_names()) < site.gpus_per_node:
         raise ValueError(
             f"the site has {site.gpus_per_node} GPUs a node, the driver of this machine lists {len(gpu_names())}: run "

@@ -6,16 +6,20 @@ one site file many campaigns. What a site names by path or address is put into t
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.document import find_yaml, load_yaml
 from megatron_evolve.eval.engines.settings import OpenAISettings, VllmServer
+from megatron_evolve.launch.kubernetes_manifest import Cluster
 from megatron_evolve.launch.slurm import Queue
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.substrate.plan.job import memory_bytes
+
+if TYPE_CHECKING:
+    from megatron_evolve.launch.kubernetes import KubernetesLauncher
 
 SHIPPED_SITES = Path(__file__).resolve().parent / "sites"
 WORD = r"^[A-Za-z0-9_.,:@&|*()\[\]-]+$"  # what Slurm's options are written with; no space, quote or line break
@@ -30,12 +34,63 @@ class SlurmQueue(Frozen):
     constraint: str | None = Field(default=None, pattern=WORD, description="features that a node must have")
 
 
+class Toleration(Frozen):
+    """A taint of nodes that this site's pods may ignore, in Kubernetes' own words."""
+
+    key: str | None = Field(default=None, description="the taint's key; none: every taint")
+    operator: Literal["Exists", "Equal"] = Field(default="Exists", description="whether its value counts")
+    value: str | None = Field(default=None, description="the taint's value, for operator Equal")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        default=None, description="the taint's effect; none: every effect"
+    )
+
+
+class Namespace(Frozen):
+    """Where Kubernetes takes this site's jobs. Run folders, store and substrate lie on one claim."""
+
+    namespace: str = Field(description="of the jobs; the controller's account needs the Role of docs/kubernetes.md")
+    image: str = Field(description="HOST/PATH:TAG of all pods: the controller's own, so that its paths hold in them")
+    claim: str = Field(description="PersistentVolumeClaim (ReadWriteMany) of run folders and store")
+    mount: str = Field(description="folder where that claim is mounted, in every pod and for the controller")
+    service: str = Field(
+        default="megatron-evolve", description="headless Service through which pods of an Indexed Job meet"
+    )
+    training_runtime: str | None = Field(
+        default=None, description="Kubeflow TrainingRuntime of jobs on several nodes; none: they are Indexed Jobs"
+    )
+    memory: str | None = Field(default=None, description="of each pod, as in 200Gi; none: the namespace's default")
+    user: int | None = Field(default=None, ge=0, description="uid and gid of the pods; none: the image's")
+    service_account: str | None = Field(default=None, description="of the pods, which ask nothing of the cluster")
+    node_selector: dict[str, str] = Field(default_factory=dict, description="labels that a node must have")
+    tolerations: tuple[Toleration, ...] = Field(default=(), description="taints that the pods may ignore")
+    priority_class: str | None = Field(default=None, description="PriorityClass of the pods")
+    queue: str | None = Field(default=None, description="Kueue's LocalQueue")
+    secret: str | None = Field(
+        default=None, description="Secret in the environment of Jobs, not of TrainJobs: the key of a judge's endpoint"
+    )
+    pull_secrets: tuple[str, ...] = Field(default=(), description="Secrets with which the image is pulled")
+    context: str | None = Field(
+        default=None, description="of the kubeconfig; none: its current one, or the pod's own service account"
+    )
+
+    def cluster(self, gpus_per_node: int) -> Cluster:
+        """The same as the launcher is told. Raises ValueError for a name, image or quantity that cannot be one."""
+        tolerations = tuple(one.model_dump(exclude_none=True) for one in self.tolerations)
+        return Cluster(gpus_per_node=gpus_per_node, **{**dict(self), "tolerations": tolerations})
+
+    @model_validator(mode="after")
+    def _can_be_one(self) -> "Namespace":
+        self.cluster(gpus_per_node=0)
+        return self
+
+
 class Site(Frozen):
     """Machines and what is installed on them. The default is this machine without GPUs."""
 
     schema_: Literal["site/1"] = Field(default="site/1", alias="schema")
-    launcher: Literal["local", "slurm"] = Field(
-        default="local", description="who starts jobs: the controller on its own machine, or Slurm on whole nodes"
+    launcher: Literal["local", "slurm", "kubernetes"] = Field(
+        default="local",
+        description="who starts jobs: the controller on its own machine, or Slurm or Kubernetes on whole nodes",
     )
     gpus_per_node: int = Field(default=0, ge=0, le=1024, description="GPUs of a node; 0: ranks compute on its cores")
     gpu_memory: str = Field(default="80GB", description="of one GPU, as on its label")
@@ -60,11 +115,18 @@ class Site(Frozen):
         default=None, pattern=r"^https?://", description="up to /v1, of the server that a judge asks with a `url`"
     )
     slurm: SlurmQueue = Field(default=SlurmQueue(), description="for launcher slurm")
+    kubernetes: Namespace | None = Field(default=None, description="for launcher kubernetes")
 
     @property
     def queue(self) -> Queue:
         """Where Slurm takes jobs, as the launcher is told."""
         return Queue(gpus_per_node=self.gpus_per_node, **self.slurm.model_dump())
+
+    @property
+    def cluster(self) -> Cluster:
+        """Where Kubernetes takes jobs, as the launcher is told."""
+        assert self.kubernetes is not None  # the validator's promise, where the launcher is kubernetes
+        return self.kubernetes.cluster(self.gpus_per_node)
 
     @field_validator("gpu_memory")
     @classmethod
@@ -76,6 +138,12 @@ class Site(Frozen):
     def _slurm_is_asked(self) -> "Site":
         if self.launcher != "slurm" and self.slurm != SlurmQueue():
             raise ValueError("`slurm` belongs to `launcher: slurm`; set that, or leave `slurm` out")
+        return self
+
+    @model_validator(mode="after")
+    def _kubernetes_is_asked(self) -> "Site":
+        if (self.launcher == "kubernetes") != (self.kubernetes is not None):
+            raise ValueError("`launcher: kubernetes` and a section `kubernetes` belong together; give both or neither")
         return self
 
 
@@ -103,6 +171,16 @@ def chosen_site(named: str | None, kept: Path, campaign: Campaign) -> Site:
 def kept_site(kept: Path) -> Site:
     """The site that a campaign's folder keeps; this machine where it keeps none."""
     return load_site(kept) if kept.is_file() else Site()
+
+
+def kubernetes_launcher(site: Site) -> "KubernetesLauncher":
+    """The launcher of a site with `launcher: kubernetes`, which found all that jobs need. Raises KubernetesError."""
+    from megatron_evolve.launch.kubernetes import KubernetesLauncher
+    from megatron_evolve.launch.kubernetes_client import connect
+
+    launcher = KubernetesLauncher(site.cluster, connect(site.cluster.context))
+    launcher.check()
+    return launcher
 
 
 def placed(campaign: Campaign, site: Site) -> Campaign:

@@ -26,7 +26,7 @@ def test_shipped_sites_are_valid_and_survive_saving(path: Path, tmp_path: Path) 
     ("text", "says"),
     [
         ("gpu_per_node: 8", "unknown key 'gpu_per_node'; did you mean gpus_per_node"),
-        ("launcher: slrm", "launcher: input should be 'local' or 'slurm', got 'slrm'"),
+        ("launcher: slrm", "launcher: input should be 'local', 'slurm' or 'kubernetes', got 'slrm'"),
         ("gpu_memory: 80", "gpu_memory"),
         ("gpu_memory: lots", "is written as in `80GB`; got 'lots'"),
         ("gpus_per_node: -1", "gpus_per_node: input should be greater than or equal to 0"),
