@@ -21,7 +21,6 @@ from megatron_evolve.launch import rundir
 from megatron_evolve.launch.ending import read_tail
 from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind
 from megatron_evolve.launch.process import ProcessIdentity, kill_left_behind
-from megatron_evolve.launch.supervise import ATTEMPT_VARIABLE
 from megatron_evolve.launch.warm_client import WarmClient, WarmSettings
 
 DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
@@ -257,7 +256,7 @@ class LocalLauncher:
                 if outcome is not None:
                     return outcome
                 begun = rundir.read_supervisor(entry.folder)
-                survivors = kill_left_behind(begun, f"{ATTEMPT_VARIABLE}={entry.folder}") if begun else []
+                survivors = kill_left_behind(begun, f"{rundir.ATTEMPT_VARIABLE}={entry.folder}") if begun else []
                 reason = "its supervisor ended " + ("without an outcome" if begun else "before the job began")
                 log = entry.folder / rundir.SUPERVISOR_LOG
                 if log.exists() and (words := read_tail(log).split("\n")[-2:-1]):

@@ -27,7 +27,6 @@ from megatron_evolve.launch.ending import Ending, Stop, classify, count_oom_kill
 from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind
 from megatron_evolve.launch.process import ProcessIdentity, become_subreaper, children_of, set_death_signal
 
-ATTEMPT_VARIABLE = "MEGATRON_EVOLVE_ATTEMPT"  # tells a job its attempt folder, and tells whose a stray process is
 SWEEP_S = 10.0  # a process in uninterruptible sleep may not die at all
 OUTCOME_RETRY_S = 600.0  # on a full disk: time for an operator to free space before a finished job counts as lost
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -154,7 +153,7 @@ def _fork_worker(job: Job, folder: Path, lock: rundir.Lock, enter: Callable[[Job
         if job.resources.memory_bytes is not None and job.resources.gpus == 0:
             resource.setrlimit(resource.RLIMIT_DATA, (job.resources.memory_bytes, job.resources.memory_bytes))
         os.environ.update(job.env)
-        os.environ[ATTEMPT_VARIABLE] = str(folder)
+        os.environ[rundir.ATTEMPT_VARIABLE] = str(folder)
         enter(job)
     finally:  # whatever happens, this copy must not go on as a second supervisor
         traceback.print_exc()
