@@ -34,7 +34,7 @@ class RunRecord(Frozen):
     """One run: how it ended and what it scored by split."""
 
     seed: int
-    outcome: str = Field(description="finished, diverged, crashed, out_of_memory, timed_out, cancelled or lost")
+    outcome: str = Field(description="finished, diverged, crashed, out_of_memory, timed_out, cancelled, hung or lost")
     reason: str = Field(default="", description="one sentence for anything but finished")
     cpu_seconds: float = Field(default=0.0, ge=0)
     scores: dict[str, ScoreValue] = Field(default_factory=dict, description="by split; empty for a failed run")

@@ -26,6 +26,7 @@ def status(root: Path) -> dict[str, Any]:
     return {
         "campaign": opened["name"],
         "state": state_of(events),
+        "paused": events[-1].data["why"] if events[-1].kind == "paused" else None,
         "claim": opened["claim"],
         "interventions": sum(event.kind in INTERVENTION_KINDS for event in events),
         "looks": Looks(folder.looks, external_budget=budget).summary(),
@@ -39,9 +40,10 @@ def status(root: Path) -> dict[str, Any]:
 
 
 def state_of(events: list[Event]) -> str:
-    """`preparing`, `running` or `closed`; `running` means not closed, whether or not a controller lives."""
-    kinds = {event.kind for event in events}
-    return "closed" if "campaign-closed" in kinds else "running"
+    """`running`, `paused` or `closed`; `running` means neither, whether or not a controller lives."""
+    if any(event.kind == "campaign-closed" for event in events):
+        return "closed"
+    return "paused" if events[-1].kind == "paused" else "running"
 
 
 def opened_rounds(events: list[Event]) -> list[int]:

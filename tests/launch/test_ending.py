@@ -30,8 +30,8 @@ UNHANDLED = NCCL.format(rank=1) + "unhandled cuda error (run with NCCL_DEBUG=INF
 UNHANDLED += "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
 TIMEOUT = (
     "[rank{rank}]:[E1218 20:27:21.426415540 ProcessGroupNCCL.cpp:685] [Rank {rank}] Watchdog caught collective "
-    "operation timeout: WorkNCCL(SeqNum=64, OpType=ALLREDUCE, NumelIn=1, NumelOut=1, Timeout(ms)=600000) ran for 600081 "
-    "milliseconds before timing out.\n"
+    "operation timeout: WorkNCCL(SeqNum=64, OpType=ALLREDUCE, NumelIn=1, NumelOut=1, Timeout(ms)=600000) ran for "
+    "600081 milliseconds before timing out.\n"
     "terminate called after throwing an instance of 'c10::DistBackendError'\n  what():  [PG ID 0 PG GUID 0(default_pg) "
     "Rank {rank}] Process group watchdog thread terminated with exception: [Rank {rank}] Watchdog caught collective "
     "operation timeout: WorkNCCL(SeqNum=64, OpType=ALLREDUCE, Timeout(ms)=600000) ran for 600081 milliseconds before "
