@@ -30,6 +30,7 @@ from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind
 from megatron_evolve.launch.process import ProcessIdentity, become_subreaper, children_of, set_death_signal
 from megatron_evolve.launch.watchdog import Watchdog
 
+STDERR_LOG = "stderr.log"
 SWEEP_S = 10.0  # a process in uninterruptible sleep may not die at all
 OUTCOME_RETRY_S = 600.0  # on a full disk: time for an operator to free space before a finished job counts as lost
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -110,6 +111,7 @@ def _run(
     """Start the job, watch it to its end, leave nothing of it running, and say how it ended."""
     started_at, started, oom_kills = datetime.datetime.now(datetime.UTC), time.monotonic(), count_oom_kills()
     become_subreaper()
+    (folder / STDERR_LOG).touch()  # a job that is stopped at once may not come to open it
     watch = _Watch(_fork_worker(job, folder, lock, enter))
     xids = XidLog() if job.resources.gpus else None
     memory = _sample_gpus(job, folder, lock)
@@ -123,7 +125,7 @@ def _run(
         done_file=job.done_file,
         done=(job.run_dir / job.done_file).exists(),
         oom_kills=count_oom_kills() - oom_kills,
-        stderr_tail=read_tail(folder / "stderr.log"),
+        stderr_tail=read_tail(folder / STDERR_LOG),
         stood_still=watch.stood_still,
         xids=xids.faults() if xids else (),
     )
@@ -174,7 +176,7 @@ def _fork_worker(job: Job, folder: Path, lock: rundir.Lock, enter: Callable[[Job
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         redirect(0, Path(os.devnull), os.O_RDONLY)
         redirect(1, folder / "stdout.log")
-        redirect(2, folder / "stderr.log")
+        redirect(2, folder / STDERR_LOG)
         # A GPU driver reserves far more address space than it uses, so the limit would strike at nothing there.
         if job.resources.memory_bytes is not None and job.resources.gpus == 0:
             resource.setrlimit(resource.RLIMIT_DATA, (job.resources.memory_bytes, job.resources.memory_bytes))

@@ -98,12 +98,12 @@ def _spent_in(folder: Path) -> Spend:
 class Account:
     """What was used and what is reserved. The default has no budget and refuses nothing.
 
-    opened_at  unix time at which the campaign was opened, for its wall time
+    opened_at  unix time at which the campaign was opened, for its wall time; None: not yet
     spent      why nothing is started any more, once a budget is spent: then it stays so
     """
 
     budgets: Budgets = field(default_factory=Budgets)
-    opened_at: float = 0.0
+    opened_at: float | None = None
     used: Spend = field(default_factory=Spend)
     spent: str | None = None
     clock: Callable[[], float] = time.time
@@ -113,7 +113,7 @@ class Account:
     @classmethod
     def of(cls, budgets: Budgets, events: Iterable[Event]) -> "Account":
         """The account of a campaign with this ledger, as it stands before any stage is taken up again."""
-        used, opened_at, spent = Spend(), time.time(), None
+        used, opened_at, spent = Spend(), None, None
         for event in events:
             if event.kind == "campaign-opened":
                 opened_at = datetime.fromisoformat(event.time).timestamp()
@@ -145,8 +145,8 @@ class Account:
         more = most_of(job)
         taken = sum((*self._open.values(), *self._reserved.values()), self.used)
         now, then = figures(self.budgets, taken), figures(self.budgets, taken + more)
-        hours = (self.clock() - self.opened_at) / 3600
-        now["wall_hours"], then["wall_hours"] = hours, hours + more.seconds / 3600
+        now["wall_hours"] = self._wall_hours()
+        then["wall_hours"] = now["wall_hours"] + more.seconds / 3600
         for name, limit in limits_of(self.budgets).items():
             if then[name] > limit:
                 return (
@@ -158,9 +158,12 @@ class Account:
     def statement(self) -> dict[str, dict[str, float | None]]:
         """What is used and what may be, by budget. None: unlimited."""
         taken = sum(self._open.values(), self.used)
-        told = figures(self.budgets, taken) | {"wall_hours": (self.clock() - self.opened_at) / 3600}
+        told = figures(self.budgets, taken) | {"wall_hours": self._wall_hours()}
         limits = limits_of(self.budgets)
         return {name: {"used": round(value, 6), "budget": limits.get(name)} for name, value in told.items()}
+
+    def _wall_hours(self) -> float:
+        return 0.0 if self.opened_at is None else (self.clock() - self.opened_at) / 3600
 
 
 WORDS = {"gpu_hours": "GPU-hours", "cpu_hours": "CPU-hours", "wall_hours": "hours", "money": "in money"}

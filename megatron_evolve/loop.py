@@ -175,6 +175,7 @@ def _opening(folder: CampaignFolder, campaign: Campaign, prepared: Prepared) -> 
         "substrate_folder": str(prepared.substrate_folder),
         "judge_folder": str(prepared.judge_folder),
         "plan": plan_of(campaign),
+        "budgets": campaign.constitution.budgets.model_dump(mode="json"),
     }
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_evolve.artefacts import CampaignFolder
+from megatron_evolve.budget import Account
+from megatron_evolve.constitution import Budgets
 from megatron_evolve.eval.looks import Looks
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.launch.rundir import read_json
@@ -30,6 +32,7 @@ def status(root: Path) -> dict[str, Any]:
         "claim": opened["claim"],
         "interventions": sum(event.kind in INTERVENTION_KINDS for event in events),
         "looks": Looks(folder.looks, external_budget=budget).summary(),
+        "budget": Account.of(Budgets(**opened.get("budgets", {})), events).statement(),
         "substrate": opened["substrate"],
         "judge": opened["judge"],
         "cpu_seconds": round(sum(event.data["end"]["cpu_seconds"] for event in events if event.kind == "ended"), 3),

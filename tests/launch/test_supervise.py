@@ -138,6 +138,11 @@ def test_the_whole_group_dies_at_the_time_limit(make_job: Callable[..., Job]) ->
     assert len(pids) == 4 and not any(map(alive, pids))
 
 
+def test_a_job_that_is_stopped_before_it_could_open_its_log_has_its_kind(make_job: Callable[..., Job]) -> None:
+    """At a limit of nothing some attempts are stopped between fork and exec."""
+    assert {run(make_job(f"a{n}", "sleep 60", time_limit_s=1e-6)).kind for n in range(5)} == {OutcomeKind.TIMED_OUT}
+
+
 def test_a_job_may_save_in_its_grace(make_job: Callable[..., Job]) -> None:
     script = "trap 'echo saved > $RUN/saved; exit 0' TERM; while :; do sleep 0.02; done"
     job = make_job("a", script, time_limit_s=0.3, grace_s=10)

@@ -59,7 +59,7 @@ def test_waits_grow_and_are_bounded() -> None:
 
 
 def test_however_jobs_fail_the_bounds_hold() -> None:
-    """Law, on three jobs at a time: five in a row at most, given up at three failures or more, and only with a reason."""
+    """Law, on three jobs at a time: five in a row at most, and a job given up at three or more for a reason."""
     rng = random.Random(6)
     given_up = paused = 0
     for _ in range(300):
