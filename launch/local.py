@@ -69,7 +69,7 @@ class LocalLauncher:
         self._cores = cores
         self._devices = tuple(devices)
         self._gpus: list[Gpu] = []
-        self._gpus_asked_at = self._idle_since = -math.inf
+        self._gpus_asked_at = self._filled_since = -math.inf
         self._entries: dict[str, _Entry] = {}
         self._pending: dict[str, _Entry] = {}  # in order of submission
         self._running: dict[str, _Entry] = {}
@@ -216,7 +216,7 @@ class LocalLauncher:
         filled = filled_by_others(free, self._memory())
         empty = tuple(device for device in free if device not in filled)
         if len(empty) >= needed:
-            self._idle_since = -math.inf
+            self._filled_since = -math.inf
             return empty[:needed]
         self._say_if_filled(entry.job, filled)
         return None
@@ -230,11 +230,11 @@ class LocalLauncher:
     def _say_if_filled(self, job: Job, filled: dict[str, Gpu]) -> None:
         """Raises GpusFilled once nothing of ours has run for a minute and others' memory alone keeps a job waiting."""
         if self._running:
-            self._idle_since = -math.inf
+            self._filled_since = -math.inf
             return
-        if self._idle_since == -math.inf:
-            self._idle_since = time.monotonic()
-        if time.monotonic() - self._idle_since > FILLED_S:
+        if self._filled_since == -math.inf:
+            self._filled_since = time.monotonic()
+        if time.monotonic() - self._filled_since > FILLED_S:
             used = ", ".join(f"GPU {name} {gpu.used_bytes / 2**30:.0f} GiB" for name, gpu in filled.items())
             raise GpusFilled(
                 f"job {job.key} needs {job.resources.gpus} of the GPUs {','.join(self._devices)}, and other programs "

@@ -11,6 +11,7 @@
 
 import contextlib
 import datetime
+import functools
 import math
 import os
 import resource
@@ -114,7 +115,7 @@ def _run(
     (folder / STDERR_LOG).touch()  # a job that is stopped at once may not come to open it
     watch = _Watch(_fork_worker(job, folder, lock, enter))
     xids = XidLog() if job.resources.gpus else None
-    memory = _sample_gpus(job, folder, lock)
+    memory = _sample_gpus(job, folder)
     watch.sampler = memory.pid if memory else None
     status = _wait(job, folder, watch)
     swept = _sweep(watch)
@@ -146,17 +147,11 @@ def _run(
     )
 
 
-def _sample_gpus(job: Job, folder: Path, lock: rundir.Lock) -> MemoryLog | None:
-    """Start sampling the memory of the job's GPUs. What samples dies with this process and never holds its lock."""
+def _sample_gpus(job: Job, folder: Path) -> MemoryLog | None:
+    """Start sampling the memory of the job's GPUs. What samples dies with this process."""
     if not job.resources.gpus:
         return None
-    supervisor = os.getpid()
-
-    def prepare() -> None:
-        lock.release()
-        set_death_signal(supervisor)
-
-    return MemoryLog(folder, job.env.get(DEVICES_VARIABLE, ""), prepare)
+    return MemoryLog(folder, job.env.get(DEVICES_VARIABLE, ""), functools.partial(set_death_signal, os.getpid()))
 
 
 def _fork_worker(job: Job, folder: Path, lock: rundir.Lock, enter: Callable[[Job], NoReturn]) -> int:

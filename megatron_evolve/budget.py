@@ -140,14 +140,15 @@ class Account:
 
     def refusal(self, job: Job) -> str | None:
         """Which budget one more job could exceed, in words; None if it fits them all."""
-        if self.spent is not None:
+        limits = limits_of(self.budgets)
+        if self.spent is not None or not limits:
             return self.spent
         more = most_of(job)
         taken = sum((*self._open.values(), *self._reserved.values()), self.used)
         now, then = figures(self.budgets, taken), figures(self.budgets, taken + more)
         now["wall_hours"] = self._wall_hours()
         then["wall_hours"] = now["wall_hours"] + more.seconds / 3600
-        for name, limit in limits_of(self.budgets).items():
+        for name, limit in limits.items():
             if then[name] > limit:
                 return (
                     f"{now[name]:.4g} of {limit:g} {WORDS[name]} are used, and the next job could take "
@@ -184,4 +185,4 @@ def limits_of(budgets: Budgets) -> dict[str, float]:
 
 def of_end(end: dict[str, Any]) -> Spend:
     """What the ledger says that a stage took. Ledgers of before GPUs were charged have none."""
-    return Spend(end["seconds"], end["cpu_seconds"], end.get("gpu_seconds", 0.0))
+    return Spend(end.get("seconds", 0.0), end["cpu_seconds"], end.get("gpu_seconds", 0.0))

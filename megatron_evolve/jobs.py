@@ -173,10 +173,11 @@ def drive(
     """Runs stages until none is left, yielding each end once; `after` may add stages that follow from it.
 
     When `stop` turns true, or a budget is spent (`account.spent` then says so), nothing new is started and what runs is
-    waited for. Raises RunDirError when a job found its disk full: it is tried again when the campaign goes on. Raises
-    Paused when the machine fails job after job, or others fill its GPUs.
+    waited for. Without `retries` what failed before this call is forgotten. Raises RunDirError when a job found its
+    disk full: it is tried again when the campaign goes on. Raises Paused when the machine fails job after job, or
+    others fill its GPUs.
     """
-    work = _Work(ground, launcher, stop, retries or Retries(), account or Account())
+    work = _Work(ground, launcher, stop, retries or Retries(kept=False), account or Account())
     for run, stage in runs:
         work.add(run, stage)
     while work.goes_on():

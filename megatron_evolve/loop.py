@@ -54,6 +54,7 @@ class Session:
     on_progress: Progress
     stop: Callable[[], bool]
     site: Site = field(default_factory=Site)
+    retries: Retries = field(default_factory=Retries)
 
 
 def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def _run(
         suites=read_json(prepared.judge_folder / SUITES_FILE),
         on_progress=session.on_progress,
         stop=session.stop,
-        retries=Retries(forgiven=_forgiven(ledger)),
+        retries=replace(session.retries, forgiven=_forgiven(ledger)),
         account=Account.of(campaign.constitution.budgets, ledger.events),
     )
     ledger.once("policy", "1", lambda: _first_policy(desk, prepared))

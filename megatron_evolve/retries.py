@@ -34,9 +34,10 @@ class Paused(Exception):
 
 @dataclass
 class Retries:
-    """The failures that one controller has seen. `forgiven` is, by job, the last attempt before a pause.
+    """The failures that one controller has seen, and those before it that its jobs' folders keep.
 
-    Waits are 2, 16, 128, ... seconds: the breaker opens some ten minutes after the first failure at the earliest.
+    `forgiven` is, by job, the last attempt before a pause. Where a failed job is for somebody to start again, as the
+    origin's are, nothing of before counts: `kept` is false. A job's waits are 2, 16, 128, 600, 600, ... seconds.
     """
 
     attempts: int = 3
@@ -45,20 +46,21 @@ class Retries:
     factor: float = 8.0
     longest_wait_s: float = 600.0
     forgiven: Mapping[str, int] = field(default_factory=dict)
-    _failures: dict[str, int] = field(default_factory=dict)  # of each job, forgiven ones apart
-    _latest: dict[str, int] = field(default_factory=dict)  # its attempt that failed last
-    _first_at: dict[str, int] = field(default_factory=dict)  # when this controller first saw it fail
-    _row: int = 0
-    _row_jobs: set[str] = field(default_factory=set)
-    _row_at: int = -1  # when the row last grew
-    _other_at: int = -1  # when a job last ended otherwise
+    kept: bool = True
+    _failures: dict[str, int] = field(default_factory=dict, init=False)  # of each job, forgiven ones apart
+    _latest: dict[str, int] = field(default_factory=dict, init=False)  # its attempt that failed last
+    _first_at: dict[str, int] = field(default_factory=dict, init=False)  # when this controller first saw it fail
+    _row: int = field(default=0, init=False)
+    _row_jobs: set[str] = field(default_factory=set, init=False)
+    _row_at: int = field(default=-1, init=False)  # when the row last grew
+    _other_at: int = field(default=-1, init=False)  # when a job last ended otherwise
 
     def failures(self, key: str, run_dir: Path) -> int:
         """Infrastructure failures of a job that count: what its folder keeps, and what was seen since."""
         if key not in self._failures:
-            start = self.forgiven.get(key, 0)
-            kept = (read_outcome(attempt_dir(run_dir, n)) for n in range(start + 1, latest_attempt(run_dir) + 1))
-            self._failures[key] = sum(one is not None and one.kind in INFRASTRUCTURE_KINDS for one in kept)
+            counted = range(self.forgiven.get(key, 0) + 1, latest_attempt(run_dir) + 1 if self.kept else 0)
+            found = (read_outcome(attempt_dir(run_dir, number)) for number in counted)
+            self._failures[key] = sum(one is not None and one.kind in INFRASTRUCTURE_KINDS for one in found)
         return self._failures[key]
 
     def failed(self, key: str, outcome: JobOutcome, began: int, now: int) -> float | None:
@@ -89,4 +91,5 @@ class Retries:
         self._forget(key)
 
     def _forget(self, key: str) -> None:
-        self._latest.pop(key, None)
+        for known in (self._failures, self._latest, self._first_at):
+            known.pop(key, None)

@@ -3,6 +3,7 @@
 Keys are added, never renamed. Opening a campaign for reading takes no lock and starts nothing.
 """
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def status(root: Path) -> dict[str, Any]:
         "claim": opened["claim"],
         "interventions": sum(event.kind in INTERVENTION_KINDS for event in events),
         "looks": Looks(folder.looks, external_budget=budget).summary(),
-        "budget": Account.of(Budgets(**opened.get("budgets", {})), events).statement(),
+        "budget": _budget(Budgets(**opened.get("budgets", {})), events),
         "substrate": opened["substrate"],
         "judge": opened["judge"],
         "cpu_seconds": round(sum(event.data["end"]["cpu_seconds"] for event in events if event.kind == "ended"), 3),
@@ -40,6 +41,13 @@ def status(root: Path) -> dict[str, Any]:
         "survey": next((event.data for event in events if event.kind == "survey"), None),
         "closing": next((event.data for event in events if event.kind == "campaign-closed"), None),
     }
+
+
+def _budget(budgets: Budgets, events: list[Event]) -> dict[str, dict[str, float | None]]:
+    """What is used of the declared budgets by the stages that ended, as of the last event."""
+    account = Account.of(budgets, events)
+    account.clock = datetime.fromisoformat(events[-1].time).timestamp
+    return {name: one for name, one in account.statement().items() if one["budget"] is not None}
 
 
 def state_of(events: list[Event]) -> str:

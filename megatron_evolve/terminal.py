@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_evolve.artefacts import CampaignFolder
+from megatron_evolve.budget import WORDS
 from megatron_evolve.campaign import find_campaign, load_campaign, plan_of
 from megatron_evolve.estimate import use_words
 from megatron_evolve.site import chosen_site
@@ -130,6 +131,8 @@ def show_status(found: dict[str, Any]) -> None:
         f"{found['interventions']} interventions, {looks['external']} of {looks['external_budget']} external looks, "
         f"{found['cpu_seconds']:.0f} CPU-s"
     )
+    for name, one in found["budget"].items():
+        console.print(f"budget: {one['used']:.4g} of {one['budget']:g} {WORDS[name]} used")
     for one in found["rounds"]:
         console.print(round_table(one))
 

@@ -72,7 +72,8 @@ def test_a_spent_budget_ends_the_campaign_after_its_round(
     charged = sum(event["data"]["end"]["cpu_seconds"] for event in known if event["kind"] == "ended")
     assert 4 < charged <= 74 and spent["data"]["cpu_hours"]["used"] == pytest.approx(charged / 3600, abs=1e-6)
     assert verify_campaign(folder)["ok"]
-    assert "budget spent" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "budget spent" in page and "budget of CPU-hours" in page
     before = attempts(folder)
     assert ground.run(folder, file=file).returncode == 0
     assert attempts(folder) == before and events(folder) == known, "the same command starts nothing more"

@@ -150,9 +150,12 @@ def test_a_controller_that_starts_again_counts_the_failures_before(tmp_path: Pat
         return len(bench.attempts("a")) >= 2 and (bench.attempts("a")[1] / "outcome.json").exists()
 
     assert bench.run({"a": LOST}, retries=Retries(first_wait_s=0.01), stop=failed_twice) == {}
-    end = bench.run({"a": LOST})["a"]
+    end = bench.run({"a": LOST}, retries=Retries())["a"]
     assert (end.outcome, end.attempts) == ("lost", 3)
-    assert Bench(tmp_path).run({"a": LOST})["a"] == end, "and once more after a crash before that was entered"
+    again = Bench(tmp_path).run({"a": LOST}, retries=Retries())["a"]
+    assert again == end, "a crash before that was entered changes nothing"
+    mended = Bench(tmp_path).run({"a": DONE})["a"]
+    assert (mended.outcome, mended.attempts) == ("finished", 4), "where somebody starts it again, nothing counts"
 
 
 def test_gpus_that_others_fill_pause_the_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
