@@ -63,7 +63,8 @@ _COLLECTIVE_TEXT = re.compile(r"Watchdog caught collective operation timeout|Pro
 _PEER_TEXT = re.compile(
     r"unhandled system error|unhandled cuda error|remote process exited or there was a network error"
     r"|ncclSystemError|ncclUnhandledCudaError|ncclRemoteError|gloo/transport/|Connection (?:closed|reset) by peer"
-    r"|DistNetworkError|DistStoreError|ChildFailedError"
+    r"|NCCL communicator (?:was aborted|encountered error)|DistNetworkError|DistStoreError|Rendezvous\w*Error"
+    r"|ChildFailedError"
 )
 _RANK_SIGNAL = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID \d+")  # torchrun's account of its ranks
 _OWN_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}

@@ -51,6 +51,11 @@ class Spend:
         )
 
 
+def most_within(resources: Resources, limit_s: float) -> Spend:
+    """What a stage's job with this time limit can take, its grace included."""
+    return Spend.most(resources, limit_s + Job.grace_s)
+
+
 def most_of(job: Job) -> Spend:
     """What one attempt at a job can take: all its cores and GPUs until it is killed."""
     return Spend.most(job.resources, job.time_limit_s + job.grace_s)
@@ -167,7 +172,7 @@ class Account:
         return 0.0 if self.opened_at is None else (self.clock() - self.opened_at) / 3600
 
 
-WORDS = {"gpu_hours": "GPU-hours", "cpu_hours": "CPU-hours", "wall_hours": "hours", "money": "in money"}
+WORDS = {"gpu_hours": "GPU-hours", "cpu_hours": "CPU-hours", "wall_hours": "hours", "money": "units of money"}
 
 
 def figures(budgets: Budgets, spend: Spend) -> dict[str, float]:

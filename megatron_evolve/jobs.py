@@ -24,6 +24,7 @@ from megatron_evolve.launch.job import INFRASTRUCTURE_KINDS, Job, JobOutcome, La
 from megatron_evolve.launch.rundir import (
     JOB_FILE,
     OUTCOME_FILE,
+    DamagedFile,
     RunDirError,
     attempt_dir,
     latest_attempt,
@@ -283,8 +284,8 @@ class _Work:
             return
         if is_disk_trouble(outcome):
             raise RunDirError(f"{key} {outcome.reason}; free space on that disk, then run the same command again")
-        if outcome.kind in INFRASTRUCTURE_KINDS and not one.adopted:
-            wait_s = self.retries.failed(key, outcome, one.began, self.looks)
+        if outcome.kind in INFRASTRUCTURE_KINDS:
+            wait_s = self._wait_for_next(one, outcome)
             if self.stop():
                 return
             if wait_s is not None:
@@ -295,6 +296,12 @@ class _Work:
             self.retries.ended(key, self.looks)
         self.account.settle(key, total)
         yield self.ground.end_of(one.run, one.stage, outcome, total)
+
+    def _wait_for_next(self, one: _Try, outcome: JobOutcome) -> float | None:
+        """Seconds to the next attempt at what its machine failed, None if it is given up. Old news does not wait."""
+        if not one.adopted:
+            return self.retries.failed(one.job.key, outcome, one.began, self.looks)
+        return 0.0 if self.retries.failures(one.job.key, one.job.run_dir) < self.retries.attempts else None
 
     def _not_tried_again(self, one: _Try) -> Iterator[StageEnd]:
         """The end of a stage whose next attempt no budget allows: that of its last. One never begun has none."""
@@ -311,7 +318,10 @@ def next_attempt(job: Job, retries: Retries) -> int:
     A job whose machine failed it as often as is tried keeps its latest, which is how it ended.
     """
     failures, latest = retries.failures(job.key, job.run_dir), latest_attempt(job.run_dir)
-    outcome = read_outcome(attempt_dir(job.run_dir, latest)) if latest else None
+    try:
+        outcome = read_outcome(attempt_dir(job.run_dir, latest)) if latest else None
+    except DamagedFile:  # the launcher puts it aside when it is asked for this attempt
+        return latest
     again = outcome is not None and (
         outcome.kind is OutcomeKind.CANCELLED
         or is_disk_trouble(outcome)

@@ -8,7 +8,7 @@ import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_evolve.budget import WORDS, Spend, figures, limits_of
+from megatron_evolve.budget import WORDS, figures, limits_of, most_within
 from megatron_evolve.campaign import Campaign, SubstrateSpec
 from megatron_evolve.doctor import gpu_names
 from megatron_evolve.eval.engines.settings import CommandServer, OpenAISettings, VllmServer
@@ -184,7 +184,7 @@ def _check_budgets(campaign: Campaign, placement: Placement) -> None:
     """Raises ValueError where a budget is smaller than what one job may take until it is killed."""
     rules = campaign.constitution
     for what, trains in (("training", True), ("scoring", False)):
-        most = Spend.most(placement.resources(trains=trains), rules.limits.run_seconds)
+        most = most_within(placement.resources(trains=trains), rules.limits.run_seconds)
         needed = figures(rules.budgets, most) | {"wall_hours": most.seconds / 3600}
         for name, limit in limits_of(rules.budgets).items():
             if needed[name] > limit:

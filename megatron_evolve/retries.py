@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_evolve.launch.job import INFRASTRUCTURE_KINDS, JobOutcome
-from megatron_evolve.launch.rundir import attempt_dir, latest_attempt, read_outcome
+from megatron_evolve.launch.rundir import DamagedFile, attempt_dir, latest_attempt, read_outcome
 
 
 class Paused(Exception):
@@ -30,6 +30,15 @@ class Paused(Exception):
         super().__init__(f"paused: {why}; mend that, then run the same command again")
         self.why = why
         self.attempts = dict(attempts)
+
+
+def _failed(folder: Path) -> bool:
+    """Whether an attempt ended by its machine's fault; a damaged outcome says as much as none."""
+    try:
+        outcome = read_outcome(folder)
+    except DamagedFile:
+        return True
+    return outcome is not None and outcome.kind in INFRASTRUCTURE_KINDS
 
 
 @dataclass
@@ -59,8 +68,7 @@ class Retries:
         """Infrastructure failures of a job that count: what its folder keeps, and what was seen since."""
         if key not in self._failures:
             counted = range(self.forgiven.get(key, 0) + 1, latest_attempt(run_dir) + 1 if self.kept else 0)
-            found = (read_outcome(attempt_dir(run_dir, number)) for number in counted)
-            self._failures[key] = sum(one is not None and one.kind in INFRASTRUCTURE_KINDS for one in found)
+            self._failures[key] = sum(_failed(attempt_dir(run_dir, number)) for number in counted)
         return self._failures[key]
 
     def failed(self, key: str, outcome: JobOutcome, began: int, now: int) -> float | None:

@@ -94,7 +94,7 @@ class RoundRuns:
                 yield end.run, "dev"
             return
         explorer = self.explorers.get(end.run.candidate.id)
-        if explorer is None or end.outcome in NOBODYS_FAULT:
+        if explorer is None or end.outcome in NOBODYS_FAULT or self.desk.account.spent is not None:
             return
         yield from self._repair(explorer)
 

@@ -115,6 +115,7 @@ def ended(code: int | None = None, signum: int | None = None, stderr: str = "", 
         (ended(1, stderr=UNHANDLED), OutcomeKind.LOST),
         (ended(1, stderr=TRACEBACK + PEER + ELASTIC), OutcomeKind.LOST),
         (ended(1, stderr=PEER + KILL), OutcomeKind.LOST),
+        (ended(1, stderr="RuntimeError: NCCL communicator was aborted on rank 3.\n" + ELASTIC), OutcomeKind.LOST),
         (ended(1, stderr=PEER + KILL, oom_kills=1), OutcomeKind.OUT_OF_MEMORY),
     ],
 )

@@ -85,5 +85,5 @@ def test_a_budget_below_one_job_is_refused_before_anything_starts(
     file = variant(constitution__budgets={"cpu_hours": 0.4})
     refused = ground.run(tmp_path / "campaign", file=file)
     assert refused.returncode == 1
-    told = "has a budget of 0.4 CPU-hours, and one training job may take 0.5 until it is killed"
+    told = "has a budget of 0.4 CPU-hours, and one training job may take 0.5028 until it is killed"
     assert told in refused.stderr and not (tmp_path / "campaign").exists()

@@ -158,6 +158,13 @@ def test_a_controller_that_starts_again_counts_the_failures_before(tmp_path: Pat
     assert (mended.outcome, mended.attempts) == ("finished", 4), "where somebody starts it again, nothing counts"
 
 
+def test_an_attempt_with_a_damaged_outcome_is_tried_again(tmp_path: Path) -> None:
+    Bench(tmp_path).run({"a": DONE})
+    (Bench(tmp_path).attempts("a")[0] / "outcome.json").write_text('{"kind": "fini')
+    end = Bench(tmp_path).run({"a": DONE}, retries=Retries())["a"]
+    assert (end.outcome, end.attempts) == ("finished", 2)
+
+
 def test_gpus_that_others_fill_pause_the_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "gpus_here", lambda: [Gpu("0", "GPU-0", 70 * gpus.MIB * 1024, 80 * gpus.MIB * 1024)])
     monkeypatch.setattr(local, "FILLED_S", 0.0)
