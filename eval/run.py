@@ -18,7 +18,7 @@ from megatron_evolve.eval.engines.seam import Completion, Examinee, Prompt, ask
 from megatron_evolve.eval.judge import Judge, comparison_key, load_judge
 from megatron_evolve.eval.score import SCORES_FILE, ItemRows, answer_row, split_scores, write_rows
 from megatron_evolve.eval.suite import Item, family_weights
-from megatron_evolve.launch.rundir import RunDirError, make_folder, write_json
+from megatron_evolve.launch.rundir import Pulse, RunDirError, make_folder, write_json
 from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
 from megatron_evolve.substrate.manifest import read_manifest
 
@@ -59,7 +59,7 @@ def score(
     tokenizer = read_tokenizer(substrate_folder)
     drawn = {split: judge.items(split, round_number) for split in splits}
     make_folder(out)
-    examinee = Examinee(substrate_folder, substrate, run, tokenizer, work=out)
+    examinee = Examinee(substrate_folder, substrate, run, tokenizer, work=out, tell=Pulse("score").tell)
     difficulty = substrate.construction.difficulty
     # All that an engine is told of an item: the question, and nothing that stands beside it.
     prompts = [Prompt.of(item.prompt, difficulty, tokenizer) for items in drawn.values() for item in items]

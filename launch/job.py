@@ -25,7 +25,14 @@ class OutcomeKind(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"  # an allocator said so, or the kernel's out-of-memory killer struck
     TIMED_OUT = "timed_out"  # stopped by its supervisor at its time limit
     CANCELLED = "cancelled"  # stopped because the submitter asked
-    LOST = "lost"  # ended by neither itself nor us: its supervisor or machine is gone, or SIGKILL from outside
+    HUNG = "hung"  # lived, but its count of progress stood still, or a collective operation never returned
+    LOST = (
+        "lost"  # ended by neither itself nor us: its machine or supervisor is gone or failed it, SIGKILL from outside
+    )
+
+
+# Endings that say nothing about what was run: the same job is worth another attempt, unchanged.
+INFRASTRUCTURE_KINDS = (OutcomeKind.LOST, OutcomeKind.HUNG)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Job:
     env       variables set on top of the launcher's own (written to disk: no secrets)
     grace_s   time between SIGTERM and SIGKILL when the job is stopped: a trainer saves in it
     done_file name within run_dir that the job writes last
+    stall_s   time within which the job's count of progress must move (`rundir.Pulse`), or it hangs; None: never asked
+    start_s   the same before its first count and after its last: loading, compiling, writing out what was made
     """
 
     key: str
@@ -69,6 +78,8 @@ class Job:
     env: Mapping[str, str] = field(default_factory=dict)
     resources: Resources = field(default_factory=Resources)
     grace_s: float = 10.0
+    stall_s: float | None = None
+    start_s: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "argv", tuple(self.argv))
@@ -88,6 +99,9 @@ class Job:
             raise ValueError(
                 f"time_limit_s must be positive and grace_s not negative; got {self.time_limit_s} and {self.grace_s}"
             )
+        for name in ("stall_s", "start_s"):
+            if (value := getattr(self, name)) is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be positive; got {value}: leave it None for no watchdog")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -99,15 +113,16 @@ class Job:
             "env": dict(self.env),
             "resources": dataclasses.asdict(self.resources),
             "grace_s": self.grace_s,
+            "stall_s": self.stall_s,
+            "start_s": self.start_s,
         }
 
     @classmethod
     def from_json(cls, document: object) -> "Job":
-        fields = _fields_of(cls, document)
+        fields = _fields_of(cls, _with_later({"stall_s": None, "start_s": None}, document))
         resources = fields["resources"]
-        if isinstance(resources, dict):
-            resources = {"tasks": 1, **resources}  # written before jobs had tasks
-        return cls(**(fields | {"resources": Resources(**_fields_of(Resources, resources))}))
+        resources = Resources(**_fields_of(Resources, _with_later({"tasks": 1}, resources)))
+        return cls(**(fields | {"resources": resources}))
 
 
 @dataclass(frozen=True)
@@ -115,7 +130,8 @@ class JobOutcome:
     """How one attempt at a job ended. A measurement that nobody could take is None, never a number.
 
     seconds, cpu_seconds and max_rss_bytes are of the whole process tree: wall time, user + system time, and the largest
-    process. started_at is UTC, ISO 8601. reason is one sentence.
+    process. started_at is UTC, ISO 8601. reason is one sentence. max_gpu_bytes is the most memory seen in use on the
+    fullest of its GPUs.
     """
 
     key: str
@@ -129,6 +145,7 @@ class JobOutcome:
     attempt: int
     started_at: str | None
     reason: str
+    max_gpu_bytes: int | None = None
 
     @classmethod
     def unmeasured(cls, key: str, attempt: int, kind: OutcomeKind, host: str, reason: str) -> "JobOutcome":
@@ -140,7 +157,7 @@ class JobOutcome:
 
     @classmethod
     def from_json(cls, document: object) -> "JobOutcome":
-        fields = _fields_of(cls, document)
+        fields = _fields_of(cls, _with_later({"max_gpu_bytes": None}, document))
         return cls(**(fields | {"kind": OutcomeKind(fields["kind"])}))
 
 
@@ -174,6 +191,11 @@ class Launcher(Protocol):
 def canonical_json(document: object) -> str:
     """One text for one value: sorted keys, no spaces, no NaN, a final newline."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _with_later(fields: dict[str, Any], document: object) -> object:
+    """`document` with the fields that files of an earlier version lack."""
+    return {**fields, **document} if isinstance(document, dict) else document
 
 
 def _fields_of(cls: type, document: object) -> dict[str, Any]:

@@ -7,11 +7,13 @@ costs two stats and one read of /proc per running job.
 
 import contextlib
 import dataclasses
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +21,13 @@ from types import TracebackType
 
 from megatron_evolve.launch import rundir
 from megatron_evolve.launch.ending import read_tail
+from megatron_evolve.launch.gpus import DEVICES_VARIABLE, ORDER, Gpu, GpusFilled, filled_by_others, gpus_here
 from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind
 from megatron_evolve.launch.process import ProcessIdentity, kill_left_behind
-from megatron_evolve.launch.supervise import ATTEMPT_VARIABLE
 from megatron_evolve.launch.warm_client import WarmClient, WarmSettings
 
-DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
+ASK_AGAIN_S = 15.0  # between two looks at the memory of GPUs
+FILLED_S = 60.0  # for what others leave behind to be given back, before a launcher that does nothing says so
 
 
 @dataclass(eq=False)
@@ -50,7 +53,8 @@ class LocalLauncher:
     cores      what the jobs that run at one time may use together
     state_dir  the campaign's folder, for the warm parent's pointer and log
     warm       what to load once and fork from; None starts every job from scratch
-    devices    names of the GPUs to give, as CUDA_VISIBLE_DEVICES takes them; a job has its own for itself
+    devices    names of the GPUs to give, as CUDA_VISIBLE_DEVICES takes them; a job has its own for itself, and none is
+               given while another program fills it, where nvidia-smi tells
 
     Jobs run in the current folder and environment of the launcher's process, with their own env on top.
     """
@@ -64,6 +68,8 @@ class LocalLauncher:
             )
         self._cores = cores
         self._devices = tuple(devices)
+        self._gpus: list[Gpu] = []
+        self._gpus_asked_at = self._filled_since = -math.inf
         self._entries: dict[str, _Entry] = {}
         self._pending: dict[str, _Entry] = {}  # in order of submission
         self._running: dict[str, _Entry] = {}
@@ -98,7 +104,7 @@ class LocalLauncher:
         self._file(entry)
 
     def poll(self, keys: Iterable[str]) -> dict[str, JobState]:
-        """See `Launcher.poll`; also starts what there is room for. Raises WarmError, RunDirError."""
+        """See `Launcher.poll`; also starts what there is room for. Raises WarmError, RunDirError, GpusFilled."""
         self._children = [child for child in self._children if child.poll() is None]
         for entry in [*self._running.values(), *self._pending.values()]:
             begun = entry.prepared and (entry.folder / rundir.SUPERVISOR_FILE).exists()
@@ -204,7 +210,36 @@ class LocalLauncher:
         free = tuple(device for device in self._devices if device not in taken)
         if entry.prepared:
             return None if taken & set(entry.devices) else entry.devices
-        return free[: entry.job.resources.gpus] if len(free) >= entry.job.resources.gpus else None
+        needed = entry.job.resources.gpus
+        if needed == 0 or len(free) < needed:
+            return None if needed else ()
+        filled = filled_by_others(free, self._memory())
+        empty = tuple(device for device in free if device not in filled)
+        if len(empty) >= needed:
+            self._filled_since = -math.inf
+            return empty[:needed]
+        self._say_if_filled(entry.job, filled)
+        return None
+
+    def _memory(self) -> list[Gpu]:
+        """What nvidia-smi last said, at most 15 s ago."""
+        if time.monotonic() - self._gpus_asked_at > ASK_AGAIN_S:
+            self._gpus, self._gpus_asked_at = gpus_here(), time.monotonic()
+        return self._gpus
+
+    def _say_if_filled(self, job: Job, filled: dict[str, Gpu]) -> None:
+        """Raises GpusFilled once nothing of ours has run for a minute and others' memory alone keeps a job waiting."""
+        if self._running:
+            self._filled_since = -math.inf
+            return
+        if self._filled_since == -math.inf:
+            self._filled_since = time.monotonic()
+        if time.monotonic() - self._filled_since > FILLED_S:
+            used = ", ".join(f"GPU {name} {gpu.used_bytes / 2**30:.0f} GiB" for name, gpu in filled.items())
+            raise GpusFilled(
+                f"job {job.key} needs {job.resources.gpus} of the GPUs {','.join(self._devices)}, and other programs "
+                f"fill some ({used}): end them, or give the campaign other GPUs by {DEVICES_VARIABLE}"
+            )
 
     def _start(self, entry: _Entry) -> bool:
         """Start a supervisor for the attempt. Returns False if the warm parent is not ready."""
@@ -225,7 +260,7 @@ class LocalLauncher:
     def _prepare(self, entry: _Entry) -> None:
         job = entry.job
         if job.resources.gpus:
-            job = dataclasses.replace(job, env={**job.env, DEVICES_VARIABLE: ",".join(entry.devices)})
+            job = dataclasses.replace(job, env={**job.env, **ORDER, DEVICES_VARIABLE: ",".join(entry.devices)})
         rundir.prepare_attempt(job, entry.attempt)
         entry.prepared = True
 
@@ -257,7 +292,7 @@ class LocalLauncher:
                 if outcome is not None:
                     return outcome
                 begun = rundir.read_supervisor(entry.folder)
-                survivors = kill_left_behind(begun, f"{ATTEMPT_VARIABLE}={entry.folder}") if begun else []
+                survivors = kill_left_behind(begun, f"{rundir.ATTEMPT_VARIABLE}={entry.folder}") if begun else []
                 reason = "its supervisor ended " + ("without an outcome" if begun else "before the job began")
                 log = entry.folder / rundir.SUPERVISOR_LOG
                 if log.exists() and (words := read_tail(log).split("\n")[-2:-1]):

@@ -5,6 +5,7 @@
     RUN_DIR/attempts/N/job.json        what was asked for; its presence makes N an attempt
     RUN_DIR/attempts/N/supervisor.json the supervisor's identity; its presence means that N has begun, as it does once
     RUN_DIR/attempts/N/cancel          asked to stop
+    RUN_DIR/attempts/N/progress.json   how far N is, by its own word
     RUN_DIR/attempts/N/outcome.json    how N ended; stays when N + 1 follows
     RUN_DIR/attempts/N/{stdout,stderr,supervisor}.log
     everything else                    the job's own
@@ -18,7 +19,8 @@ import fcntl
 import json
 import os
 import secrets
-from dataclasses import asdict
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,7 +33,10 @@ SUPERVISOR_FILE = "supervisor.json"
 OUTCOME_FILE = "outcome.json"
 CANCEL_FILE = "cancel"
 LOCK_FILE = "lock"
+PROGRESS_FILE = "progress.json"
 SUPERVISOR_LOG = "supervisor.log"
+ATTEMPT_VARIABLE = "MEGATRON_EVOLVE_ATTEMPT"  # tells a job its attempt folder, and tells whose a stray process is
+PROGRESS_EVERY_S = 2.0
 
 _REMEDIES = {
     errno.ENOSPC: "free space on that disk, then run the same command again",
@@ -196,6 +201,60 @@ def write_outcome(run_dir: Path, outcome: JobOutcome) -> None:
     """Record the end of an attempt: in its own folder first, which is what counts, then at the top for readers."""
     write_json(attempt_dir(run_dir, outcome.attempt) / OUTCOME_FILE, outcome.to_json())
     write_json(run_dir / OUTCOME_FILE, outcome.to_json())
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is: `step` of `steps`, told at `at` (unix seconds) by `rank`. `stage` is "train" or "score"."""
+
+    step: int
+    steps: int
+    at: float
+    rank: int
+    stage: str
+
+
+def write_progress(folder: Path, progress: Progress) -> None:
+    """Put how far an attempt is into its folder. A reader sees all of it or none. Raises RunDirError.
+
+    Not synced: after a power cut nobody asks how far a job was, and an fsync in each step would cost more than the
+    step of a small model.
+    """
+    path, temporary = folder / PROGRESS_FILE, folder / f".{PROGRESS_FILE}.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(canonical_json(asdict(progress)))
+        os.rename(temporary, path)
+    except OSError as error:
+        raise _told(error, "write", path) from error
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """How far an attempt is, None if it has not said. Raises RunDirError."""
+    path = folder / PROGRESS_FILE
+    return _parsed(path, lambda document: Progress(**document)) if path.exists() else None
+
+
+class Pulse:
+    """A job's own word on how far it is, for its supervisor and whoever watches: at most every 2 s, and at the end.
+
+    One process of a job has it. It is silent in a job that was started by hand, which nobody watches.
+    """
+
+    def __init__(self, stage: str, rank: int = 0) -> None:
+        self._stage, self._rank = stage, rank
+        self._told_at = float("-inf")
+        named = os.environ.get(ATTEMPT_VARIABLE)
+        self._folder = Path(named) if named else None
+
+    def tell(self, step: int, steps: int) -> None:
+        """`step` of `steps` are done. Raises RunDirError."""
+        now = time.monotonic()
+        if self._folder is not None and (step == steps or now - self._told_at >= PROGRESS_EVERY_S):
+            self._told_at = now
+            write_progress(self._folder, Progress(step, steps, round(time.time(), 3), self._rank, self._stage))
 
 
 def _parsed(path: Path, parse: Any) -> Any:

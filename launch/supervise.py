@@ -6,10 +6,12 @@
 - If the supervisor is killed, the kernel kills the job with it (PR_SET_PDEATHSIG), so a job never runs unwatched.
 - Nothing a job starts outlives it: the supervisor is a subreaper, to which every orphan among its descendants falls.
 - An attempt begins at most once, however often its supervisor is started: the lock, then supervisor.json.
+- A job that lives and does not move is stopped too (`watchdog`), and the memory of its GPUs is sampled (`gpus`).
 """
 
 import contextlib
 import datetime
+import functools
 import math
 import os
 import resource
@@ -24,10 +26,12 @@ from typing import NoReturn
 
 from megatron_evolve.launch import rundir
 from megatron_evolve.launch.ending import Ending, Stop, classify, count_oom_kills, read_tail
+from megatron_evolve.launch.gpus import DEVICES_VARIABLE, MemoryLog, XidLog
 from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind
 from megatron_evolve.launch.process import ProcessIdentity, become_subreaper, children_of, set_death_signal
+from megatron_evolve.launch.watchdog import Watchdog
 
-ATTEMPT_VARIABLE = "MEGATRON_EVOLVE_ATTEMPT"  # tells a job its attempt folder, and tells whose a stray process is
+STDERR_LOG = "stderr.log"
 SWEEP_S = 10.0  # a process in uninterruptible sleep may not die at all
 OUTCOME_RETRY_S = 600.0  # on a full disk: time for an operator to free space before a finished job counts as lost
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -39,8 +43,10 @@ class _Watch:
     """What has been seen of the job so far. status is the wait status of its first process, once that has ended."""
 
     worker: int
+    sampler: int | None = None
     status: int | None = None
     stop: Stop | None = None
+    stood_still: str = ""
     cpu_seconds: float = 0.0
     max_rss_bytes: int = 0
 
@@ -53,6 +59,8 @@ class _Watch:
                 return False
             if pid == 0:
                 return True
+            if pid == self.sampler:
+                continue
             self.cpu_seconds += usage.ru_utime + usage.ru_stime
             self.max_rss_bytes = max(self.max_rss_bytes, usage.ru_maxrss * 1024)
             if pid == self.worker:
@@ -104,7 +112,11 @@ def _run(
     """Start the job, watch it to its end, leave nothing of it running, and say how it ended."""
     started_at, started, oom_kills = datetime.datetime.now(datetime.UTC), time.monotonic(), count_oom_kills()
     become_subreaper()
+    (folder / STDERR_LOG).touch()  # a job that is stopped at once may not come to open it
     watch = _Watch(_fork_worker(job, folder, lock, enter))
+    xids = XidLog() if job.resources.gpus else None
+    memory = _sample_gpus(job, folder)
+    watch.sampler = memory.pid if memory else None
     status = _wait(job, folder, watch)
     swept = _sweep(watch)
     ending = Ending(
@@ -114,7 +126,9 @@ def _run(
         done_file=job.done_file,
         done=(job.run_dir / job.done_file).exists(),
         oom_kills=count_oom_kills() - oom_kills,
-        stderr_tail=read_tail(folder / "stderr.log"),
+        stderr_tail=read_tail(folder / STDERR_LOG),
+        stood_still=watch.stood_still,
+        xids=xids.faults() if xids else (),
     )
     kind, reason = classify(ending)
     return JobOutcome(
@@ -129,7 +143,15 @@ def _run(
         attempt=int(folder.name),
         started_at=started_at.isoformat(timespec="milliseconds"),
         reason=reason if swept else f"{reason}; some of its processes would not die",
+        max_gpu_bytes=memory.peak_bytes() if memory else None,
     )
+
+
+def _sample_gpus(job: Job, folder: Path) -> MemoryLog | None:
+    """Start sampling the memory of the job's GPUs. What samples dies with this process."""
+    if not job.resources.gpus:
+        return None
+    return MemoryLog(folder, job.env.get(DEVICES_VARIABLE, ""), functools.partial(set_death_signal, os.getpid()))
 
 
 def _fork_worker(job: Job, folder: Path, lock: rundir.Lock, enter: Callable[[Job], NoReturn]) -> int:
@@ -149,12 +171,12 @@ def _fork_worker(job: Job, folder: Path, lock: rundir.Lock, enter: Callable[[Job
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         redirect(0, Path(os.devnull), os.O_RDONLY)
         redirect(1, folder / "stdout.log")
-        redirect(2, folder / "stderr.log")
+        redirect(2, folder / STDERR_LOG)
         # A GPU driver reserves far more address space than it uses, so the limit would strike at nothing there.
         if job.resources.memory_bytes is not None and job.resources.gpus == 0:
             resource.setrlimit(resource.RLIMIT_DATA, (job.resources.memory_bytes, job.resources.memory_bytes))
         os.environ.update(job.env)
-        os.environ[ATTEMPT_VARIABLE] = str(folder)
+        os.environ[rundir.ATTEMPT_VARIABLE] = str(folder)
         enter(job)
     finally:  # whatever happens, this copy must not go on as a second supervisor
         traceback.print_exc()
@@ -172,26 +194,38 @@ def redirect(fd: int, path: Path, flags: int = os.O_WRONLY | os.O_CREAT | os.O_A
 
 def _wait(job: Job, folder: Path, watch: _Watch) -> int:
     """Wait for the job's first process, stopping its group when it must, and return its wait status."""
-    deadline = time.monotonic() + job.time_limit_s
+    deadline, watchdog = time.monotonic() + job.time_limit_s, Watchdog(job, folder)
     while True:
-        wait_s = max(0.0, min(deadline - time.monotonic(), 3600.0))  # the kernel refuses very long waits
+        # The kernel refuses very long waits.
+        wait_s = max(0.0, min(deadline - time.monotonic(), watchdog.tick_s, 3600.0))
         received = signal.sigtimedwait(_STOP_SIGNALS | {signal.SIGCHLD}, wait_s)
         watch.reap()
         if watch.status is not None:
             return watch.status
-        if received is not None and received.si_signo in _STOP_SIGNALS and watch.stop is None:
-            cancelled = (folder / rundir.CANCEL_FILE).exists()
-            watch.stop = Stop.CANCEL if cancelled else Stop.SIGNAL
-        elif received is None and time.monotonic() >= deadline:
-            if watch.stop is not None:  # the grace is over
-                os.killpg(watch.worker, signal.SIGKILL)
-                deadline = math.inf
-                continue
-            watch.stop = Stop.TIME_LIMIT
-        else:
-            continue
-        os.killpg(watch.worker, signal.SIGTERM)
-        deadline = time.monotonic() + job.grace_s
+        stop = _reason_to_stop(folder, watch, watchdog, received, late=time.monotonic() >= deadline)
+        if stop is not None:
+            watch.stop = stop
+            os.killpg(watch.worker, signal.SIGTERM)
+            deadline = time.monotonic() + job.grace_s
+        elif watch.stop is not None and received is None and time.monotonic() >= deadline:  # the grace is over
+            os.killpg(watch.worker, signal.SIGKILL)
+            deadline = math.inf
+
+
+def _reason_to_stop(
+    folder: Path, watch: _Watch, watchdog: Watchdog, received: signal.struct_siginfo | None, *, late: bool
+) -> Stop | None:
+    """Why the job must be stopped now, None if it goes on or is being stopped already."""
+    if watch.stop is not None:
+        return None
+    if received is not None and received.si_signo in _STOP_SIGNALS:
+        return Stop.CANCEL if (folder / rundir.CANCEL_FILE).exists() else Stop.SIGNAL
+    if late:
+        return Stop.TIME_LIMIT
+    if still := watchdog.hang():
+        watch.stood_still = still
+        return Stop.STANDSTILL
+    return None
 
 
 def _sweep(watch: _Watch) -> bool:

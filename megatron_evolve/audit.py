@@ -294,7 +294,7 @@ def _check_survey(record: Record) -> None:
 
 def _check_finding(record: Record) -> None:
     evidence = [record.evidence(number) for number in record.rounds]
-    found = finding(record.campaign, evidence, record.data("final"))
+    found = finding(record.campaign, evidence, record.data("final"), record.data("budget-spent"))
     _must("the finding", record.data("campaign-closed")["finding"], found)
 
 

@@ -31,13 +31,13 @@ Dir = Annotated[Path, typer.Argument(help="a campaign's folder", show_default=Fa
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 
 
-def fail(message: object, as_json: bool = False) -> NoReturn:
-    """One sentence on stderr (or as JSON), status 1."""
+def fail(message: object, as_json: bool = False, status: int = 1) -> NoReturn:
+    """One sentence on stderr (or as JSON), and the exit status."""
     if as_json:
         typer.echo(json.dumps({"error": str(message)}))
     else:
         typer.secho(f"megatron-evolve: {message}", fg="red", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(status)
 
 
 def emit(value: Any) -> None:
@@ -359,11 +359,14 @@ def guarded(action: Any, as_json: bool) -> None:
     from megatron_evolve.launch.kubernetes_client import KubernetesError
     from megatron_evolve.launch.rundir import RunDirError
     from megatron_evolve.launch.warm import WarmError
+    from megatron_evolve.retries import Paused
 
     try:
         action()
     except (ValueError, RunDirError, WarmError, KubernetesError) as error:
         fail(error, as_json)
+    except Paused as pause:
+        fail(pause, as_json, pause.status)
     except BrokenPipeError:  # the reader has enough, as `head` does: typer ends without a word
         raise
     except OSError as error:

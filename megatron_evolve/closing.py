@@ -10,13 +10,13 @@ from typing import Any
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.candidate import Candidate, candidate, run_seed
-from megatron_evolve.desk import STOPPED, Desk, Stopped
+from megatron_evolve.desk import Desk
 from megatron_evolve.eval.looks import Look
 from megatron_evolve.eval.paired import RunItems, effect, probability_better
 from megatron_evolve.eval.score import comparison_of, read_rows
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.evidence import Evidence
-from megatron_evolve.jobs import FINAL_STAGE, ROWS_FILE, Ground, Run, Stage, drive, write_candidate
+from megatron_evolve.jobs import FINAL_STAGE, ROWS_FILE, Ground, Run, Stage, write_candidate
 from megatron_evolve.origin import ORIGIN_ROUND, Origin
 from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.prepare import origin_ground
@@ -32,10 +32,11 @@ def close_campaign(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     if closed is not None:
         return closed.data
     final = None
-    if desk.campaign.judge.external is not None:
+    if desk.campaign.judge.external is not None and desk.account.spent is None:
         final = desk.ledger.once("final", "", lambda: final_comparison(desk, policy))
         desk.ledger.once("survey", "", lambda: final_survey(desk, policy))
-    said = finding(desk.campaign, desk.all_evidence(), final)
+    spent = desk.ledger.find("budget-spent")
+    said = finding(desk.campaign, desk.all_evidence(), final, spent.data if spent else None)
     statement = {"claim": desk.campaign.claim, "final": final, "finding": said}
     return desk.ledger.append("campaign-closed", "", statement).data
 
@@ -105,14 +106,12 @@ def closing_runs(
 
 
 def finish(desk: Desk, ground: Ground, runs: Sequence[Run], stage: Stage) -> list[Run]:
-    """Takes some runs through one stage, each end an event, and returns those that finished. Raises Stopped."""
+    """Takes some runs through one stage and returns those that finished. Raises Stopped, Paused."""
     todo = [(run, stage) for run in runs if desk.ledger.find("ended", f"{run.key}/{stage}") is None]
-    for end in drive(ground, desk.launcher, todo, lambda end: (), desk.stop):
-        desk.record(end, ground)
-    if desk.stop():
-        raise Stopped(STOPPED)
-    ended = [desk.ledger.find("ended", f"{run.key}/{stage}").data["end"]["outcome"] for run in runs]
-    return [run for run, outcome in zip(runs, ended, strict=True) if outcome == "finished"]
+    for _ in desk.drive(todo, ground=ground):
+        pass
+    ended = [desk.ledger.find("ended", f"{run.key}/{stage}") for run in runs]
+    return [run for run, event in zip(runs, ended, strict=True) if event and event.data["end"]["outcome"] == "finished"]
 
 
 def _pay(desk: Desk, policy: SearchPolicy, split: Stage, names: Sequence[str], runs: Sequence[Run]) -> None:
@@ -170,8 +169,13 @@ def _mean(run: RunItems, weights: Any) -> float:
     return sum(weights[name] * float(run.correct[run.families == name].mean()) for name in names) / total
 
 
-def finding(campaign: Campaign, evidence: Sequence[Evidence], final: dict[str, Any] | None) -> str:
-    """One sentence that says what the campaign found, made from its evidence."""
+def finding(
+    campaign: Campaign,
+    evidence: Sequence[Evidence],
+    final: dict[str, Any] | None,
+    spent: dict[str, Any] | None = None,
+) -> str:
+    """One sentence that says what the campaign found, made from its evidence, and whether a budget ended it."""
     alarms = [
         (found.round, verdict)
         for found in evidence
@@ -191,7 +195,7 @@ def finding(campaign: Campaign, evidence: Sequence[Evidence], final: dict[str, A
         said = f"no decoupling found: dev tracked the external target in {rounds_said}"
     else:
         said = "unresolved: no round could tell whether dev tracks the external target"
-    return f"{said}{_gain(final)}."
+    return f"{said}{_gain(final)}{_cut(campaign, evidence, spent)}."
 
 
 def _gain(final: dict[str, Any] | None) -> str:
@@ -203,6 +207,12 @@ def _gain(final: dict[str, Any] | None) -> str:
         f"; on {final['items']} sealed items the standing settings are {100 * gain['mean']:+.1f} pt from the origin "
         f"[{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]{shown}"
     )
+
+
+def _cut(campaign: Campaign, evidence: Sequence[Evidence], spent: dict[str, Any] | None) -> str:
+    if spent is None:
+        return ""
+    return f"; budget spent after {len(evidence)} of {campaign.constitution.rounds} rounds: {spent['why']}"
 
 
 def _list(numbers: Sequence[int]) -> str:

@@ -6,7 +6,7 @@ meta reads it and cannot write it.
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_evolve.substrate.frozen import Frozen
 
@@ -35,6 +35,23 @@ class Limits(Frozen):
     run_seconds: float = Field(default=1800, gt=0, description="wall time after which a job is killed")
 
 
+class Budgets(Frozen):
+    """What the campaign may use in all, every attempt counted, from its opening on. None: as much as it takes."""
+
+    gpu_hours: float | None = Field(default=None, gt=0, description="hours of wall time, times the GPUs of each job")
+    cpu_hours: float | None = Field(default=None, gt=0, description="hours of processor time")
+    wall_hours: float | None = Field(default=None, gt=0, description="hours since it was opened, pauses included")
+    money: float | None = Field(default=None, gt=0, description="in the currency of the prices")
+    gpu_hour_price: float = Field(default=0.0, ge=0, description="of one GPU for one hour")
+    cpu_hour_price: float = Field(default=0.0, ge=0, description="of one processor for one hour")
+
+    @model_validator(mode="after")
+    def _money_has_a_price(self) -> "Budgets":
+        if self.money is not None and not (self.gpu_hour_price or self.cpu_hour_price):
+            raise ValueError("a budget of money needs a price: add gpu_hour_price or cpu_hour_price")
+        return self
+
+
 class Constitution(Frozen):
     """The frozen rules of one campaign."""
 
@@ -53,6 +70,7 @@ class Constitution(Frozen):
     repairs: int = Field(
         default=2, ge=0, le=10, description="repairs that one worker may try after a refusal or a failure"
     )
+    budgets: Budgets = Field(default=Budgets(), description="GPU-hours, CPU-hours, wall time and money, in all")
     external_looks: int = Field(default=64, ge=0, description="candidates whose external score may be asked, in all")
     promote_probability: float = Field(
         default=0.75, gt=0.5, lt=1, description="posterior probability of being better that moves the standing recipe"

@@ -1,24 +1,27 @@
 """The desk: what the steps of an open campaign work with, and the two ways they may have to pause."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_evolve.artefacts import load_json, load_yaml_checked
+from megatron_evolve.budget import Account
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.eval.looks import Look, Looks
 from megatron_evolve.eval.suite import Split
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.facts import RoundFacts, round_facts
-from megatron_evolve.jobs import Ground, StageEnd
+from megatron_evolve.jobs import Ground, Run, Stage, StageEnd, drive
 from megatron_evolve.launch.job import Launcher
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.origin import Origin
 from megatron_evolve.policy import SearchPolicy
+from megatron_evolve.retries import Retries
 from megatron_evolve.review import Weights
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
 
+ENDED = ("outcome", "reason", "cpu_seconds", "seconds", "gpu_seconds", "attempts")  # of a stage, in the ledger
 STOPPED = "stopped as asked: everything finished is kept; run the same command to go on"
 
 
@@ -47,15 +50,36 @@ class Desk:
     suites: dict[str, Any]
     on_progress: Callable[[str, dict[str, Any]], None]
     stop: Callable[[], bool]
+    retries: Retries = field(default_factory=Retries)
+    account: Account = field(default_factory=Account)
 
     @property
     def weights(self) -> Weights:
         """Weight of each family in the dev and in the external score."""
         return Weights(**self.suites["weights"])
 
+    def drive(
+        self,
+        stages: Iterable[tuple[Run, Stage]],
+        after: Callable[[StageEnd], Iterable[tuple[Run, Stage]]] = lambda end: (),
+        ground: Ground | None = None,
+    ) -> Iterator[StageEnd]:
+        """Runs stages to their ends, each entered and then yielded. Raises Stopped, Paused.
+
+        Once a budget is spent that is entered too, and from then on nothing is started.
+        """
+        place = ground or self.ground
+        for end in drive(place, self.launcher, stages, after, self.stop, self.retries, self.account):
+            self.record(end, place)
+            yield end
+        if self.account.spent is not None:
+            self.ledger.once("budget-spent", "", lambda: {"why": self.account.spent, **self.account.statement()})
+        if self.stop():
+            raise Stopped(STOPPED)
+
     def record(self, end: StageEnd, ground: Ground) -> None:
         """Enters how a stage ended, with digests of what it left, so that verify finds a byte changed afterwards."""
-        facts = {name: getattr(end, name) for name in ("outcome", "reason", "cpu_seconds", "seconds", "attempts")}
+        facts = {name: getattr(end, name) for name in ENDED}
         self.ledger.once("ended", f"{end.run.key}/{end.stage}", lambda: {"end": facts, "files": ground.files(end)})
         self.on_progress("ended", {"round": end.run.round, "stage": end.stage, "end": end})
 
@@ -97,5 +121,5 @@ class Desk:
         return Evidence.parse(load_json(path, event.data["digest"]), where=str(path))
 
     def all_evidence(self) -> list[Evidence]:
-        """The evidence of every declared round, once all are closed."""
-        return [self.evidence(number) for number in range(1, self.campaign.constitution.rounds + 1)]
+        """The evidence of every round that has any: all declared ones, unless a budget ended the campaign before."""
+        return [self.evidence(int(event.key)) for event in self.ledger.of_kind("evidence")]

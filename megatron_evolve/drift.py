@@ -39,7 +39,7 @@ def ask_origin(desk: Desk, policy: SearchPolicy, taken: Collection[str]) -> None
     origin = candidate(desk.substrate_digest, desk.origin_settings)
     if "cumulative" not in desk.campaign.constitution.gap.estimands or origin.id in taken:
         return
-    if not desk.facts(policy.round).has_anchor:
+    if desk.account.spent is not None or not desk.facts(policy.round).has_anchor:
         return
     trained = origin_ground(desk.ground.substrate, desk.ground.judge, desk.ground.time_limit_s)
     ground = AskedAgain(**vars(desk.ground), trained=trained)

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_evolve.artefacts import CampaignFolder
+from megatron_evolve.budget import Account
 from megatron_evolve.campaign import Campaign, ExternalCsv, find_campaign, with_external
 from megatron_evolve.candidate import Candidate, candidate, run_seed
 from megatron_evolve.document import load_yaml
-from megatron_evolve.estimate import estimate
+from megatron_evolve.estimate import estimate, use_words
 from megatron_evolve.eval.engines.command import shown_argv
 from megatron_evolve.eval.engines.settings import OpenAISettings
 from megatron_evolve.eval.freeze import WITHHELD_FILE
@@ -73,6 +74,7 @@ def dry_run(campaign: Campaign, folder: Path, site: Site, store: Path) -> dict[s
         },
         "layout": layout_row(found.plan) if found.plan else None,
         "use": use,
+        "budget": Account(campaign.constitution.budgets).statement(),
         "steps": [asdict(step) for step in steps(found, CampaignFolder(folder.resolve()), store, use)],
         "notes": notes(found),
     }
@@ -206,7 +208,7 @@ def show(told: dict[str, Any]) -> None:
         console.print(_layout_words(told["layout"], site))
     console.print()
     console.print(_use_table(told["use"]))
-    for line in (*_use_words(told["use"], site), *told["notes"]):
+    for line in (*use_words(told["use"], told["budget"]), *_use_words(told["use"], site), *told["notes"]):
         console.print(line, markup=False)
     for number, step in enumerate(told["steps"], start=1):
         times = "" if step["times"] is None else f" ({step['times']}x at most)" if step["times"] > 1 else " (once)"

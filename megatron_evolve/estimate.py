@@ -8,6 +8,7 @@ times its GPUs; it assumes nothing. Decoding has the limit alone, for an engine'
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_evolve.budget import WORDS
 from megatron_evolve.campaign import Campaign, ExternalCsv, plan_of
 from megatron_evolve.eval.suite import GeneratedSuite
 from megatron_evolve.preflight import Preflight
@@ -43,6 +44,7 @@ def estimate(found: Preflight) -> dict[str, Any]:
     campaign, limits = found.campaign, found.campaign.constitution.limits
     run_hours, limit_hours = found.gpu_hours(found.opening_rows), limits.run_seconds / 3600
     placement, recipe = found.placement, found.expected.default.recipe
+    training_cores, scoring_cores = (placement.resources(trains=trains).cores for trains in (True, False))
     rows = [
         {
             **asdict(phase),
@@ -51,6 +53,8 @@ def estimate(found: Preflight) -> dict[str, Any]:
             * (phase.training_runs * placement.training_gpus + phase.scoring_jobs * placement.scoring_gpus)
             if found.job
             else None,
+            "cpu_hours_limit": limit_hours
+            * (phase.training_runs * training_cores + phase.scoring_jobs * scoring_cores),
         }
         for phase in phases(campaign)
     ]
@@ -75,6 +79,25 @@ def estimate(found: Preflight) -> dict[str, Any]:
         },
         "looks_a_round": looks_a_round(campaign),
     }
+
+
+def use_words(use: dict[str, Any], budget: dict[str, dict[str, float | None]]) -> list[str]:
+    """What a campaign will use, at most, beside what is used of its budgets; for the moment before it starts."""
+    total = use["total"]
+    lines = [
+        f"at most {total['training_runs']} training runs and {total['scoring_jobs']} scoring jobs, with the origin's"
+    ]
+    limits = {"gpu_hours": total["gpu_hours_limit"], "cpu_hours": total["cpu_hours_limit"]}
+    assumed = total["training_gpu_hours_assumed"]
+    for name, one in budget.items():
+        limit, most = one["budget"], limits.get(name)
+        if limit is None and not most:
+            continue
+        parts = [] if most is None else [f"{most:,.4g} if every job ran to its time limit"]
+        parts += [f"{assumed:,.4g} assumed for training"] if name == "gpu_hours" and assumed is not None else []
+        parts.append(f"{one['used']:,.4g} used of a budget of {limit:,g}" if limit is not None else "no budget")
+        lines.append(f"  {WORDS[name]}: {', '.join(parts)}")
+    return lines
 
 
 def items_of(campaign: Campaign) -> dict[str, int | None]:

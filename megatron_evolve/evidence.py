@@ -34,9 +34,10 @@ class RunRecord(Frozen):
     """One run: how it ended and what it scored by split."""
 
     seed: int
-    outcome: str = Field(description="finished, diverged, crashed, out_of_memory, timed_out, cancelled or lost")
+    outcome: str = Field(description="finished, diverged, crashed, out_of_memory, timed_out, cancelled, hung or lost")
     reason: str = Field(default="", description="one sentence for anything but finished")
-    cpu_seconds: float = Field(default=0.0, ge=0)
+    cpu_seconds: float = Field(default=0.0, ge=0, description="of all attempts, failed ones included")
+    gpu_seconds: float = Field(default=0.0, ge=0, description="wall time times GPUs, of the same")
     scores: dict[str, ScoreValue] = Field(default_factory=dict, description="by split; empty for a failed run")
 
 
@@ -101,4 +102,5 @@ class Evidence(Frozen):
     replicates: tuple[dict[str, Any], ...] = Field(
         default=(), description="candidates run twice or more: what the seed variance of later rounds pools"
     )
-    cpu_seconds: float = Field(default=0.0, ge=0)
+    cpu_seconds: float = Field(default=0.0, ge=0, description="of all attempts, failed ones included")
+    gpu_seconds: float = Field(default=0.0, ge=0, description="wall time times GPUs, of the same")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_evolve.artefacts import CampaignFolder, load_yaml_checked
+from megatron_evolve.budget import Spend, of_end
 from megatron_evolve.candidate import candidate_id, run_seed
 from megatron_evolve.delta import Delta, canonical_change
 from megatron_evolve.eval.paired import RunItems
@@ -25,13 +26,18 @@ MAX_REPLICATES = 1024
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run: where it lies and how its stages ended (`outcome`, `reason`, `cpu_seconds` by stage)."""
+    """One run: where it lies and how its stages ended (`outcome`, `reason` and what they took, by stage)."""
 
     candidate: str
     seed: int
     folder: Path
     ends: dict[str, dict[str, Any]]
     _rows: dict[str, ItemRows] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def spent(self) -> Spend:
+        """What its stages took, in all."""
+        return sum(map(of_end, self.ends.values()), Spend())
 
     def has(self, split: str) -> bool:
         """Whether this run was scored on the split."""

@@ -3,7 +3,8 @@
     Run --train--> train/result.json --dev--> dev/scores.json --external-a, -b--> external-b/scores.json
 
 Each stage is one job in a folder of its own. `drive` keeps the launcher busy and hands every ended stage back once, in
-the order they end; what it does not know is what any of it means.
+the order they end; what it does not know is what any of it means. What failed by its machine's fault is tried again as
+`retries` says, and nothing is started that could exceed a budget.
 """
 
 import errno
@@ -16,10 +17,22 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_evolve.artefacts import CampaignFolder, save_json
+from megatron_evolve.budget import Account, Spend, spent_before, spent_in_all
 from megatron_evolve.candidate import Candidate
-from megatron_evolve.launch.job import Job, JobOutcome, Launcher, OutcomeKind
-from megatron_evolve.launch.rundir import RunDirError, attempt_dir, latest_attempt, read_json, read_outcome
+from megatron_evolve.launch.gpus import GpusFilled
+from megatron_evolve.launch.job import INFRASTRUCTURE_KINDS, Job, JobOutcome, Launcher, OutcomeKind
+from megatron_evolve.launch.rundir import (
+    JOB_FILE,
+    OUTCOME_FILE,
+    DamagedFile,
+    RunDirError,
+    attempt_dir,
+    latest_attempt,
+    read_json,
+    read_outcome,
+)
 from megatron_evolve.placement import Placement
+from megatron_evolve.retries import Paused, Retries
 from megatron_evolve.substrate.digest import digest_file
 
 Stage = Literal["train", "dev", "external-a", "external-b", "final", "open"]
@@ -28,10 +41,6 @@ RESULT_FILE = "result.json"
 SCORES_FILE = "scores.json"
 ROWS_FILE = "scores.parquet"
 SPLITS_OF: dict[str, tuple[str, ...]] = {"dev": ("dev-a", "dev-b")}
-
-# An ending that says nothing about the candidate; tried again this often, each attempt kept.
-INFRASTRUCTURE_KINDS = (OutcomeKind.LOST,)
-INFRASTRUCTURE_ATTEMPTS = 3
 
 # What the system says of a disk that takes no more. No fault of a candidate: the campaign pauses until it does.
 DISK_WORDS = tuple(os.strerror(code).lower() for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
@@ -55,7 +64,10 @@ class Run:
 
 @dataclass(frozen=True)
 class StageEnd:
-    """How one stage of one run ended. `outcome` is a job's kind, or `diverged`, which only the trainer can know."""
+    """How one stage of one run ended. `outcome` is a job's kind, or `diverged`, which only the trainer can know.
+
+    What it took is that of all its attempts, the failed ones included.
+    """
 
     run: Run
     stage: Stage
@@ -64,6 +76,7 @@ class StageEnd:
     cpu_seconds: float
     seconds: float
     attempts: int
+    gpu_seconds: float = 0.0
 
     @property
     def finished(self) -> bool:
@@ -101,6 +114,8 @@ class Ground:
             done_file=RESULT_FILE if stage == "train" else SCORES_FILE,
             env={"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **self.env},
             resources=self.placement.resources(trains=stage == "train"),
+            stall_s=self.placement.site.stall_seconds,
+            start_s=self.placement.site.start_seconds,
         )
 
     def _train_argv(self, run: Run, run_dir: Path) -> tuple[str, ...]:
@@ -116,8 +131,8 @@ class Ground:
         argv += ("--substrate", str(self.substrate), "--run", str(self.stage_dir(run, "train").resolve()))
         return (*argv, "--round", str(run.round), "--splits", ",".join(splits), "--out", str(run_dir))
 
-    def end_of(self, run: Run, stage: Stage, outcome: JobOutcome) -> StageEnd:
-        """The job's ending joined with what the trainer wrote."""
+    def end_of(self, run: Run, stage: Stage, outcome: JobOutcome, total: Spend) -> StageEnd:
+        """The job's ending joined with what the trainer wrote and with what all attempts took."""
         kind, reason = outcome.kind.value, outcome.reason
         if stage == "train" and outcome.kind is OutcomeKind.FINISHED:
             result = read_json(self.stage_dir(run, stage) / RESULT_FILE)
@@ -129,9 +144,10 @@ class Ground:
             stage=stage,
             outcome=kind,
             reason="" if kind == "finished" else reason,
-            cpu_seconds=outcome.cpu_seconds or 0.0,
-            seconds=outcome.seconds or 0.0,
+            cpu_seconds=round(total.cpu_seconds, 6),
+            seconds=round(total.seconds, 6),
             attempts=outcome.attempt,
+            gpu_seconds=round(total.gpu_seconds, 6),
         )
 
     def files(self, end: StageEnd) -> dict[str, str]:
@@ -152,48 +168,165 @@ def drive(
     runs: Iterable[tuple[Run, Stage]],
     after: Callable[[StageEnd], Iterable[tuple[Run, Stage]]],
     stop: Callable[[], bool] = lambda: False,
+    retries: Retries | None = None,
+    account: Account | None = None,
 ) -> Iterator[StageEnd]:
     """Runs stages until none is left, yielding each end once; `after` may add stages that follow from it.
 
-    A lost attempt is tried again up to 3 times. When `stop` turns true nothing new is started and what runs is waited
-    for. Raises RunDirError when a job found its disk full: it is tried again when the campaign goes on.
+    When `stop` turns true, or a budget is spent (`account.spent` then says so), nothing new is started and what runs is
+    waited for. Without `retries` what failed before this call is forgotten. Raises RunDirError when a job found its
+    disk full: it is tried again when the campaign goes on. Raises Paused when the machine fails job after job, or
+    others fill its GPUs.
     """
-    open_stages: dict[str, tuple[Run, Stage]] = {}
-
-    def submit(run: Run, stage: Stage, attempt: int | None = None) -> None:
-        job = ground.job(run, stage)
-        launcher.submit(job, attempt or next_attempt(job))
-        open_stages[job.key] = (run, stage)
-
+    work = _Work(ground, launcher, stop, retries or Retries(kept=False), account or Account())
     for run, stage in runs:
-        submit(run, stage)
-    while open_stages:
-        for key, state in launcher.poll(list(open_stages)).items():
-            if state == "pending" and stop():
-                launcher.cancel(key)
-            if not isinstance(state, JobOutcome):
-                continue
-            run, stage = open_stages.pop(key)
-            if state.kind is OutcomeKind.CANCELLED and stop():
-                continue
-            if is_disk_trouble(state):
-                raise RunDirError(f"{key} {state.reason}; free space on that disk, then run the same command again")
-            if state.kind in INFRASTRUCTURE_KINDS and state.attempt < INFRASTRUCTURE_ATTEMPTS and not stop():
-                submit(run, stage, state.attempt + 1)
-                continue
-            end = ground.end_of(run, stage, state)
+        work.add(run, stage)
+    while work.goes_on():
+        for end in work.step():
             yield end
             if not stop():
-                for next_run, next_stage in after(end):
-                    submit(next_run, next_stage)
+                for run, stage in after(end):
+                    work.add(run, stage)
         time.sleep(POLL_SECONDS)
 
 
-def next_attempt(job: Job) -> int:
-    """The attempt to submit: the latest, or one more if that was called off or its disk was full."""
-    latest = latest_attempt(job.run_dir)
-    outcome = read_outcome(attempt_dir(job.run_dir, latest)) if latest else None
-    again = outcome is not None and (outcome.kind is OutcomeKind.CANCELLED or is_disk_trouble(outcome))
+@dataclass
+class _Try:
+    """An attempt at a stage: to be submitted from `due` on, or submitted.
+
+    began    the look at which it was first seen to run, or the last at which it was seen not to
+    begun    an earlier process asked for it, so it is taken as it is, whatever the budgets say
+    adopted  it ended before this process asked for it, so it is no news of the machine
+    """
+
+    run: Run
+    stage: Stage
+    job: Job
+    attempt: int
+    due: float = 0.0
+    began: int = 0
+    running: bool = False
+    begun: bool = False
+    adopted: bool = False
+
+
+@dataclass
+class _Work:
+    """What `drive` has to do: attempts that wait, and those that were submitted, by key. `looks` counts its polls."""
+
+    ground: Ground
+    launcher: Launcher
+    stop: Callable[[], bool]
+    retries: Retries
+    account: Account
+    waiting: list[_Try] = field(default_factory=list)
+    open: dict[str, _Try] = field(default_factory=dict)
+    looks: int = 0
+
+    def add(self, run: Run, stage: Stage) -> None:
+        """Take up a stage; what it took before counts at once."""
+        job = self.ground.job(run, stage)
+        attempt = next_attempt(job, self.retries)
+        self.account.hold(job.key, spent_before(job, attempt))
+        begun, ended = ((attempt_dir(job.run_dir, attempt) / name).exists() for name in (JOB_FILE, OUTCOME_FILE))
+        self.waiting.append(_Try(run, stage, job, attempt, begun=begun, adopted=ended))
+
+    def goes_on(self) -> bool:
+        """Whether anything is left. When asked to stop, what waits to be submitted stays as it is."""
+        if self.stop():
+            self.waiting.clear()
+        return bool(self.open or self.waiting)
+
+    def step(self) -> Iterator[StageEnd]:
+        """Submit what may start, look at what was submitted, and tell what ended."""
+        yield from self._submit()
+        self.looks += 1
+        try:
+            states = self.launcher.poll(list(self.open))
+        except GpusFilled as error:
+            raise Paused(str(error), {}) from error
+        for key, state in states.items():
+            one = self.open[key]
+            if isinstance(state, JobOutcome):
+                del self.open[key]
+                yield from self._ended(one, state)
+            elif state == "pending":
+                one.began = self.looks
+                if self.stop():
+                    self.launcher.cancel(key)
+            elif not one.running:
+                one.began, one.running = self.looks, True
+
+    def _submit(self) -> Iterator[StageEnd]:
+        held, why = [], None
+        for one in self.waiting:
+            refused = None if one.due > time.monotonic() or one.begun else self.account.refusal(one.job)
+            if one.due > time.monotonic() or refused:
+                held.append(one)
+                why = why or refused
+                continue
+            self.launcher.submit(one.job, one.attempt)
+            if not one.adopted:
+                self.account.reserve(one.job)
+            one.began, self.open[one.job.key] = self.looks, one
+        self.waiting = held
+        if why and not self.open and all(one.due <= time.monotonic() for one in held):
+            self.account.spent = why
+            self.waiting = []
+            for one in held:
+                yield from self._not_tried_again(one)
+
+    def _ended(self, one: _Try, outcome: JobOutcome) -> Iterator[StageEnd]:
+        key = one.job.key
+        total = spent_in_all(one.job, outcome)
+        self.account.hold(key, total)
+        if outcome.kind is OutcomeKind.CANCELLED and self.stop():
+            return
+        if is_disk_trouble(outcome):
+            raise RunDirError(f"{key} {outcome.reason}; free space on that disk, then run the same command again")
+        if outcome.kind in INFRASTRUCTURE_KINDS:
+            wait_s = self._wait_for_next(one, outcome)
+            if self.stop():
+                return
+            if wait_s is not None:
+                again = _Try(one.run, one.stage, one.job, outcome.attempt + 1, due=time.monotonic() + wait_s)
+                self.waiting.append(again)
+                return
+        elif not one.adopted:
+            self.retries.ended(key, self.looks)
+        self.account.settle(key, total)
+        yield self.ground.end_of(one.run, one.stage, outcome, total)
+
+    def _wait_for_next(self, one: _Try, outcome: JobOutcome) -> float | None:
+        """Seconds to the next attempt at what its machine failed, None if it is given up. Old news does not wait."""
+        if not one.adopted:
+            return self.retries.failed(one.job.key, outcome, one.began, self.looks)
+        return 0.0 if self.retries.failures(one.job.key, one.job.run_dir) < self.retries.attempts else None
+
+    def _not_tried_again(self, one: _Try) -> Iterator[StageEnd]:
+        """The end of a stage whose next attempt no budget allows: that of its last. One never begun has none."""
+        before = read_outcome(attempt_dir(one.job.run_dir, one.attempt - 1)) if one.attempt > 1 else None
+        if before is not None and before.kind in INFRASTRUCTURE_KINDS:
+            total = spent_before(one.job)
+            self.account.settle(one.job.key, total)
+            yield self.ground.end_of(one.run, one.stage, before, total)
+
+
+def next_attempt(job: Job, retries: Retries) -> int:
+    """The attempt to submit: the latest, or one more if that was called off, its disk was full, or its machine failed.
+
+    A job whose machine failed it as often as is tried keeps its latest, which is how it ended.
+    """
+    failures, latest = retries.failures(job.key, job.run_dir), latest_attempt(job.run_dir)
+    try:
+        outcome = read_outcome(attempt_dir(job.run_dir, latest)) if latest else None
+    except DamagedFile:  # the launcher puts it aside when it is asked for this attempt
+        return latest
+    again = outcome is not None and (
+        outcome.kind is OutcomeKind.CANCELLED
+        or is_disk_trouble(outcome)
+        or (outcome.kind in INFRASTRUCTURE_KINDS and failures < retries.attempts)
+    )
     return max(1, latest + again)
 
 

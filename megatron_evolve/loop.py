@@ -15,9 +15,11 @@ from typing import Any
 
 from megatron_evolve import __version__
 from megatron_evolve.artefacts import CampaignFolder, load_yaml_checked, save_json, save_yaml
+from megatron_evolve.budget import Account
 from megatron_evolve.campaign import Campaign, plan_of
 from megatron_evolve.closing import close_campaign
 from megatron_evolve.desk import Desk
+from megatron_evolve.estimate import estimate
 from megatron_evolve.eval.freeze import SUITES_FILE
 from megatron_evolve.eval.looks import Looks
 from megatron_evolve.launch.job import Launcher
@@ -30,6 +32,7 @@ from megatron_evolve.placement import cores_here
 from megatron_evolve.policy import DomainState, SearchPolicy
 from megatron_evolve.preflight import check_campaign
 from megatron_evolve.prepare import Prepared, ground_of, prepare, reopen
+from megatron_evolve.retries import Paused, Retries
 from megatron_evolve.rounds import run_round
 from megatron_evolve.site import Site, kubernetes_launcher, placed
 from megatron_evolve.sources import decision_sources
@@ -51,6 +54,7 @@ class Session:
     on_progress: Progress
     stop: Callable[[], bool]
     site: Site = field(default_factory=Site)
+    retries: Retries = field(default_factory=Retries)
 
 
 def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
@@ -60,7 +64,7 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
     substrate or judge, a second controller, a layout that does not fit the site), before any job starts.
     """
     campaign, folder = placed(campaign, session.site), CampaignFolder(session.root.resolve())
-    check_campaign(campaign, session.site, session.store, new=not folder.ledger.exists())
+    found = check_campaign(campaign, session.site, session.store, new=not folder.ledger.exists())
     make_folder(folder.root)
     stop = lambda: session.stop() or folder.stop_file.exists()  # noqa: E731
     with (
@@ -69,6 +73,8 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
         launcher_of(campaign, session) as launcher,
     ):
         folder.stop_file.unlink(missing_ok=True)  # it was for the controller before this one
+        account = Account.of(campaign.constitution.budgets, ledger.events)
+        session.on_progress("use", {"use": estimate(found), "budget": account.statement()})
         opened = ledger.find("campaign-opened")
         if session.site != Site():
             save_yaml(folder.site, session.site)
@@ -77,7 +83,13 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
         else:
             check_same_campaign(folder, campaign, opened.data)
             prepared = reopen(Path(opened.data["substrate_folder"]), Path(opened.data["judge_folder"]))
-        return _run(replace(session, stop=stop), campaign, folder, ledger, launcher, prepared)
+        _resumed(ledger)
+        try:
+            return _run(replace(session, stop=stop), campaign, folder, ledger, launcher, prepared)
+        except Paused as pause:
+            facts = {"why": pause.why, "attempts": pause.attempts}
+            ledger.append("paused", str(1 + len(ledger.of_kind("paused"))), facts)
+            raise
 
 
 @contextmanager
@@ -94,6 +106,20 @@ def launcher_of(campaign: Campaign, session: Session) -> Iterator[Launcher]:
     kept_warm = warm if campaign.launch.warm else None
     with LocalLauncher(cores_here(campaign), session.root.resolve(), kept_warm, devices) as launcher:
         yield launcher
+
+
+def _resumed(ledger: Ledger) -> None:
+    """Enters that a paused campaign goes on: until then its standing is that it is paused."""
+    if ledger.events and ledger.events[-1].kind == "paused":
+        ledger.append("resumed", ledger.events[-1].key, {})
+
+
+def _forgiven(ledger: Ledger) -> dict[str, int]:
+    """By job, its last attempt before a pause: what failed up to it was the machine's."""
+    found: dict[str, int] = {}
+    for event in ledger.of_kind("paused"):
+        found |= event.data["attempts"]
+    return found
 
 
 def check_same_campaign(folder: CampaignFolder, campaign: Campaign, opened: dict[str, Any]) -> None:
@@ -126,10 +152,14 @@ def _run(
         suites=read_json(prepared.judge_folder / SUITES_FILE),
         on_progress=session.on_progress,
         stop=session.stop,
+        retries=replace(session.retries, forgiven=_forgiven(ledger)),
+        account=Account.of(campaign.constitution.budgets, ledger.events),
     )
     ledger.once("policy", "1", lambda: _first_policy(desk, prepared))
     policy = desk.policy(1)
     for _ in range(campaign.constitution.rounds):
+        if desk.account.spent is not None and ledger.find("round-opened", str(policy.round)) is None:
+            break
         policy = run_round(desk, policy)
     if ledger.find("campaign-closed") is None:
         reopen(prepared.substrate_folder, prepared.judge_folder)  # nothing may have changed on the way
@@ -150,6 +180,7 @@ def _opening(folder: CampaignFolder, campaign: Campaign, prepared: Prepared) -> 
         "substrate_folder": str(prepared.substrate_folder),
         "judge_folder": str(prepared.judge_folder),
         "plan": plan_of(campaign),
+        "budgets": campaign.constitution.budgets.model_dump(mode="json"),
     }
 
 

@@ -8,6 +8,7 @@ import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_evolve.budget import WORDS, figures, limits_of, most_within
 from megatron_evolve.campaign import Campaign, SubstrateSpec
 from megatron_evolve.doctor import gpu_names
 from megatron_evolve.eval.engines.settings import CommandServer, OpenAISettings, VllmServer
@@ -89,6 +90,7 @@ def preflight(campaign: Campaign, site: Site, store: Path) -> Preflight:
             f"campaign {campaign.name} lets a job run for {hours:g} h, its site for {site.longest_job_hours:g}: lower "
             "constitution.limits.run_seconds or name a site with longer jobs"
         )
+    _check_budgets(campaign, placement)
     if not placement.training_gpus:
         if expected.architecture.num_parameters() > 10**9:
             raise ValueError(
@@ -110,9 +112,10 @@ def preflight(campaign: Campaign, site: Site, store: Path) -> Preflight:
     return found
 
 
-def check_campaign(campaign: Campaign, site: Site, store: Path, *, new: bool) -> None:
+def check_campaign(campaign: Campaign, site: Site, store: Path, *, new: bool) -> Preflight:
     """What `run` checks first: the preflight, and that this machine is what the site says. Raises ValueError."""
-    placement = preflight(campaign, site, store).placement
+    found = preflight(campaign, site, store)
+    placement = found.placement
     if site.launcher == "slurm":
         raise ValueError(
             f"campaign {campaign.name} is to run through Slurm, whose scripts this version writes and does not submit: "
@@ -136,6 +139,7 @@ def check_campaign(campaign: Campaign, site: Site, store: Path, *, new: bool) ->
         )
     if new:
         require_import(campaign.substrate, store)
+    return found
 
 
 def expect(spec: SubstrateSpec, store: Path) -> Expected:
@@ -179,6 +183,21 @@ def _fitting(campaign: Campaign, site: Site, expected: Expected, job: Job) -> Ca
             f"{training.layout}: {found.reason}"
         )
     return found
+
+
+def _check_budgets(campaign: Campaign, placement: Placement) -> None:
+    """Raises ValueError where a budget is smaller than what one job may take until it is killed."""
+    rules = campaign.constitution
+    for what, trains in (("training", True), ("scoring", False)):
+        most = most_within(placement.resources(trains=trains), rules.limits.run_seconds)
+        needed = figures(rules.budgets, most) | {"wall_hours": most.seconds / 3600}
+        for name, limit in limits_of(rules.budgets).items():
+            if needed[name] > limit:
+                raise ValueError(
+                    f"campaign {campaign.name} has a budget of {limit:g} {WORDS[name]}, and one {what} job may take "
+                    f"{needed[name]:.4g} until it is killed: raise constitution.budgets.{name} or lower "
+                    "constitution.limits.run_seconds"
+                )
 
 
 def _check_engine(found: Preflight) -> None:

@@ -14,7 +14,8 @@ from megatron_evolve.campaign import Campaign
 from megatron_evolve.candidate import Candidate, candidate, run_seed
 from megatron_evolve.delta import Delta
 from megatron_evolve.desk import Desk, Unavailable
-from megatron_evolve.jobs import INFRASTRUCTURE_ATTEMPTS, write_candidate
+from megatron_evolve.jobs import write_candidate
+from megatron_evolve.launch.job import INFRASTRUCTURE_KINDS
 from megatron_evolve.ledger import Event
 from megatron_evolve.policy import Axis, SearchPolicy
 from megatron_evolve.workers.brief import Brief, delta_document
@@ -23,9 +24,10 @@ from megatron_evolve.workers.validate import validate
 
 DEFAULT_WORKER = (sys.executable, "-m", "megatron_evolve.workers.propose")
 WORKER_SECONDS = 120.0
+WORKER_ATTEMPTS = 3  # at a program that says it is unavailable, before the campaign waits for it
 
 # Endings of a run that its candidate did not cause, so that its worker is not asked to mend anything.
-NOBODYS_FAULT = ("cancelled", "lost")
+NOBODYS_FAULT = ("cancelled", *(kind.value for kind in INFRASTRUCTURE_KINDS))
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def brief_of(
 def _ask(desk: Desk, policy: SearchPolicy, worker: int, attempt: int, brief: Brief) -> dict[str, Any]:
     folder = desk.ground.folder.worker(policy.round, worker) / str(attempt)
     argv = desk.campaign.worker or DEFAULT_WORKER
-    for _ in range(INFRASTRUCTURE_ATTEMPTS):
+    for _ in range(WORKER_ATTEMPTS):
         call, proposal = call_worker(argv, brief, folder, time_limit_s=WORKER_SECONDS)
         if call.ending != "unavailable":
             break

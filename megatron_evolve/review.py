@@ -110,9 +110,8 @@ def review(
         verdicts=tuple(verdict.to_dict() for verdict in verdicts),
         looks=dict(looks),
         replicates=tuple(one.to_dict() for one in replicates),
-        cpu_seconds=sum(
-            end["cpu_seconds"] for runs in facts.runs.values() for run in runs for end in run.ends.values()
-        ),
+        cpu_seconds=sum(run.spent.cpu_seconds for runs in facts.runs.values() for run in runs),
+        gpu_seconds=sum(run.spent.gpu_seconds for runs in facts.runs.values() for run in runs),
     )
 
 
@@ -208,7 +207,8 @@ def _run_record(run: RunFacts, weights: Weights) -> RunRecord:
         seed=run.seed,
         outcome=failed["outcome"] if failed else "finished",
         reason=failed["reason"] if failed else "",
-        cpu_seconds=sum(end["cpu_seconds"] for end in run.ends.values()),
+        cpu_seconds=run.spent.cpu_seconds,
+        gpu_seconds=run.spent.gpu_seconds,
         scores=scores,
     )
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from megatron_evolve.artefacts import save_json, save_yaml
 from megatron_evolve.candidate import Candidate, candidate, run_seed
-from megatron_evolve.desk import STOPPED, Desk, Stopped
+from megatron_evolve.desk import Desk
 from megatron_evolve.drift import ask_origin
 from megatron_evolve.edits import check_edits
 from megatron_evolve.evidence import Evidence
-from megatron_evolve.jobs import Run, Stage, StageEnd, drive, write_candidate
+from megatron_evolve.jobs import Run, Stage, StageEnd, write_candidate
 from megatron_evolve.meta import next_policy
 from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.proposals import (
@@ -74,10 +74,8 @@ class RoundRuns:
             else:
                 todo.append((run, stage))
         after = self._after if follow else lambda end: ()
-        for end in drive(self.desk.ground, self.desk.launcher, todo, after, self.desk.stop):
-            self._record(end)
-        if self.desk.stop():
-            raise Stopped(STOPPED)
+        for end in self.desk.drive(todo, after):
+            self.ends[end.run.key, end.stage] = end
 
     def _known(self, run: Run, stage: Stage) -> StageEnd | None:
         event = self.desk.ledger.find("ended", f"{run.key}/{stage}")
@@ -86,10 +84,6 @@ class RoundRuns:
         end = StageEnd(run=run, stage=stage, **event.data["end"])
         self.ends[run.key, stage] = end
         return end
-
-    def _record(self, end: StageEnd) -> None:
-        self.desk.record(end, self.desk.ground)
-        self.ends[end.run.key, end.stage] = end
 
     def _after(self, end: StageEnd) -> Iterator[tuple[Run, Stage]]:
         """What follows from an end: a score after training, a repair after a failure that is the candidate's own."""
@@ -100,7 +94,7 @@ class RoundRuns:
                 yield end.run, "dev"
             return
         explorer = self.explorers.get(end.run.candidate.id)
-        if explorer is None or end.outcome in NOBODYS_FAULT:
+        if explorer is None or end.outcome in NOBODYS_FAULT or self.desk.account.spent is not None:
             return
         yield from self._repair(explorer)
 
@@ -179,7 +173,8 @@ def ask_external(runs: RoundRuns, stage: Stage) -> None:
     desk, policy = runs.desk, runs.policy
     if desk.campaign.judge.external is None or policy.ask_external == "none":
         return
-    if not desk.facts(policy.round).has_anchor:  # there is nothing to compare with, so no look is spent
+    # Where there is nothing to compare with, or nothing would be started, no look is spent.
+    if desk.account.spent is not None or not desk.facts(policy.round).has_anchor:
         return
     asked = [runs.anchor.id, *ranked_or_all(runs)]
     stages: list[tuple[Run, Stage]] = []

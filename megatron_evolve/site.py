@@ -105,6 +105,17 @@ class Site(Frozen):
     longest_job_hours: float | None = Field(
         default=None, gt=0, description="longest wall time that a job may ask for here; none: any"
     )
+    stall_seconds: float | None = Field(
+        default=1800.0,
+        gt=0,
+        description="a job whose count of progress stands still for so long hangs, and is stopped and tried again; "
+        "several times the longest step with its held-out loss and checkpoint, or null for never",
+    )
+    start_seconds: float | None = Field(
+        default=3600.0,
+        gt=0,
+        description="the same before a job's first count and after its last: loading, compiling, writing what was made",
+    )
     models: dict[str, str] = Field(
         default_factory=dict, description="folder of each Hugging Face checkpoint here, by the name that a judge calls"
     )

@@ -3,10 +3,13 @@
 Keys are added, never renamed. Opening a campaign for reading takes no lock and starts nothing.
 """
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_evolve.artefacts import CampaignFolder
+from megatron_evolve.budget import Account
+from megatron_evolve.constitution import Budgets
 from megatron_evolve.eval.looks import Looks
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.launch.rundir import read_json
@@ -26,9 +29,11 @@ def status(root: Path) -> dict[str, Any]:
     return {
         "campaign": opened["name"],
         "state": state_of(events),
+        "paused": events[-1].data["why"] if events[-1].kind == "paused" else None,
         "claim": opened["claim"],
         "interventions": sum(event.kind in INTERVENTION_KINDS for event in events),
         "looks": Looks(folder.looks, external_budget=budget).summary(),
+        "budget": _budget(Budgets(**opened.get("budgets", {})), events),
         "substrate": opened["substrate"],
         "judge": opened["judge"],
         "cpu_seconds": round(sum(event.data["end"]["cpu_seconds"] for event in events if event.kind == "ended"), 3),
@@ -38,10 +43,18 @@ def status(root: Path) -> dict[str, Any]:
     }
 
 
+def _budget(budgets: Budgets, events: list[Event]) -> dict[str, dict[str, float | None]]:
+    """What is used of the declared budgets by the stages that ended, as of the last event."""
+    account = Account.of(budgets, events)
+    account.clock = datetime.fromisoformat(events[-1].time).timestamp
+    return {name: one for name, one in account.statement().items() if one["budget"] is not None}
+
+
 def state_of(events: list[Event]) -> str:
-    """`preparing`, `running` or `closed`; `running` means not closed, whether or not a controller lives."""
-    kinds = {event.kind for event in events}
-    return "closed" if "campaign-closed" in kinds else "running"
+    """`running`, `paused` or `closed`; `running` means neither, whether or not a controller lives."""
+    if any(event.kind == "campaign-closed" for event in events):
+        return "closed"
+    return "paused" if events[-1].kind == "paused" else "running"
 
 
 def opened_rounds(events: list[Event]) -> list[int]:

@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_evolve.artefacts import CampaignFolder
+from megatron_evolve.budget import WORDS
 from megatron_evolve.campaign import find_campaign, load_campaign, plan_of
+from megatron_evolve.estimate import use_words
 from megatron_evolve.site import chosen_site
 
 STAGE_WORDS = {"train": "trained", "dev": "scored on dev", "external-a": "asked outside", "external-b": "asked outside"}
@@ -46,6 +48,10 @@ class Narrator:
             f"campaign [bold]{facts['name']}[/]: {facts['rounds']} rounds x {facts['candidates_per_round']} "
             f"candidates, about {facts['runs']} runs, at most {facts['external_looks']} external looks"
         )
+
+    def _use(self, facts: dict[str, Any]) -> None:
+        for line in use_words(facts["use"], facts["budget"]):
+            self.console.print(line)
 
     def _round(self, facts: dict[str, Any]) -> None:
         policy = facts["policy"]
@@ -118,11 +124,15 @@ def show_status(found: dict[str, Any]) -> None:
         console.print("the campaign is being prepared: substrate, judge and origin come first")
         return
     looks = found["looks"]
+    if found["paused"]:
+        console.print(f"[yellow]paused: {found['paused']}; mend that, then run the same command again[/]")
     console.print(
         f"[bold]{found['campaign']}[/]  {found['state']}, claim {found['claim']}, "
         f"{found['interventions']} interventions, {looks['external']} of {looks['external_budget']} external looks, "
         f"{found['cpu_seconds']:.0f} CPU-s"
     )
+    for name, one in found["budget"].items():
+        console.print(f"budget: {one['used']:.4g} of {one['budget']:g} {WORDS[name]} used")
     for one in found["rounds"]:
         console.print(round_table(one))
 

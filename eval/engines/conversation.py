@@ -30,6 +30,7 @@ class Conversation:
     name: str
     prompts: Mapping[int, Prompt]
     adapter: Path | None = None  # to be loaded under the name before anything is asked
+    tell: Callable[[int, int], None] = lambda answered, prompts: None
     answered: dict[int, Completion] = field(default_factory=dict)
     account: Counter[str] = field(default_factory=Counter)  # failed attempts by kind
 
@@ -74,6 +75,8 @@ class _Asking:
         async def work() -> None:
             for number, prompt in left:  # shared: each number is taken by one worker
                 self._conversation.answered[number] = await self._answer(number, prompt)
+                if number != WARM_UP:
+                    self._conversation.tell(len(self._conversation.answered), len(self._conversation.prompts))
 
         at_once = min(self._conversation.settings.concurrency, len(prompts))
         workers = [asyncio.create_task(work()) for _ in range(at_once)]

@@ -41,6 +41,7 @@ def ask(settings: TransformersSettings, examinee: Examinee, prompts: Sequence[Pr
             index: Completion(tokenizer.decode(row), len(row), truncated)
             for index, (row, truncated) in zip(batch, rows, strict=True)
         }
+        examinee.tell(len(done), len(prompts))
     return Answers(tuple(done[index] for index in range(len(prompts))))
 
 

@@ -17,6 +17,7 @@ def ask(settings: MegatronSettings, examinee: Examinee, prompts: Sequence[Prompt
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         batch_size=settings.batch_size,
+        tell=examinee.tell,
     )
     return Answers(
         tuple(Completion(tokenizer.decode(one.tokens), len(one.tokens), one.truncated) for one in generations)

@@ -6,7 +6,7 @@ An engine is told prompts and the run, never an item: what it could give away it
 one completion for each prompt in their order, or not at all.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -68,13 +68,17 @@ class Answers:
 
 @dataclass(frozen=True)
 class Examinee:
-    """The run that is asked, and a folder for what an engine leaves behind."""
+    """The run that is asked, and a folder for what an engine leaves behind.
+
+    An engine calls `tell` with how many prompts are answered and how many there are.
+    """
 
     substrate_folder: Path
     substrate: Substrate
     run: Path
     tokenizer: AnyTokenizer
     work: Path
+    tell: Callable[[int, int], None] = lambda answered, prompts: None
 
     @property
     def is_substrate(self) -> bool:

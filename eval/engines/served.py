@@ -43,7 +43,7 @@ def ask_running(
 ) -> Answers:
     """The same of an endpoint that runs already, which is told to load `adapter` where one is given."""
     name = served_name(settings, Place(run=examinee.name))
-    conversation = Conversation(settings, name, dict(enumerate(prompts)), adapter)
+    conversation = Conversation(settings, name, dict(enumerate(prompts)), adapter, examinee.tell)
     ready = settings.patience.connect_seconds
     try:
         about = asyncio.run(conversation.hold(settings.url, lambda: None, ready, _warm_up(examinee)))
@@ -55,7 +55,7 @@ def ask_running(
 def ask_started(settings: OpenAISettings, examinee: Examinee, prompts: Sequence[Prompt], place: Place) -> Answers:
     """The same of a server that is started for it, and started again while it may be."""
     spec = settings.server
-    conversation = Conversation(settings, served_name(settings, place), dict(enumerate(prompts)))
+    conversation = Conversation(settings, served_name(settings, place), dict(enumerate(prompts)), tell=examinee.tell)
     server = ModelServer(
         lambda port: server_argv(settings, place, port),
         examinee.work / LOG_FILE,

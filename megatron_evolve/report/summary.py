@@ -3,6 +3,7 @@
 from datetime import datetime
 from typing import Any
 
+from megatron_evolve.budget import WORDS
 from megatron_evolve.campaign import ExternalCsv
 from megatron_evolve.report.charts import beside, final_strip
 from megatron_evolve.report.chronicle import Chapter, Chronicle
@@ -18,6 +19,7 @@ from megatron_evolve.report.wording import (
 
 STATES = {
     "preparing": "Substrate, judge and origin are being made; no round has been opened yet.",
+    "paused": "The campaign is paused by failures of its machine; figures below are those of the rounds so far.",
     "running": "The campaign is not closed: figures below are those of the rounds so far.",
 }
 
@@ -58,6 +60,13 @@ def _facts(chronicle: Chronicle, quotes: Quotes) -> Markup:
         ("human interventions", quotes.number("interventions")),
         ("looks", looks),
         ("cost", join([quotes.number("cpu_seconds", form=seconds), " of CPU"])),
+        *(
+            (
+                f"budget of {WORDS[name]}",
+                join([quotes.number("budget", name, "used"), " of ", quotes.number("budget", name, "budget")]),
+            )
+            for name in quotes.at("budget") or ()
+        ),
         ("opened", f"{first[:16].replace('T', ' ')} UTC"),
         ("from first to last event", seconds((moment(last) - moment(first)).total_seconds())),
         ("version", chronicle.opened["version"]),

@@ -51,6 +51,9 @@ class Pace(Narrator):
         items = sum(self.items.values()) * max(0.0, asked - scored / len(self.items))
         return max(0, runs - trained) * RUN_SECONDS + items * ITEM_SECONDS
 
+    def _use(self, facts: dict[str, Any]) -> None:
+        """The grid's own estimate stands for that of each campaign."""
+
     def opening(self, what: str) -> None:
         """Says which campaign comes next."""
         self.started = self.started or time.monotonic()

@@ -94,7 +94,7 @@ def fit(
             record.add(
                 step=step, loss=measured.loss, lr=measured.lr, grad_norm=measured.grad_norm, tokens=batch.num_tokens
             )
-            record.progress(state.steps_taken, recipe.steps, clock.read()[0])
+            record.progress(state.steps_taken, recipe.steps)
         tell(step, measured.loss)
         if reason := state.watch.verdict(measured.loss, measured.grad_norm):
             diverged = (step, reason)

@@ -1,28 +1,24 @@
 """What a run writes about itself while it trains: one line a step, and now and then how far it is.
 
-`metrics.jsonl` holds nothing that depends on time, so two runs of one seed write the same bytes; `progress.json` holds
-the time.
+`metrics.jsonl` holds nothing that depends on time, so two runs of one seed write the same bytes. How far it is goes to
+whoever started the run (`Pulse`), into a folder of each attempt's own.
 """
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
-from megatron_evolve.launch.rundir import write_json, write_whole
+from megatron_evolve.launch.rundir import Pulse, write_whole
 
 METRICS_FILE = "metrics.jsonl"
-PROGRESS_FILE = "progress.json"
-PROGRESS_EVERY_S = 2.0  # each one is an fsync
 
 
 class Record:
     """The open record of one attempt. Lines of an earlier attempt from step `start` on are forgotten."""
 
     def __init__(self, folder: Path, start: int) -> None:
-        self._folder = folder
-        self._told_at = 0.0
+        self._pulse = Pulse("train")
         path = folder / METRICS_FILE
         write_whole(path, "".join(_line(entry) for entry in read_metrics(path) if entry["step"] < start))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 -- closed by `close`, one write a line
@@ -31,12 +27,9 @@ class Record:
         """One step's line."""
         self._file.write(_line({name: finite(value) for name, value in entry.items()}))
 
-    def progress(self, step: int, of: int, seconds: float) -> None:
-        """How far the run is: at most every two seconds, and at the end."""
-        now = time.monotonic()
-        if step == of or now - self._told_at >= PROGRESS_EVERY_S:
-            self._told_at = now
-            write_json(self._folder / PROGRESS_FILE, {"step": step, "of": of, "seconds": round(seconds, 1)})
+    def progress(self, step: int, steps: int) -> None:
+        """`step` of `steps` are done."""
+        self._pulse.tell(step, steps)
 
     def close(self) -> None:
         self._file.close()

@@ -5,10 +5,10 @@
 also on several ranks under torchrun or srun, spread as `--layout tp=2,ep=2` says, or as `main(argv)` in a child that a
 warm parent forked after `preload`. The layout changes where a run is computed, not what. In RUNDIR:
 
-    metrics.jsonl, progress.json   while it trains
-    resume/step-N/                 how to go on after a kill; gone when the run is done
-    checkpoint/                    the weights or the adapter that the run hands on
-    result.json                    last: the run is done, trained or diverged
+    metrics.jsonl    while it trains; how far it is stands in its attempt's progress.json
+    resume/step-N/   how to go on after a kill; gone when the run is done
+    checkpoint/      the weights or the adapter that the run hands on
+    result.json      last: the run is done, trained or diverged
 
 A diverged run is a result and exits 0. Anything else that stops a run exits 1 with one sentence on stderr and no
 result.json; the same command again goes on from the last whole `resume` checkpoint, bit for bit.

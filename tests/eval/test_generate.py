@@ -52,8 +52,9 @@ def test_cache_changes_nothing(model: torch.nn.Module) -> None:
 
 def test_batches_and_order_change_nothing(model: torch.nn.Module) -> None:
     prompts = _prompts(40, seed=2)
-    got = _generate(model, prompts)
-    assert got == _generate(model, prompts, batch_size=7)
+    got, told = _generate(model, prompts), []
+    assert got == _generate(model, prompts, batch_size=7, tell=lambda *counts: told.append(counts))
+    assert told == [(7, 40), (14, 40), (21, 40), (28, 40), (35, 40), (40, 40)]
     assert got == _generate(model, prompts[::-1], batch_size=100)[::-1]
     assert got[5] == _generate(model, [prompts[5]])[0]
 

@@ -17,6 +17,34 @@ PEER = "[rank1]: RuntimeError: [gloo/transport/tcp/pair.cc:534] Connection close
 ELASTIC = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n====\nrun.py FAILED\n"
 BAD_ALLOC = "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n"
 
+# As torch 2.14 and NCCL 2.30 word them; the shapes are those of public reports (see `ending`).
+NCCL = (
+    "[rank{rank}]: torch.distributed.DistBackendError: NCCL error in: /pytorch/torch/csrc/distributed/c10d/x.cpp:90, "
+)
+SYSTEM = NCCL.format(rank=3) + "unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.30.7\n"
+SYSTEM += "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. \n"
+SYSTEM += "Last error:\nCall to ibv_modify_qp failed with 110 Connection timed out\n"
+REMOTE = NCCL.format(rank=0) + "remote process exited or there was a network error, NCCL version 2.30.7\n"
+REMOTE += "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\n"
+UNHANDLED = NCCL.format(rank=1) + "unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.30.7\n"
+UNHANDLED += "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+TIMEOUT = (
+    "[rank{rank}]:[E1218 20:27:21.426415540 ProcessGroupNCCL.cpp:685] [Rank {rank}] Watchdog caught collective "
+    "operation timeout: WorkNCCL(SeqNum=64, OpType=ALLREDUCE, NumelIn=1, NumelOut=1, Timeout(ms)=600000) ran for "
+    "600081 milliseconds before timing out.\n"
+    "terminate called after throwing an instance of 'c10::DistBackendError'\n  what():  [PG ID 0 PG GUID 0(default_pg) "
+    "Rank {rank}] Process group watchdog thread terminated with exception: [Rank {rank}] Watchdog caught collective "
+    "operation timeout: WorkNCCL(SeqNum=64, OpType=ALLREDUCE, Timeout(ms)=600000) ran for 600081 milliseconds before "
+    "timing out.\nException raised from checkTimeout at ProcessGroupNCCL.cpp:688 (most recent call first):\n"
+)
+TIMEOUTS = TIMEOUT.format(rank=0) + TIMEOUT.format(rank=1)
+ILLEGAL = "torch.AcceleratorError: CUDA error: an illegal memory access was encountered\n"
+ECC = "[rank2]: torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered\n"
+BUSY = "RuntimeError: CUDA error: CUDA-capable device(s) is/are busy or unavailable\n"
+OWN = "[rank1]: ValueError: a batch of 6 rows must divide by 4 ranks\n"
+TORCHRUN = ELASTIC + "  exitcode  : -{n} (pid: 77)\n  traceback : Signal {n} (SIG{name}) received by PID 77\n"
+SEGV, KILL = TORCHRUN.format(n=11, name="SEGV"), TORCHRUN.format(n=9, name="KILL")
+
 
 def ended(code: int | None = None, signum: int | None = None, stderr: str = "", **fields: object) -> Ending:
     return Ending(
@@ -57,6 +85,38 @@ def ended(code: int | None = None, signum: int | None = None, stderr: str = "", 
         (ended(1, oom_kills=1), OutcomeKind.CRASHED),
         (ended(signum=signal.SIGKILL), OutcomeKind.LOST),
         (ended(signum=signal.SIGSEGV), OutcomeKind.CRASHED),
+        (ended(signum=signal.SIGTERM, stop=Stop.STANDSTILL, stood_still="stood still"), OutcomeKind.HUNG),
+        (ended(0, done=True, stop=Stop.STANDSTILL, stood_still="stood still"), OutcomeKind.FINISHED),
+        # the machine's word
+        (ended(1, stderr=TRACEBACK + ECC + REMOTE + ELASTIC), OutcomeKind.LOST),
+        (ended(1, stderr=TRACEBACK + ECC + OWN + ELASTIC), OutcomeKind.LOST),
+        (ended(1, stderr=TRACEBACK + BUSY), OutcomeKind.LOST),
+        (
+            ended(1, stderr=UNHANDLED + "Cuda failure 'uncorrectable NVLink error detected during the execution'\n"),
+            OutcomeKind.LOST,
+        ),
+        # a fault of a kernel's, unless the driver says that the GPU failed
+        (ended(1, stderr=TRACEBACK + ILLEGAL), OutcomeKind.CRASHED),
+        (ended(1, stderr=TRACEBACK + ILLEGAL, xids=(79,)), OutcomeKind.LOST),
+        (ended(1, stderr=TIMEOUTS, xids=(79,)), OutcomeKind.LOST),
+        (ended(1, stderr=TRACEBACK + OWN, xids=(79,)), OutcomeKind.CRASHED),
+        (ended(1, stderr=UNHANDLED + "Cuda failure 'an illegal memory access was encountered'\n"), OutcomeKind.CRASHED),
+        # a rank's own fault outweighs what its peers say
+        (ended(1, stderr=REMOTE + TRACEBACK + OWN + TIMEOUTS + ELASTIC), OutcomeKind.CRASHED),
+        (ended(1, stderr=TRACEBACK + OWN + PEER + ELASTIC), OutcomeKind.CRASHED),
+        (ended(1, stderr=REMOTE + SEGV), OutcomeKind.CRASHED),
+        (ended(1, stderr=UNHANDLED + "Cuda failure 2 'out of memory'\n" + TIMEOUTS), OutcomeKind.OUT_OF_MEMORY),
+        (ended(1, stderr=TRACEBACK + "[rank0]: " + CUDA + REMOTE + TIMEOUTS), OutcomeKind.OUT_OF_MEMORY),
+        # all that is left
+        (ended(signum=signal.SIGABRT, stderr=TIMEOUTS), OutcomeKind.HUNG),
+        (ended(1, stderr=TIMEOUTS + REMOTE + ELASTIC), OutcomeKind.HUNG),
+        (ended(1, stderr=SYSTEM + REMOTE + ELASTIC), OutcomeKind.LOST),
+        (ended(1, stderr=REMOTE + ELASTIC), OutcomeKind.LOST),
+        (ended(1, stderr=UNHANDLED), OutcomeKind.LOST),
+        (ended(1, stderr=TRACEBACK + PEER + ELASTIC), OutcomeKind.LOST),
+        (ended(1, stderr=PEER + KILL), OutcomeKind.LOST),
+        (ended(1, stderr="RuntimeError: NCCL communicator was aborted on rank 3.\n" + ELASTIC), OutcomeKind.LOST),
+        (ended(1, stderr=PEER + KILL, oom_kills=1), OutcomeKind.OUT_OF_MEMORY),
     ],
 )
 def test_each_ending_has_one_kind(ending: Ending, kind: OutcomeKind) -> None:
@@ -68,6 +128,15 @@ def test_the_reason_holds_the_final_exception() -> None:
     assert reason == "exited with status 3; stderr says: ValueError: lr must be positive"
     assert "SIGSEGV" in classify(ended(signum=signal.SIGSEGV))[1]
     assert len(classify(ended(1, stderr="x" * 5000))[1]) < 400
+
+
+def test_the_reason_names_what_decided() -> None:
+    assert "Connection timed out" not in (reason := classify(ended(1, stderr=SYSTEM + REMOTE))[1])
+    assert "no rank had a fault of its own" in reason
+    assert "the GPU driver logged Xid 79, 48 meanwhile" in classify(ended(1, stderr=ILLEGAL, xids=(79, 48, 79)))[1]
+    assert "ranks waited in vain: [rank0]" in classify(ended(1, stderr="noise\n" + TIMEOUT.format(rank=0)))[1]
+    still = ended(signum=signal.SIGTERM, stop=Stop.STANDSTILL, stood_still="stood still at step 3 of 9 for 60 s")
+    assert classify(still)[1] == "stood still at step 3 of 9 for 60 s though it lived, and was stopped"
 
 
 def test_the_kernels_counter_is_readable() -> None:

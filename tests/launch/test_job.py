@@ -41,10 +41,13 @@ def test_unknown_and_missing_keys_are_refused(value: Job | JobOutcome) -> None:
         type(value).from_json([])
 
 
-def test_a_job_from_before_there_were_tasks_is_read() -> None:
+def test_what_an_earlier_version_wrote_is_read() -> None:
     document = JOB.to_json()
-    del document["resources"]["tasks"]
+    del document["resources"]["tasks"], document["stall_s"], document["start_s"]
     assert Job.from_json(document) == JOB
+    document = OUTCOME.to_json()
+    del document["max_gpu_bytes"]
+    assert JobOutcome.from_json(document) == OUTCOME
 
 
 def test_an_unknown_kind_is_refused() -> None:
@@ -57,6 +60,7 @@ def test_an_unknown_kind_is_refused() -> None:
     [
         ({"key": ""}, "key"),
         ({"argv": []}, "argv"),
+        ({"stall_s": 0.0}, "stall_s must be positive; got 0.0: leave it None"),
         ({"argv": ["sleep", 1]}, "str"),
         ({"run_dir": "runs/1"}, "absolute"),
         ({"done_file": "a/b"}, "plain name"),

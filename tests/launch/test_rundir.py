@@ -77,3 +77,21 @@ def test_a_read_only_folder_is_one_sentence(tmp_path: Path, request: pytest.Fixt
             rundir.RunDirError, match=r"(read-only file system|permission denied); (mount|make) it writable"
         ):
             act()
+
+
+def test_a_job_tells_how_far_it_is_at_most_every_two_seconds_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rundir.Pulse("train").tell(1, 3)  # started by hand: there is nobody to tell
+    assert os.listdir(tmp_path) == [] and rundir.read_progress(tmp_path) is None
+    monkeypatch.setenv(rundir.ATTEMPT_VARIABLE, str(tmp_path))
+    pulse = rundir.Pulse("train")
+    told = []
+    for step in (1, 2, 3):
+        pulse.tell(step, 3)
+        told.append(rundir.read_progress(tmp_path).step)
+    assert told == [1, 1, 3] and os.listdir(tmp_path) == ["progress.json"]
+    assert rundir.read_json(tmp_path / "progress.json").keys() == {"step", "steps", "at", "rank", "stage"}
+    (tmp_path / "progress.json").write_text('{"step": 1}\n')
+    with pytest.raises(rundir.DamagedFile, match=r"progress\.json"):
+        rundir.read_progress(tmp_path)

@@ -88,6 +88,20 @@ def test_crashes_say_why(make_job: Callable[..., Job], python_job: Callable[...,
     assert "cannot run '/no/such/program': No such file" in outcome.reason
 
 
+def test_a_network_that_fails_is_the_machines_fault_and_a_rank_that_fails_is_not(
+    python_job: Callable[..., Job],
+) -> None:
+    """Two ranks write to one log, as under torchrun; the second loses its peer."""
+    peer = "torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:90, unhandled system error (run with "
+    peer += "NCCL_DEBUG=INFO for details), NCCL version 2.30.7\\nncclSystemError: System call failed. "
+    rank = f"import os, sys; sys.stderr.write('{peer}'); os._exit(1)"
+    both = "import subprocess, sys; codes = [subprocess.run([sys.executable, '-c', one]).returncode for one in {!r}]; "
+    both += "sys.exit(max(codes))"
+    assert run(python_job("network", both.format([rank, rank]))).kind is OutcomeKind.LOST
+    outcome = run(python_job("rank", both.format(["raise ValueError('no such layout')", rank])))
+    assert outcome.kind is OutcomeKind.CRASHED and outcome.reason.endswith("ValueError: no such layout")
+
+
 def test_a_memory_limit_makes_the_allocator_speak(python_job: Callable[..., Job]) -> None:
     outcome = run(python_job("a", "x = bytearray(300_000_000)", resources=Resources(memory_bytes=100_000_000)))
     assert outcome.kind is OutcomeKind.OUT_OF_MEMORY
@@ -122,6 +136,11 @@ def test_the_whole_group_dies_at_the_time_limit(make_job: Callable[..., Job]) ->
     assert 0.8 <= outcome.seconds < 10
     pids = [int(line) for line in (job.run_dir / "pids").read_text().split()]
     assert len(pids) == 4 and not any(map(alive, pids))
+
+
+def test_a_job_that_is_stopped_before_it_could_open_its_log_has_its_kind(make_job: Callable[..., Job]) -> None:
+    """At a limit of nothing some attempts are stopped between fork and exec."""
+    assert {run(make_job(f"a{n}", "sleep 60", time_limit_s=1e-6)).kind for n in range(5)} == {OutcomeKind.TIMED_OUT}
 
 
 def test_a_job_may_save_in_its_grace(make_job: Callable[..., Job]) -> None:

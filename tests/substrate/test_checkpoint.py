@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_evolve.launch.rundir import ATTEMPT_VARIABLE, read_progress
 from megatron_evolve.substrate.build import NANO, build_substrate, refreeze
 from megatron_evolve.substrate.digest import digest_file
 from megatron_evolve.substrate.manifest import read_manifest
@@ -106,18 +107,16 @@ def test_resuming_passes_over_damaged_and_foreign_checkpoints(tmp_path, capsys):
     assert latest_resume(tmp_path / "none", "mine") is None
 
 
-def test_a_run_leaves_a_checkpoint_and_its_result_last(substrate, tmp_path):
+def test_a_run_leaves_a_checkpoint_and_its_result_last(substrate, tmp_path, monkeypatch):
+    monkeypatch.setenv(ATTEMPT_VARIABLE, str(tmp_path))
     assert run.main(arguments(substrate, tmp_path)) == 0
+    told = read_progress(tmp_path)
+    assert (told.step, told.steps, told.rank, told.stage) == (8, 8, 0, "train")
     folder = tmp_path / "run"
     result = json.loads((folder / "result.json").read_text())
     assert result["ending"] == "trained" and result["diverged"] is None and result["chosen_step"] == 8
     assert sum(result["rows"].values()) == 8 * 16 and result["checkpoint"] == "checkpoint"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoint",
-        "metrics.jsonl",
-        "progress.json",
-        "result.json",
-    ]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint", "metrics.jsonl", "result.json"]
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(8))
     before = (folder / "result.json").stat().st_mtime_ns
     assert run.main(arguments(substrate, tmp_path)) == 0  # done already

@@ -19,6 +19,7 @@ from megatron_evolve.eval.freeze import engine_of
 from megatron_evolve.eval.judge import freeze_judge, load_judge
 from megatron_evolve.eval.score import ItemRows, read_rows
 from megatron_evolve.eval.suite import GeneratedSuite
+from megatron_evolve.launch.rundir import ATTEMPT_VARIABLE, read_progress
 from megatron_evolve.substrate.chat import puzzle_prompt
 from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
 from megatron_evolve.substrate.digest import digest_file
@@ -169,7 +170,10 @@ def test_a_server_is_told_questions_and_nothing_else(trained: Trained, tmp_path:
     pytest.importorskip("openai", reason="the endpoint's client is the [llm] extra")
     name = digest_file(trained.run / "checkpoint" / "manifest.json")[:12]
     with FakeEndpoint(name) as fake:
-        record, rows = score(trained, tmp_path, {"kind": "openai", "url": fake.url, "max_new_tokens": 60})
+        engine = {"kind": "openai", "url": fake.url, "max_new_tokens": 60}
+        record, rows = score(trained, tmp_path, engine, **{ATTEMPT_VARIABLE: str(tmp_path)})
+    told = read_progress(tmp_path)
+    assert (told.step, told.steps, told.stage) == (42, 42, "score")
     judge = load_judge(tmp_path / "judge")
     items = [item for split in ("dev-a", "dev-b") for item in judge.items(split, 1)]
     assert len(rows) == len(items) == 42
