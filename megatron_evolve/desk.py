@@ -1,10 +1,10 @@
 """The desk: what the steps of an open campaign work with, and the two ways they may have to pause."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_evolve.artefacts import load_json, load_yaml_checked
+from megatron_evolve.artefacts import load_json
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.eval.looks import Look, Looks
 from megatron_evolve.eval.suite import Split
@@ -14,7 +14,7 @@ from megatron_evolve.jobs import Ground, StageEnd
 from megatron_evolve.launch.job import Launcher
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.origin import Origin
-from megatron_evolve.policy import SearchPolicy
+from megatron_evolve.policy import SearchPolicy, kept_policy
 from megatron_evolve.review import Weights
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
@@ -80,14 +80,13 @@ class Desk:
 
     def facts(self, number: int) -> RoundFacts:
         """What a round whose runs have ended left behind."""
-        return round_facts(self.ground.folder, self.ledger.events, self.campaign.seed, number)
+        return round_facts(self.ground.folder, self.ledger, self.campaign.seed, number)
 
     def policy(self, number: int) -> SearchPolicy:
         """The policy of a round, checked against the ledger."""
         event = self.ledger.find("policy", str(number))
         assert event is not None, f"round {number} has no policy yet"
-        path = self.ground.folder.policy(number)
-        return SearchPolicy.parse(load_yaml_checked(path, event.data["digest"]), where=str(path))
+        return kept_policy(self.ground.folder.policy(number), event.data["digest"])
 
     def evidence(self, number: int) -> Evidence:
         """The evidence of a round, checked against the ledger."""
@@ -96,6 +95,6 @@ class Desk:
         path = self.ground.folder.evidence(number)
         return Evidence.parse(load_json(path, event.data["digest"]), where=str(path))
 
-    def all_evidence(self) -> list[Evidence]:
-        """The evidence of every declared round, once all are closed."""
-        return [self.evidence(number) for number in range(1, self.campaign.constitution.rounds + 1)]
+    def all_evidence(self) -> Iterator[Evidence]:
+        """The evidence of every declared round, once all are closed, one at a time."""
+        return (self.evidence(number) for number in range(1, self.campaign.constitution.rounds + 1))

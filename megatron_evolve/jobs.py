@@ -10,15 +10,22 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_evolve.artefacts import CampaignFolder, save_json
+from megatron_evolve.artefacts import CampaignFolder, check_file, save_json
 from megatron_evolve.candidate import Candidate
 from megatron_evolve.launch.job import Job, JobOutcome, Launcher, OutcomeKind
-from megatron_evolve.launch.rundir import RunDirError, attempt_dir, latest_attempt, read_json, read_outcome
+from megatron_evolve.launch.rundir import (
+    DamagedFile,
+    RunDirError,
+    attempt_dir,
+    latest_attempt,
+    read_json,
+    read_outcome,
+)
 from megatron_evolve.placement import Placement
 from megatron_evolve.substrate.digest import digest_file
 
@@ -140,6 +147,11 @@ class Ground:
         folder = self.stage_dir(end.run, end.stage)
         return {name: digest_file(folder / name) for name in names} if end.finished else {}
 
+    def check_files(self, run: Run, stage: Stage, files: Mapping[str, str]) -> None:
+        """Raises ValueError unless a stage's files are still those whose digests `files` gave."""
+        for name, digest in files.items():
+            check_file(self.stage_dir(run, stage) / name, digest)
+
 
 def write_candidate(folder: CampaignFolder, round_number: int, candidate: Candidate) -> str:
     """Puts a candidate where its runs read it; returns its digest."""
@@ -192,7 +204,10 @@ def drive(
 def next_attempt(job: Job) -> int:
     """The attempt to submit: the latest, or one more if that was called off or its disk was full."""
     latest = latest_attempt(job.run_dir)
-    outcome = read_outcome(attempt_dir(job.run_dir, latest)) if latest else None
+    try:
+        outcome = read_outcome(attempt_dir(job.run_dir, latest)) if latest else None
+    except DamagedFile:  # the launcher puts it aside and calls the attempt lost
+        return latest
     again = outcome is not None and (outcome.kind is OutcomeKind.CANCELLED or is_disk_trouble(outcome))
     return max(1, latest + again)
 

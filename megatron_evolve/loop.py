@@ -30,7 +30,7 @@ from megatron_evolve.placement import cores_here
 from megatron_evolve.policy import DomainState, SearchPolicy
 from megatron_evolve.preflight import check_campaign
 from megatron_evolve.prepare import Prepared, ground_of, prepare, reopen
-from megatron_evolve.rounds import run_round
+from megatron_evolve.rounds import run_campaign_rounds
 from megatron_evolve.site import Site, placed
 from megatron_evolve.sources import decision_sources
 from megatron_evolve.substrate.digest import digest_of
@@ -124,9 +124,7 @@ def _run(
         stop=session.stop,
     )
     ledger.once("policy", "1", lambda: _first_policy(desk, prepared))
-    policy = desk.policy(1)
-    for _ in range(campaign.constitution.rounds):
-        policy = run_round(desk, policy)
+    policy = run_campaign_rounds(desk)
     if ledger.find("campaign-closed") is None:
         reopen(prepared.substrate_folder, prepared.judge_folder)  # nothing may have changed on the way
     return close_campaign(desk, policy)

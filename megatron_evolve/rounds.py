@@ -25,7 +25,7 @@ from megatron_evolve.proposals import (
     propose,
     propose_all,
 )
-from megatron_evolve.review import a_half_means, first_pooled, review
+from megatron_evolve.review import a_half_means, first_pooled, pooled_rounds, review
 from megatron_evolve.substrate.digest import digest_of
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ class RoundRuns:
 
     def _repair(self, explorer: Explorer) -> Iterator[tuple[Run, Stage]]:
         axis = dict(assigned_axes(self.desk.campaign, self.policy))[explorer.worker]
-        told = first_failure(self.desk.ledger.events, self.policy.round, explorer.candidate.id)
+        told = first_failure(self.desk.ledger, self.policy.round, explorer.candidate.id)
         better = propose(
             self.desk,
             self.policy,
@@ -201,6 +201,16 @@ def ranked_or_all(runs: RoundRuns) -> list[str]:
 # --- the round -------------------------------------------------------------------------------------------------------
 
 
+def run_campaign_rounds(desk: Desk) -> SearchPolicy:
+    """Takes the campaign from its first open round to the policy after the last one."""
+    rounds = desk.campaign.constitution.rounds
+    first = next((one for one in range(1, rounds + 1) if not desk.ledger.has("round-closed", str(one))), rounds)
+    policy = desk.policy(first)
+    for _ in range(first, rounds + 1):
+        policy = run_round(desk, policy)
+    return policy
+
+
 def run_round(desk: Desk, policy: SearchPolicy) -> SearchPolicy:
     """Takes a round from its policy to the next one. Returns at once what the ledger already holds."""
     number, ledger = policy.round, desk.ledger
@@ -219,7 +229,7 @@ def run_round(desk: Desk, policy: SearchPolicy) -> SearchPolicy:
 def _write_evidence(desk: Desk, number: int) -> dict[str, Any]:
     rules = desk.campaign.constitution
     window = [desk.facts(one) for one in range(first_pooled(desk.policy(number), rules), number + 1)]
-    earlier = [one for past in range(1, number) for one in desk.evidence(past).replicates]
+    earlier = [one for past in pooled_rounds(number) for one in desk.evidence(past).replicates]
     evidence = review(window, rules, desk.origin, desk.weights, earlier, desk.looks.summary())
     return {"digest": save_json(desk.ground.folder.evidence(number), evidence)}
 
