@@ -113,11 +113,9 @@ def finish(desk: Desk, ground: Ground, runs: Sequence[Run], stage: Stage) -> lis
     if desk.stop():
         raise Stopped(STOPPED)
     ended = [desk.ledger.find("ended", f"{run.key}/{stage}").data for run in runs]
-    finished = [
-        (run, data["files"]) for run, data in zip(runs, ended, strict=True) if data["end"]["outcome"] == "finished"
-    ]
-    for run, files in finished:
-        ground.check_files(run, stage, files)
+    finished = [pair for pair in zip(runs, ended, strict=True) if pair[1]["end"]["outcome"] == "finished"]
+    for run, data in finished:
+        ground.check_files(run, stage, data["files"])
     return [run for run, _ in finished]
 
 

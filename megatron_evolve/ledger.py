@@ -44,7 +44,7 @@ def event_hash(number: int, time: str, kind: str, key: str, data: dict[str, Any]
 
 
 class History:
-    """The whole events of a ledger's file, chain checked when it is opened; each is read from there when it is asked for.
+    """The whole events of a ledger's file: the chain is checked once, and an event is read again when it is asked for.
 
     A last line without its newline was torn by a crash while it was written: nothing depended on it yet, so it is left
     out here and cut off when the ledger is next opened for writing.

@@ -94,7 +94,7 @@ class SearchPolicy(Frozen):
     premises: tuple[str, ...] = Field(
         default=(), description="what the search takes for granted; a falsified premise is struck and says so"
     )
-    dead_ends: tuple[DeadEnd, ...] = Field(default=(), description="grows, never shrinks")
+    dead_ends: tuple[DeadEnd, ...] = Field(default=(), description="grows to a bound, never shrinks")
 
     @model_validator(mode="after")
     def _one_name_per_axis(self) -> "SearchPolicy":

@@ -6,6 +6,7 @@ A job's own ending is drawn from its key, so it belongs to the campaign. What be
 messages lost or sent twice) is drawn from the schedule, so it does not.
 """
 
+import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -35,9 +36,9 @@ TRAINING = {
 SCORING = {OutcomeKind.CRASHED: 0.03, OutcomeKind.TIMED_OUT: 0.02, OutcomeKind.LOST: 0.02}
 
 
-def own_ending(key: str) -> str:
-    """How a job ends by its own nature: the value of an outcome kind, or `diverged`."""
-    odds = TRAINING if key.endswith("/train") else SCORING
+def own_ending(key: str, share: float = 1.0) -> str:
+    """How a job ends by its own nature: the value of an outcome kind, or `diverged`. `share` of these odds."""
+    odds = {kind: share * odd for kind, odd in (TRAINING if key.endswith("/train") else SCORING).items()}
     return _draw(random.Random(f"ending of {key}"), odds, OutcomeKind.FINISHED)
 
 
@@ -77,17 +78,30 @@ class Cluster:
     rng: random.Random
     files: FaultyFiles
     troubles: Troubles = field(default_factory=Troubles)
+    own_failures: float = 1.0
     now: float = 0.0
     queue: list[_Attempt] = field(default_factory=list)
-    begun: dict[tuple[str, int], int] = field(default_factory=dict)
+    begun: set[tuple[str, int]] = field(default_factory=set)
     finished: dict[str, int] = field(default_factory=dict)
     befell: list[str] = field(default_factory=list)
+    account: Path | None = None  # of looks: what asks the target must stand there before it begins
+    unpaid: list[str] = field(default_factory=list)
 
     def begin(self, job: Job, number: int) -> None:
         """Takes an attempt once, however often it is sent."""
         if (job.key, number) not in self.begun:
-            self.begun[job.key, number] = 1
+            self.begun.add((job.key, number))
             self.queue.append(_Attempt(job, number))
+            if self.account is not None and not self._is_paid(job.key):
+                self.unpaid.append(job.key)
+
+    def _is_paid(self, key: str) -> bool:
+        run, _, stage = key.rpartition("/")
+        if stage in ("train", "dev"):  # dev is asked of all, and paid before it is read
+            return True
+        with self.files.outside():
+            looks = [json.loads(line) for line in self.account.read_bytes().splitlines()]
+        return any(look["split"] == stage and run in look["runs"] for look in looks)
 
     def cancel(self, key: str) -> None:
         """An attempt that waits is gone at once, one that runs in a moment."""
@@ -114,7 +128,7 @@ class Cluster:
         return None if found is None else "pending" if found.ends_at is None else "running"
 
     def _end(self, one: _Attempt) -> None:
-        job, kind, reason = one.job, own_ending(one.job.key), "drawn"
+        job, kind, reason = one.job, own_ending(one.job.key, self.own_failures), "drawn"
         if one.cancelled:
             kind, reason = OutcomeKind.CANCELLED.value, "was stopped because its submitter cancelled it"
         elif one.number < 3 and self.happens("lost", job.key):
@@ -139,7 +153,7 @@ class Cluster:
 
 
 def _write_results(job: Job, kind: str) -> None:
-    number, name, seed, stage = job.key.split("/")
+    _, name, seed, stage = job.key.split("/")
     if stage == "train":
         diverged = {"step": 7, "reason": "loss above ten times its start"} if kind == "diverged" else None
         rundir.write_json(job.run_dir / RESULT_FILE, {"diverged": diverged})
@@ -170,6 +184,8 @@ class FakeLauncher:
             raise RunDirError(f"cannot submit {job.key}: the controller of the cluster does not answer; run again")
         latest = rundir.latest_attempt(job.run_dir)
         ended = rundir.read_outcome(rundir.attempt_dir(job.run_dir, latest)) if latest else None
+        if attempt > latest + 1 or (attempt > latest > 0 and ended is None):
+            raise ValueError(f"attempt {attempt} at job {job.key} must follow the end of attempt {attempt - 1}")
         if latest == 0 or (attempt > latest and ended is not None and ended.kind is not OutcomeKind.FINISHED):
             latest += 1
             rundir.prepare_attempt(job, latest)

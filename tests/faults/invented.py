@@ -90,10 +90,9 @@ def rows_of(name: str, seed: int, number: int, splits: tuple[str, ...]) -> ItemR
     for split in splits:
         for family in FAMILIES:
             skill = random.Random(f"{name} {family}").gauss(0.5, 0.15) + random.Random(f"{name} {seed}").gauss(0, 0.05)
+            items, luck = (random.Random(f"{who} {number} {split} {family}") for who in ("items", f"{name} {seed}"))
             for place in range(ITEMS[split]):
-                hardness = random.Random(f"{number} {split} {family} {place}").gauss(0, 0.3)
-                luck = random.Random(f"{name} {seed} {number} {split} {family} {place}").random()
-                right = luck < skill - hardness
+                right = luck.random() < skill - items.gauss(0, 0.3)
                 row = {"item_id": f"{number}-{family}-{place}", "family": family, "subfamily": "plain", "split": split}
                 row |= {"correct": right, "exact": right, "boxed": True, "truncated": False}
                 rows.append({**row, "num_tokens": 5, "prediction": "x"})
