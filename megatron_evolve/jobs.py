@@ -190,8 +190,10 @@ def drive(
                 continue
             if is_disk_trouble(state):
                 raise RunDirError(f"{key} {state.reason}; free space on that disk, then run the same command again")
-            if state.kind in INFRASTRUCTURE_KINDS and state.attempt < INFRASTRUCTURE_ATTEMPTS and not stop():
-                submit(run, stage, state.attempt + 1)
+            lost = state.kind in INFRASTRUCTURE_KINDS
+            if lost and times_lost(ground.stage_dir(run, stage), state.attempt) < INFRASTRUCTURE_ATTEMPTS:
+                if not stop():  # asked to stop, the controller after this one tries again
+                    submit(run, stage, state.attempt + 1)
                 continue
             end = ground.end_of(run, stage, state)
             yield end
@@ -210,6 +212,12 @@ def next_attempt(job: Job) -> int:
         return latest
     again = outcome is not None and (outcome.kind is OutcomeKind.CANCELLED or is_disk_trouble(outcome))
     return max(1, latest + again)
+
+
+def times_lost(run_dir: Path, attempts: int) -> int:
+    """How many of a job's attempts the infrastructure lost; one that was called off while it waited is none of them."""
+    outcomes = [read_outcome(attempt_dir(run_dir, number)) for number in range(1, attempts + 1)]
+    return sum(one is not None and one.kind in INFRASTRUCTURE_KINDS for one in outcomes)
 
 
 def is_disk_trouble(outcome: JobOutcome) -> bool:

@@ -79,6 +79,8 @@ class Cluster:
     files: FaultyFiles
     troubles: Troubles = field(default_factory=Troubles)
     own_failures: float = 1.0
+    most_losses: int = 2  # of one job: a third would be its end
+    losses: dict[str, int] = field(default_factory=dict)
     now: float = 0.0
     queue: list[_Attempt] = field(default_factory=list)
     begun: set[tuple[str, int]] = field(default_factory=set)
@@ -131,7 +133,8 @@ class Cluster:
         job, kind, reason = one.job, own_ending(one.job.key, self.own_failures), "drawn"
         if one.cancelled:
             kind, reason = OutcomeKind.CANCELLED.value, "was stopped because its submitter cancelled it"
-        elif one.number < 3 and self.happens("lost", job.key):
+        elif self.losses.get(job.key, 0) < self.most_losses and self.happens("lost", job.key):
+            self.losses[job.key] = self.losses.get(job.key, 0) + 1
             kind, reason = OutcomeKind.LOST.value, "its node is gone"
             (job.run_dir / f".{job.done_file}.left.tmp").write_bytes(b"half a fi")
         elif self.happens("disk_full", job.key):

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from megatron_evolve.candidate import candidate
 from megatron_evolve.eval.looks import Look, Looks
-from megatron_evolve.jobs import next_attempt
+from megatron_evolve.jobs import Ground, Run, drive, next_attempt
 from megatron_evolve.launch import rundir
 from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind
 from megatron_evolve.launch.local import LocalLauncher
 from megatron_evolve.ledger import Ledger, read_ledger
-from tests.faults.cluster import Cluster, Troubles
+from tests.faults.cluster import Cluster, FakeLauncher, Troubles
 from tests.faults.files import FaultyFiles, Killed
-from tests.faults.invented import Invented, origin
+from tests.faults.invented import DEFAULT, SUBSTRATE, Invented, origin
 from tests.faults.schedules import artefacts, drawn_campaign, start, undisturbed, world
 
 STORY = 4  # two rounds and all their looks
@@ -128,6 +129,25 @@ def test_a_flipped_byte_is_found_and_its_file_named(pattern: str, tmp_path: Path
     with world(files, cluster):
         assert start(told, files, cluster, {}) == "closed"
     assert artefacts(told) == artefacts(undisturbed(STORY).told)
+
+
+def test_attempts_that_were_called_off_are_no_losses(tmp_path: Path) -> None:
+    """Two drains while a job waited, then one lost node: the job was given up, as if it had been lost three times."""
+    told = Invented(tmp_path, drawn_campaign(STORY), origin())
+    cluster = Cluster(random.Random(0), FaultyFiles(tmp_path), Troubles(lost=1.0), own_failures=0, most_losses=1)
+    ground = Ground(told.folder, tmp_path / "substrate", tmp_path / "judge", 60.0)
+    run = Run(1, candidate(SUBSTRATE, DEFAULT), 5)
+    job = ground.job(run, "train")
+    for attempt in (1, 2):
+        rundir.prepare_attempt(job, attempt)
+        outcome = JobOutcome.unmeasured(job.key, attempt, OutcomeKind.CANCELLED, "h", "was cancelled before it began")
+        rundir.write_outcome(job.run_dir, outcome)
+    with world(FaultyFiles(tmp_path / "unwatched"), cluster):
+        # Asked to stop, it gave a lost job up for good: that is for the next start, which tries again.
+        asked = lambda: bool(cluster.losses)  # noqa: E731
+        assert list(drive(ground, FakeLauncher(cluster), [(run, "train")], lambda end: (), asked)) == []
+        (end,) = drive(ground, FakeLauncher(cluster), [(run, "train")], lambda end: ())
+    assert (end.outcome, end.attempts) == ("finished", 4)
 
 
 def test_a_damaged_outcome_does_not_stop_the_campaign(tmp_path: Path) -> None:
