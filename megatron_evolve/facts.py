@@ -37,6 +37,7 @@ class RunFacts:
     ends: dict[str, dict[str, Any]]
     files: dict[str, dict[str, str]] = field(default_factory=dict, compare=False)
     _rows: dict[str, ItemRows] = field(default_factory=dict, compare=False, repr=False)
+    _items: dict[tuple[str, ...], RunItems] = field(default_factory=dict, compare=False, repr=False)
 
     def has(self, split: str) -> bool:
         """Whether this run was scored on the split."""
@@ -44,10 +45,11 @@ class RunFacts:
 
     def rows(self, split: str) -> ItemRows:
         """Per-item answers on one split."""
-        stage = STAGE_OF_SPLIT[split]
-        if stage not in self._rows:
-            self._rows[stage] = read_rows(self._kept(stage, "scores.parquet"))
-        return self._rows[stage].of_split(split)
+        if split not in self._rows:
+            stage = STAGE_OF_SPLIT[split]
+            whole = read_rows(self._kept(stage, "scores.parquet"))
+            self._rows.update({one: whole.of_split(one) for one, its in STAGE_OF_SPLIT.items() if its == stage})
+        return self._rows[split]
 
     def comparison(self, split: str) -> str:
         """The comparison key of its score on one split."""
@@ -60,7 +62,13 @@ class RunFacts:
         return path
 
     def items(self, splits: Sequence[str]) -> RunItems:
-        """Answers on some splits together, as the paired comparison wants them."""
+        """Answers on some splits together, as the paired comparison wants them; a review asks for them 25 times."""
+        wanted = tuple(splits)
+        if wanted not in self._items:
+            self._items[wanted] = self._joined(wanted)
+        return self._items[wanted]
+
+    def _joined(self, splits: tuple[str, ...]) -> RunItems:
         parts = [
             self.rows(split).of_run(self.candidate, self.seed, split, comparison=self.comparison(split))
             for split in splits

@@ -79,10 +79,17 @@ class TimedCluster(Cluster):
 class Meter:
     """CPU seconds and ledger events of each round of the controller."""
 
-    def __init__(self, cluster: "TimedCluster", keep: int) -> None:
-        self.cluster, self.keep = cluster, keep
+    def __init__(self, cluster: "TimedCluster", keep: int, tell_every: int) -> None:
+        self.cluster, self.keep, self.tell_every = cluster, keep, tell_every
         self.seconds: list[float] = []
         self.events: list[int] = []
+
+    def _tell(self, policy: SearchPolicy) -> None:
+        """How the last part went, for whoever watches a run of an hour."""
+        part = slice(-self.tell_every, None)
+        row = {"round": policy.round, "cpu_ms_per_event": 1e3 * sum(self.seconds[part]) / sum(self.events[part])}
+        row |= {"peak_rss_mb": _peak_mb(), "dead_ends": len(policy.dead_ends)}
+        print(json.dumps(row), file=sys.stderr, flush=True)
 
     def round(self, desk: Desk, policy: SearchPolicy) -> SearchPolicy:
         """One round, measured."""
@@ -90,6 +97,8 @@ class Meter:
         following = run_round(desk, policy)
         self.seconds.append(time.process_time() - self.cluster.seconds - before)
         self.events.append(len(desk.ledger) - count)
+        if policy.round % self.tell_every == 0:
+            self._tell(policy)
         # The disk is no part of the claim: answers that no window reaches any more are dropped as we go.
         past = desk.ground.folder.round(policy.round - self.keep)
         for one in past.glob("*/runs"):
@@ -107,7 +116,7 @@ def measure(root: Path, num_rounds: int, workers: int) -> dict[str, Any]:
     )
     told.folder.root.mkdir(parents=True)
     cluster = TimedCluster(random.Random(SEED), FaultyFiles(root / "unwatched"), own_failures=OWN_FAILURES)
-    meter = Meter(cluster, told.campaign.constitution.gap.window + 1)
+    meter = Meter(cluster, told.campaign.constitution.gap.window + 1, max(1, num_rounds // 10))
     with (
         world(cluster),
         mock.patch.object(rounds, "run_round", meter.round),
@@ -115,7 +124,7 @@ def measure(root: Path, num_rounds: int, workers: int) -> dict[str, Any]:
     ):
         told.control(ledger, FakeLauncher(cluster), lambda: False)
         events = len(ledger)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = _peak_mb()
     tenth = max(1, num_rounds // 10)
     first, last = (sum(meter.seconds[part]) / sum(meter.events[part]) for part in (slice(tenth), slice(-tenth, None)))
     candidates = len(list(told.folder.root.glob("rounds/*/*/candidate.json")))
@@ -139,6 +148,10 @@ def measure(root: Path, num_rounds: int, workers: int) -> dict[str, Any]:
 def kept_policy_of(told: Invented, number: int) -> SearchPolicy:
     with closing(Ledger(told.folder.root)) as ledger:
         return kept_policy(told.folder.policy(number), ledger.find("policy", str(number)).data["digest"])
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _quantiles(values: list[float]) -> dict[str, float]:
