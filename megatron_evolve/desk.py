@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_evolve.artefacts import load_json
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.eval.looks import Look, Looks
 from megatron_evolve.eval.suite import Split
-from megatron_evolve.evidence import Evidence
+from megatron_evolve.evidence import Evidence, kept_evidence
 from megatron_evolve.facts import RoundFacts, round_facts
 from megatron_evolve.jobs import Ground, StageEnd
 from megatron_evolve.launch.job import Launcher
@@ -92,8 +91,7 @@ class Desk:
         """The evidence of a round, checked against the ledger."""
         event = self.ledger.find("evidence", str(number))
         assert event is not None, f"round {number} has no evidence yet"
-        path = self.ground.folder.evidence(number)
-        return Evidence.parse(load_json(path, event.data["digest"]), where=str(path))
+        return kept_evidence(self.ground.folder.evidence(number), event.data["digest"])
 
     def all_evidence(self) -> Iterator[Evidence]:
         """The evidence of every declared round, once all are closed, one at a time."""

@@ -204,11 +204,11 @@ class FakeLauncher:
         self.cluster.pass_time(0.0)
         found: dict[str, JobState] = {}
         for key in keys:
-            run_dir, attempt = self._attempts[key]
-            ended = rundir.read_outcome(rundir.attempt_dir(run_dir, attempt))
-            if ended is not None and self.cluster.happens("poll_stale", key):
-                ended = None
-            found[key] = ended or self.cluster.where(key) or "running"
+            state = self.cluster.where(key)
+            if state is None and not self.cluster.happens("poll_stale", key):
+                run_dir, attempt = self._attempts[key]
+                state = rundir.read_outcome(rundir.attempt_dir(run_dir, attempt))
+            found[key] = state or "running"
         return found
 
     def cancel(self, key: str) -> None:

@@ -27,6 +27,7 @@ from unittest import mock
 from megatron_evolve import rounds
 from megatron_evolve.delta import Base, Change, Delta
 from megatron_evolve.desk import Desk
+from megatron_evolve.evidence import kept_evidence
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.policy import SearchPolicy, kept_policy
 from megatron_evolve.workers import seam
@@ -168,7 +169,8 @@ def resume(told: Invented) -> list[float]:
     for _ in range(3):
         copy.folder.ledger.unlink()
         copy.folder.ledger.write_bytes(b"".join(lines[:-1]))
-        kept_policy.cache_clear()
+        for remembered in (kept_policy, kept_evidence):
+            remembered.cache_clear()  # a new process remembers nothing
         before = time.process_time()
         with closing(Ledger(copy.folder.root)) as ledger:
             desk = copy.desk(

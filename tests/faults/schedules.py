@@ -25,6 +25,7 @@ from unittest import mock
 from megatron_evolve import ledger as ledger_module
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.desk import Stopped
+from megatron_evolve.evidence import kept_evidence
 from megatron_evolve.launch.rundir import Lock, RunDirError, make_folder
 from megatron_evolve.ledger import Ledger, read_ledger
 from megatron_evolve.policy import kept_policy
@@ -79,7 +80,8 @@ def world(files: FaultyFiles, cluster: Cluster) -> Iterator[None]:
 def start(told: Invented, files: FaultyFiles, cluster: Cluster, plan: dict[int, Fault]) -> str:
     """One controller from its start to its end; how it ended, as the command line would say it."""
     files.start(plan)
-    kept_policy.cache_clear()  # a new process remembers nothing
+    for remembered in (kept_policy, kept_evidence):
+        remembered.cache_clear()  # a new process remembers nothing
     try:
         make_folder(told.folder.root)
         with Lock(told.folder.lock), closing(Ledger(told.folder.root)) as ledger:

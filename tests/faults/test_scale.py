@@ -10,6 +10,7 @@ import pytest
 
 from megatron_evolve import review, rounds
 from megatron_evolve.desk import Desk
+from megatron_evolve.evidence import kept_evidence
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.policy import SearchPolicy, kept_policy
 from tests.faults.cluster import Cluster, FakeLauncher
@@ -50,7 +51,8 @@ def test_a_late_round_reads_no_more_than_an_early_one(tmp_path: Path, monkeypatc
         # Opened again, it reads each line once, the last policy and nothing of closed rounds.
         parsed.clear()
         files.start({})
-        kept_policy.cache_clear()
+        for remembered in (kept_policy, kept_evidence):
+            remembered.cache_clear()
         with closing(Ledger(told.folder.root)) as ledger:
             rounds.run_campaign_rounds(told.desk(ledger, FakeLauncher(cluster), lambda: False))
     assert max(steps[LATE]) <= 1.1 * max(steps[EARLY]), steps
