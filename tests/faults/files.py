@@ -47,6 +47,7 @@ class FaultyFiles:
         self._dead = self._full = False
         self._asides = 0
         self._paths: dict[int, str] = {}
+        self._held: set[int] = set()  # opened by number and not closed yet
         # Changes not yet secured: the path whose fsync secures one, the path changed, and what takes it back.
         self._undo: list[tuple[str, str, Callable[[str], None]]] = []
         self._real: dict[tuple[Any, str], Any] = {}
@@ -57,6 +58,10 @@ class FaultyFiles:
         """A new controller: steps count from 0, the disk has space again."""
         self.plan, self.steps, self.stopping = plan, [], False
         self._dead = self._full = False
+        for descriptor in list(self._held):  # the kernel closes what a dead process held, its locks among it
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        self._held.clear()
         self._paths.clear()
 
     @contextlib.contextmanager
@@ -183,11 +188,13 @@ class FaultyFiles:
         dying = self.step("create" if flags & os.O_CREAT else "open", os.fspath(path))
         descriptor = real(path, flags, *arguments, **named)
         self._paths[descriptor] = os.fspath(path)
+        self._held.add(descriptor)
         self.die_after(dying)
         return descriptor
 
     def _os_close(self, descriptor: int) -> None:
         self._paths.pop(descriptor, None)
+        self._held.discard(descriptor)
         self._real[os, "close"](descriptor)
 
     def _os_write(self, descriptor: int, data: bytes) -> int:
