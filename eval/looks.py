@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from megatron_evolve.eval.suite import Split
-from megatron_evolve.launch.rundir import RunDirError, make_folder
+from megatron_evolve.launch.rundir import RunDirError, make_folder, sync_folder
 from megatron_evolve.substrate.digest import canonical
 from megatron_evolve.substrate.frozen import Frozen
 
@@ -64,7 +64,9 @@ class Looks:
         self.path = Path(path)
         self.external_budget = external_budget
         self._paid: dict[tuple, Look] = {}
+        self._counts = {"dev": 0, "external": 0}
         self._whole_bytes = 0
+        self._secured = False  # whether what is in the file, and its name, survive a power cut
         if self.path.exists():
             self._read()
 
@@ -77,6 +79,7 @@ class Looks:
         before = self._paid.get(look.key)
         if before is not None:
             _must_be_same(before, look)
+            self._secure()  # whoever wrote it may have died before its fsync
             return before
         if is_budgeted(look.split) and self.spent >= self.external_budget:
             raise BudgetSpent(
@@ -85,7 +88,7 @@ class Looks:
                 "campaign that declares more"
             )
         self._append(look)
-        self._paid[look.key] = look
+        self._enter(look)
         return look
 
     def paid(self, *, candidate: str, round_number: int, split: Split) -> Look | None:
@@ -101,12 +104,16 @@ class Looks:
     @property
     def spent(self) -> int:
         """Looks charged to the external budget so far."""
-        return sum(is_budgeted(look.split) for look in self._paid.values())
+        return self._counts["external"]
 
     def summary(self) -> dict[str, int]:
         """Counts for people and scripts: looks at dev, at the external target, and its budget."""
-        dev = sum(look.split.startswith("dev") for look in self._paid.values())
-        return {"dev": dev, "external": self.spent, "external_budget": self.external_budget}
+        return {**self._counts, "external_budget": self.external_budget}
+
+    def _enter(self, look: Look) -> None:
+        self._paid[look.key] = look
+        self._counts["dev"] += look.split.startswith("dev")
+        self._counts["external"] += is_budgeted(look.split)
 
     def _read(self) -> None:
         data = self.path.read_bytes()
@@ -120,11 +127,10 @@ class Looks:
             look = Look.parse(document, where=where)
             if look.key in self._paid:
                 raise ValueError(f"{where}: expected every look once, got {look.key} again: restore the account")
-            self._paid[look.key] = look
+            self._enter(look)
 
     def _append(self, look: Look) -> None:
         make_folder(self.path.parent)
-        fresh = not self.path.exists()
         # Unbuffered: nothing may reach the file later than the truncation that takes a failed line back.
         with open(self.path, "ab", buffering=0) as file:
             file.truncate(self._whole_bytes)
@@ -141,8 +147,15 @@ class Looks:
                     "the same command again"
                 ) from error
         self._whole_bytes += len(line)
-        if fresh:
-            _sync_folder(self.path.parent)
+        self._secure()
+
+    def _secure(self) -> None:
+        if self._secured:
+            return
+        with open(self.path, "ab") as file:
+            os.fsync(file.fileno())
+        sync_folder(self.path.parent)
+        self._secured = True
 
 
 def _must_be_same(before: Look, look: Look) -> None:
@@ -156,14 +169,6 @@ def _must_be_same(before: Look, look: Look) -> None:
                 f"{rule}: expected the look at {look.split} that was paid with {name} {old}, got {new}: read the paid "
                 "look, or ask in the next round"
             )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def ladder(scores: Sequence[Sequence[float]], weights: Sequence[float] | None = None) -> list[float]:

@@ -10,7 +10,7 @@ leading axis (`...`): the simulator runs thousands through the very functions th
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -198,6 +198,7 @@ class SeedPool:
     """
 
     groups: tuple[RunReplicates, ...]
+    _known: dict[tuple, SeedVariance | None] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         seen: set[tuple[str, int]] = set()
@@ -218,7 +219,15 @@ class SeedPool:
     def variance(
         self, dev: float, dev_weights: Mapping[str, float], external: float, external_weights: Mapping[str, float]
     ) -> SeedVariance | None:
-        """Of `dev x dev score + external x external score` per run."""
+        """Of `dev x dev score + external x external score` per run. A review asks a hundred times for the same few."""
+        asked = (dev, *sorted(dev_weights.items()), external, *sorted(external_weights.items()))
+        if asked not in self._known:
+            self._known[asked] = self._variance(dev, dev_weights, external, external_weights)
+        return self._known[asked]
+
+    def _variance(
+        self, dev: float, dev_weights: Mapping[str, float], external: float, external_weights: Mapping[str, float]
+    ) -> SeedVariance | None:
         groups = [group for group in self.groups if group.external is not None or not external]
         return seed_variance(
             [

@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from megatron_evolve.launch.rundir import make_folder, read_json, write_json, write_whole
-from megatron_evolve.substrate.digest import digest_of
+from megatron_evolve.substrate.digest import digest_file, digest_of
+
+OWN_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's writes the same text, 8 times as fast
 
 
 class CampaignFolder:
@@ -70,7 +72,8 @@ def save_yaml(path: Path, value: Any) -> str:
     """Writes a value as YAML, for people, and returns the digest of its canonical form."""
     plain = value.model_dump(mode="json", by_alias=True) if hasattr(value, "model_dump") else value
     make_folder(path.parent)
-    write_whole(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110))
+    text = yaml.dump(plain, Dumper=OWN_DUMPER, sort_keys=False, allow_unicode=True, width=110)
+    write_whole(path, text)
     return digest_of(plain)
 
 
@@ -83,11 +86,19 @@ def load_json(path: Path, digest: str) -> Any:
 
 def load_yaml_checked(path: Path, digest: str) -> dict[str, Any]:
     """Like `load_json`, for YAML."""
-    from megatron_evolve.document import load_yaml
+    from megatron_evolve.document import OWN_LOADER, load_yaml
 
-    value = load_yaml(path)
+    value = load_yaml(path, OWN_LOADER)
     check_digest(path, value, digest)
     return value
+
+
+def check_file(path: Path, digest: str) -> None:
+    """Raises ValueError when a file's bytes are not those that the ledger says a job left there."""
+    found = digest_file(path) if path.exists() else None
+    if found != digest:
+        got = "no file" if found is None else found[:12]
+        raise ValueError(f"{path} is not what its job left: expected digest {digest[:12]}, got {got}; restore the file")
 
 
 def check_digest(path: Path, value: Any, digest: str) -> None:

@@ -23,13 +23,13 @@ from megatron_evolve.evidence import Evidence
 from megatron_evolve.facts import round_facts
 from megatron_evolve.jobs import FINAL_STAGE, SPLITS_OF
 from megatron_evolve.launch.rundir import RunDirError, read_json
-from megatron_evolve.ledger import Event, read_ledger
+from megatron_evolve.ledger import Event, History
 from megatron_evolve.meta import explain, next_policy
 from megatron_evolve.origin import ORIGIN_ROUND, Origin, read_origin
-from megatron_evolve.policy import Edit, SearchPolicy
+from megatron_evolve.policy import Edit, SearchPolicy, kept_policy
 from megatron_evolve.prepare import judge_process
 from megatron_evolve.proposals import Setback, assigned_axes, brief_of, first_failure
-from megatron_evolve.review import Weights, first_pooled, review
+from megatron_evolve.review import Weights, first_pooled, pooled_rounds, review
 from megatron_evolve.sources import decision_sources
 from megatron_evolve.substrate.digest import digest_file, digest_of
 from megatron_evolve.substrate.manifest import Substrate, public_view, verify
@@ -54,7 +54,7 @@ class Record:
     """A campaign folder opened for reading."""
 
     folder: CampaignFolder
-    events: list[Event]
+    events: History
     campaign: Campaign
     opened: dict[str, Any]
     substrate: Substrate
@@ -64,7 +64,8 @@ class Record:
 
     def data(self, kind: str, key: str = "") -> dict[str, Any] | None:
         """Data of an event, if it happened."""
-        return next((event.data for event in self.events if event.kind == kind and event.key == key), None)
+        event = self.events.find(kind, key)
+        return event.data if event else None
 
     @property
     def weights(self) -> Weights:
@@ -73,8 +74,7 @@ class Record:
 
     def policy(self, number: int) -> SearchPolicy:
         """A round's policy, digest checked."""
-        path = self.folder.policy(number)
-        return SearchPolicy.parse(load_yaml_checked(path, self.data("policy", str(number))["digest"]), where=str(path))
+        return kept_policy(self.folder.policy(number), self.data("policy", str(number))["digest"])
 
     def evidence(self, number: int) -> Evidence:
         """A round's evidence, digest checked."""
@@ -88,21 +88,22 @@ class Record:
 
     def is_reviewed(self, number: int) -> bool:
         """Whether every look of a round must have been paid by now; those at the end are paid before they score."""
-        return number not in range(1, self.campaign.constitution.rounds + 1) or number in self.rounds
+        return number not in range(1, self.campaign.constitution.rounds + 1) or self.events.has("evidence", str(number))
 
     @property
     def rounds(self) -> list[int]:
         """Rounds with evidence."""
-        return sorted(int(event.key) for event in self.events if event.kind == "evidence")
+        return sorted(map(int, self.events.keys("evidence")))
 
 
 def open_record(root: Path) -> Record:
     """Opens a campaign folder. Raises ValueError in one sentence when it holds none, or one that was not opened yet."""
     folder = CampaignFolder(Path(root))
-    events = read_ledger(folder.ledger)
-    opened = next((event.data for event in events if event.kind == "campaign-opened"), None)
-    if opened is None:
+    events = History(folder.ledger)
+    first = events.find("campaign-opened")
+    if first is None:
         raise ValueError(f"the campaign in {root} was not opened yet: run it first")
+    opened = first.data
     judge_folder = Path(opened["judge_folder"])
     return Record(
         folder=folder,
@@ -166,7 +167,7 @@ def _check_ground(record: Record, notes: list[str]) -> None:
         if event.kind == "ended":
             _check_stage(record, event)
         elif event.kind == "policy":
-            record.policy(int(event.key))
+            load_yaml_checked(folder.policy(int(event.key)), event.data["digest"])
             load_json(folder.edits(int(event.key)), event.data["edits"])
         elif event.kind == "proposed" and event.data["call"]["reply"]:
             number, worker, attempt = event.key.split("/")
@@ -254,7 +255,7 @@ def _check_evidence(record: Record, number: int) -> None:
     rules = record.campaign.constitution
     first = first_pooled(record.policy(number), rules)
     window = [round_facts(record.folder, record.events, record.campaign.seed, one) for one in range(first, number + 1)]
-    earlier = [one for past in range(1, number) for one in record.evidence(past).replicates]
+    earlier = [one for past in pooled_rounds(number) for one in record.evidence(past).replicates]
     found = record.evidence(number)
     again = review(window, rules, record.origin, record.weights, earlier, found.looks)
     expected, got = (digest_of(one.model_dump(mode="json", by_alias=True)) for one in (found, again))
@@ -281,7 +282,8 @@ def _check_final(record: Record) -> None:
             [sealed_answers(record.folder, run) for run in runs if record.finished(f"{run.key}/{FINAL_STAGE}")]
             for runs in closing_runs(record.campaign, rounds + 1, *sides, record.origin)
         ]
-        again |= compare(*answers, record.origin, record.weights, [record.evidence(one) for one in record.rounds])
+        pooled = [record.evidence(one) for one in pooled_rounds(rounds + 1)]
+        again |= compare(*answers, record.origin, record.weights, pooled)
     _must("the final comparison", said, again)
 
 
@@ -293,7 +295,7 @@ def _check_survey(record: Record) -> None:
 
 
 def _check_finding(record: Record) -> None:
-    evidence = [record.evidence(number) for number in record.rounds]
+    evidence = (record.evidence(number) for number in record.rounds)
     found = finding(record.campaign, evidence, record.data("final"), record.data("budget-spent"))
     _must("the finding", record.data("campaign-closed")["finding"], found)
 

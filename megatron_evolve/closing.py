@@ -4,7 +4,7 @@ A campaign that claims performance is measured here and nowhere else: new runs o
 theirs was selected on), the origin's frozen runs, the sealed items of the external target that no round has asked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_evolve.artefacts import CampaignFolder
@@ -20,7 +20,7 @@ from megatron_evolve.jobs import FINAL_STAGE, ROWS_FILE, Ground, Run, Stage, wri
 from megatron_evolve.origin import ORIGIN_ROUND, Origin
 from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.prepare import origin_ground
-from megatron_evolve.review import INTERVAL_ALPHA, Weights, seeds_of
+from megatron_evolve.review import INTERVAL_ALPHA, Weights, pooled_rounds, seeds_of
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
 from megatron_evolve.survey import closing_folder, survey, survey_stages
@@ -59,7 +59,8 @@ def final_comparison(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     mine = finish(desk, desk.ground, mine, FINAL_STAGE)
     theirs = finish(desk, outside, theirs, FINAL_STAGE)
     answers = [[sealed_answers(folder, run) for run in runs] for runs in (mine, theirs)]
-    return {**names, **compare(*answers, desk.origin, desk.weights, desk.all_evidence())}
+    pooled = [desk.evidence(number) for number in pooled_rounds(policy.round)]
+    return {**names, **compare(*answers, desk.origin, desk.weights, pooled)}
 
 
 def final_survey(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
@@ -107,11 +108,14 @@ def closing_runs(
 
 def finish(desk: Desk, ground: Ground, runs: Sequence[Run], stage: Stage) -> list[Run]:
     """Takes some runs through one stage and returns those that finished. Raises Stopped, Paused."""
-    todo = [(run, stage) for run in runs if desk.ledger.find("ended", f"{run.key}/{stage}") is None]
+    todo = [(run, stage) for run in runs if not desk.ledger.has("ended", f"{run.key}/{stage}")]
     for _ in desk.drive(todo, ground=ground):
         pass
-    ended = [desk.ledger.find("ended", f"{run.key}/{stage}") for run in runs]
-    return [run for run, event in zip(runs, ended, strict=True) if event and event.data["end"]["outcome"] == "finished"]
+    ended = [(run, desk.ledger.find("ended", f"{run.key}/{stage}")) for run in runs]
+    finished = [(run, event) for run, event in ended if event and event.data["end"]["outcome"] == "finished"]
+    for run, event in finished:
+        ground.check_files(run, stage, event.data["files"])
+    return [run for run, _ in finished]
 
 
 def _pay(desk: Desk, policy: SearchPolicy, split: Stage, names: Sequence[str], runs: Sequence[Run]) -> None:
@@ -171,18 +175,14 @@ def _mean(run: RunItems, weights: Any) -> float:
 
 def finding(
     campaign: Campaign,
-    evidence: Sequence[Evidence],
+    evidence: Iterable[Evidence],
     final: dict[str, Any] | None,
     spent: dict[str, Any] | None = None,
 ) -> str:
     """One sentence that says what the campaign found, made from its evidence, and whether a budget ended it."""
-    alarms = [
-        (found.round, verdict)
-        for found in evidence
-        for verdict in found.verdicts
-        if verdict["outcome"] in ("DECOUPLED", "INVERSE")
-    ]
-    tracked = [found.round for found in evidence if any(one["outcome"] == "TRACKING" for one in found.verdicts)]
+    verdicts = [(found.round, verdict) for found in evidence for verdict in found.verdicts]
+    alarms = [(number, one) for number, one in verdicts if one["outcome"] in ("DECOUPLED", "INVERSE")]
+    tracked = list(dict.fromkeys(number for number, one in verdicts if one["outcome"] == "TRACKING"))
     if alarms:
         number, first = alarms[0]
         domains = sorted({verdict["domain"] for _, verdict in alarms if verdict["domain"] != "overall"})

@@ -1,8 +1,9 @@
 """Dead ends: what was tried from the standing settings and lost, so that nobody pays for it twice.
 
-The registry grows and never shrinks. An entry holds for the ground it was tried on and the score it lost on: after the
-standing settings or the objective have moved, the same change is a new question. A run that failed for its own fault
-(diverged, out of memory) failed on every score.
+The registry grows up to `MOST_DEAD_ENDS` and never shrinks. An entry holds for the ground it was tried on and the score
+it lost on: after the standing settings or the objective have moved, the same change is a new question. A run that
+failed for its own fault (diverged, out of memory) failed on every score. In a full registry a new entry takes the place
+of one that holds for another ground, and else of the oldest; what it said stays in that round's edits.
 """
 
 from megatron_evolve.delta import same_settings
@@ -11,6 +12,17 @@ from megatron_evolve.policy import DeadEnd, SearchPolicy
 from megatron_evolve.reading import authoritative_split, external_effect, own_fault, pointer, points
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings, write_all
+
+# Every worker of every round is told them all, 0.7 kB each: a registry without end made a round of a long campaign cost
+# ten times the first. 256 is the losses of some sixty rounds of eight.
+MOST_DEAD_ENDS = 256
+
+
+def places_for_more(policy: SearchPolicy) -> list[int]:
+    """Where new entries go, in order: behind the last one, and in a full registry over what matters least."""
+    ground, size = digest_of(policy.standing), len(policy.dead_ends)
+    worth = [(one.ground == ground, one.round, place) for place, one in enumerate(policy.dead_ends)]
+    return [*range(size, MOST_DEAD_ENDS), *(place for *_, place in sorted(worth))]
 
 
 def dead_end_of(policy: SearchPolicy, resolved: Settings) -> DeadEnd | None:

@@ -4,18 +4,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_evolve.artefacts import load_json, load_yaml_checked
 from megatron_evolve.budget import Account
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.eval.looks import Look, Looks
 from megatron_evolve.eval.suite import Split
-from megatron_evolve.evidence import Evidence
+from megatron_evolve.evidence import Evidence, kept_evidence
 from megatron_evolve.facts import RoundFacts, round_facts
 from megatron_evolve.jobs import Ground, Run, Stage, StageEnd, drive
 from megatron_evolve.launch.job import Launcher
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.origin import Origin
-from megatron_evolve.policy import SearchPolicy
+from megatron_evolve.policy import SearchPolicy, kept_policy
 from megatron_evolve.retries import Retries
 from megatron_evolve.review import Weights
 from megatron_evolve.substrate.digest import digest_of
@@ -104,22 +103,20 @@ class Desk:
 
     def facts(self, number: int) -> RoundFacts:
         """What a round whose runs have ended left behind."""
-        return round_facts(self.ground.folder, self.ledger.events, self.campaign.seed, number)
+        return round_facts(self.ground.folder, self.ledger, self.campaign.seed, number)
 
     def policy(self, number: int) -> SearchPolicy:
         """The policy of a round, checked against the ledger."""
         event = self.ledger.find("policy", str(number))
         assert event is not None, f"round {number} has no policy yet"
-        path = self.ground.folder.policy(number)
-        return SearchPolicy.parse(load_yaml_checked(path, event.data["digest"]), where=str(path))
+        return kept_policy(self.ground.folder.policy(number), event.data["digest"])
 
     def evidence(self, number: int) -> Evidence:
         """The evidence of a round, checked against the ledger."""
         event = self.ledger.find("evidence", str(number))
         assert event is not None, f"round {number} has no evidence yet"
-        path = self.ground.folder.evidence(number)
-        return Evidence.parse(load_json(path, event.data["digest"]), where=str(path))
+        return kept_evidence(self.ground.folder.evidence(number), event.data["digest"])
 
-    def all_evidence(self) -> list[Evidence]:
-        """The evidence of every round that has any: all declared ones, unless a budget ended the campaign before."""
-        return [self.evidence(int(event.key)) for event in self.ledger.of_kind("evidence")]
+    def all_evidence(self) -> Iterator[Evidence]:
+        """The evidence of every round that has any, one at a time: all declared ones, unless a budget ended them."""
+        return (self.evidence(int(key)) for key in self.ledger.keys("evidence"))

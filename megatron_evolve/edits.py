@@ -7,6 +7,7 @@ without an edit. Paths are dotted; an entry of a list is named by its `name` whe
 import json
 from typing import Any
 
+from megatron_evolve.dead_ends import MOST_DEAD_ENDS
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.policy import Edit, SearchPolicy, policy_digest, resolve_pointer
 
@@ -53,10 +54,13 @@ def check_edits(policy: SearchPolicy, following: SearchPolicy, edits: tuple[Edit
     for edit in edits:
         for cited in edit.evidence:
             resolve_pointer(document, cited)
-    for entry in following.dead_ends[len(policy.dead_ends) :]:
-        for cited in entry.evidence:
+    old, new = policy.dead_ends, following.dead_ends
+    written = [place for place, entry in enumerate(new) if place >= len(old) or entry != old[place]]
+    for place in written:
+        for cited in new[place].evidence:
             resolve_pointer(document, cited)
-    if following.dead_ends[: len(policy.dead_ends)] != policy.dead_ends:
+    replaced = len(new) < len(old) or any(place < len(old) for place in written)
+    if replaced and len(new) < MOST_DEAD_ENDS:
         raise ValueError("dead ends may only be added: an old one was changed or dropped; restore it")
     if policy_digest(apply_edits(policy, edits)) != policy_digest(following):
         raise ValueError("the edits don't give the next policy: something changed without an edit; write it down")

@@ -5,10 +5,13 @@ a score has none. What meta may read of the external target is the released (Lad
 computed on raw values elsewhere and stand here as their outcomes.
 """
 
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from megatron_evolve.artefacts import load_json
 from megatron_evolve.substrate.frozen import Frozen
 
 
@@ -104,3 +107,9 @@ class Evidence(Frozen):
     )
     cpu_seconds: float = Field(default=0.0, ge=0, description="of all attempts, failed ones included")
     gpu_seconds: float = Field(default=0.0, ge=0, description="wall time times GPUs, of the same")
+
+
+@lru_cache(maxsize=66)  # the rounds whose replicates are pooled, which every round asks for again, 10 ms each
+def kept_evidence(path: Path, digest: str) -> Evidence:
+    """The evidence in a file, refused unless it is the one of this digest. Read once."""
+    return Evidence.parse(load_json(path, digest), where=str(path))

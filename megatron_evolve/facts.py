@@ -10,14 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_evolve.artefacts import CampaignFolder, load_yaml_checked
+from megatron_evolve.artefacts import CampaignFolder, check_file
 from megatron_evolve.budget import Spend, of_end
 from megatron_evolve.candidate import candidate_id, run_seed
 from megatron_evolve.delta import Delta, canonical_change
 from megatron_evolve.eval.paired import RunItems
-from megatron_evolve.eval.score import ItemRows, comparison_of, read_rows
-from megatron_evolve.ledger import Event
-from megatron_evolve.policy import SearchPolicy
+from megatron_evolve.eval.score import SCORES_FILE, ItemRows, comparison_of, read_rows
+from megatron_evolve.ledger import History
+from megatron_evolve.policy import SearchPolicy, kept_policy
 from megatron_evolve.substrate.settings import Settings
 
 STAGE_OF_SPLIT = {"dev-a": "dev", "dev-b": "dev", "external-a": "external-a", "external-b": "external-b"}
@@ -26,13 +26,19 @@ MAX_REPLICATES = 1024
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run: where it lies and how its stages ended (`outcome`, `reason` and what they took, by stage)."""
+    """One run: where it lies and how its stages ended (`outcome`, `reason` and what they took, by stage).
+
+    `files` is the digest of each file that a stage left, by stage and name, as far as a ledger keeps it: what is read
+    then must be those bytes. Parquet alone lets a flipped bit pass for another answer.
+    """
 
     candidate: str
     seed: int
     folder: Path
     ends: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, str]] = field(default_factory=dict, compare=False)
     _rows: dict[str, ItemRows] = field(default_factory=dict, compare=False, repr=False)
+    _items: dict[tuple[str, ...], RunItems] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def spent(self) -> Spend:
@@ -45,17 +51,30 @@ class RunFacts:
 
     def rows(self, split: str) -> ItemRows:
         """Per-item answers on one split."""
-        stage = STAGE_OF_SPLIT[split]
-        if stage not in self._rows:
-            self._rows[stage] = read_rows(self.folder / stage / "scores.parquet")
-        return self._rows[stage].of_split(split)
+        if split not in self._rows:
+            stage = STAGE_OF_SPLIT[split]
+            whole = read_rows(self._kept(stage, "scores.parquet"))
+            self._rows.update({one: whole.of_split(one) for one, its in STAGE_OF_SPLIT.items() if its == stage})
+        return self._rows[split]
 
     def comparison(self, split: str) -> str:
         """The comparison key of its score on one split."""
-        return comparison_of(self.folder / STAGE_OF_SPLIT[split], split)
+        return comparison_of(self._kept(STAGE_OF_SPLIT[split], SCORES_FILE).parent, split)
+
+    def _kept(self, stage: str, name: str) -> Path:
+        path = self.folder / stage / name
+        if digest := self.files.get(stage, {}).get(name):
+            check_file(path, digest)
+        return path
 
     def items(self, splits: Sequence[str]) -> RunItems:
-        """Answers on some splits together, as the paired comparison wants them."""
+        """Answers on some splits together, as the paired comparison wants them; a review asks for them 25 times."""
+        wanted = tuple(splits)
+        if wanted not in self._items:
+            self._items[wanted] = self._joined(wanted)
+        return self._items[wanted]
+
+    def _joined(self, splits: tuple[str, ...]) -> RunItems:
         parts = [
             self.rows(split).of_run(self.candidate, self.seed, split, comparison=self.comparison(split))
             for split in splits
@@ -122,23 +141,20 @@ class RoundFacts:
         return tuple(dict.fromkeys(one.candidate for one in self.proposals if self.scored(one.candidate, "dev-b")))
 
 
-def round_facts(folder: CampaignFolder, events: Sequence[Event], campaign_seed: int, number: int) -> RoundFacts:
+def round_facts(folder: CampaignFolder, history: History, campaign_seed: int, number: int) -> RoundFacts:
     """The facts of a round whose runs have ended."""
-    opened = next(event.data for event in events if event.kind == "campaign-opened")
-    digest = next(event.data["digest"] for event in events if event.kind == "policy" and event.key == str(number))
-    path = folder.policy(number)
-    policy = SearchPolicy.parse(load_yaml_checked(path, digest), where=str(path))
+    opened, digest = history.find("campaign-opened").data, history.find("policy", str(number)).data["digest"]
+    policy = kept_policy(folder.policy(number), digest)
     anchor = candidate_id(opened["substrate"], policy.standing)
     proposed = sorted(
-        (event for event in events if event.kind == "proposed" and event.data["round"] == number),
+        history.of_round("proposed", number),
         key=lambda event: (event.data["worker"], int(event.key.rsplit("/", 1)[1])),
     )
     accepted = tuple(_proposal(event.data, policy) for event in proposed if event.data["candidate"])
-    ends: dict[str, dict[int, dict[str, Any]]] = {}
-    for event in events:
-        if event.kind == "ended" and event.key.startswith(f"{number}/"):
-            _, name, seed, stage = event.key.split("/")
-            ends.setdefault(name, {}).setdefault(int(seed), {})[stage] = event.data["end"]
+    ended: dict[str, dict[int, dict[str, Any]]] = {}
+    for event in history.of_round("ended", number):
+        _, name, seed, stage = event.key.split("/")
+        ended.setdefault(name, {}).setdefault(int(seed), {})[stage] = event.data
     return RoundFacts(
         number=number,
         folder=folder,
@@ -153,7 +169,7 @@ def round_facts(folder: CampaignFolder, events: Sequence[Event], campaign_seed: 
             for event in proposed
             if event.data["refused"]
         ),
-        runs={name: _runs(folder, campaign_seed, number, name, found) for name, found in ends.items()},
+        runs={name: _runs(folder, campaign_seed, number, name, found) for name, found in ended.items()},
     )
 
 
@@ -183,4 +199,13 @@ def _runs(
         if seed in found:
             order.append(seed)
     order += sorted(set(found) - set(order))
-    return tuple(RunFacts(name, seed, folder.run(number, name, seed), found[seed]) for seed in order)
+    return tuple(
+        RunFacts(
+            name,
+            seed,
+            folder.run(number, name, seed),
+            {stage: data["end"] for stage, data in found[seed].items()},
+            {stage: data["files"] for stage, data in found[seed].items()},
+        )
+        for seed in order
+    )

@@ -11,12 +11,12 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_evolve.artefacts import CampaignFolder, save_json
+from megatron_evolve.artefacts import CampaignFolder, check_file, save_json
 from megatron_evolve.budget import Account, Spend, spent_before, spent_in_all
 from megatron_evolve.candidate import Candidate
 from megatron_evolve.launch.gpus import GpusFilled
@@ -155,6 +155,11 @@ class Ground:
         names = (RESULT_FILE,) if end.stage == "train" else (SCORES_FILE, ROWS_FILE)
         folder = self.stage_dir(end.run, end.stage)
         return {name: digest_file(folder / name) for name in names} if end.finished else {}
+
+    def check_files(self, run: Run, stage: Stage, files: Mapping[str, str]) -> None:
+        """Raises ValueError unless a stage's files are still those whose digests `files` gave."""
+        for name, digest in files.items():
+            check_file(self.stage_dir(run, stage) / name, digest)
 
 
 def write_candidate(folder: CampaignFolder, round_number: int, candidate: Candidate) -> str:

@@ -3,17 +3,22 @@
 One JSON object a line: number, time, kind, key, data, the hash of the line before, its own hash. There is one writer; a
 line is on disk (fsync) before anything that depends on it happens. `once` is how the loop resumes: an event whose kind
 and key already stand in the ledger is returned instead of happening again.
+
+What is kept of an event in memory is where its line lies (some 300 bytes), under its kind, key and round; the event
+itself is read again when it is asked for. So a campaign of 1,250 rounds costs what the last round costs.
 """
 
 import errno
 import json
 import os
+import sys
+from array import array
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_evolve.launch.rundir import RunDirError
+from megatron_evolve.launch.rundir import RunDirError, sync_folder
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.frozen import Frozen
 
@@ -38,88 +43,147 @@ def event_hash(number: int, time: str, kind: str, key: str, data: dict[str, Any]
     return digest_of({"number": number, "time": time, "kind": kind, "key": key, "data": data, "previous": previous})
 
 
-def read_ledger(path: Path) -> list[Event]:
-    """All whole events, chain checked. Raises ValueError naming the first broken line.
+class History:
+    """The whole events of a ledger's file: the chain is checked once, and an event is read again when it is asked for.
 
     A last line without its newline was torn by a crash while it was written: nothing depended on it yet, so it is left
     out here and cut off when the ledger is next opened for writing.
     """
-    return list(_chained(path, _whole_lines(path)))
 
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError where there is no file, or naming the first broken line."""
+        self.path = path
+        self.last = GENESIS
+        self.whole_bytes = 0
+        self._places = array("Q")  # first byte of each line
+        self._numbers: dict[tuple[str, str], int] = {}
+        self._rounds: dict[tuple[str, int], list[int]] = {}
+        try:
+            with open(path, "rb") as file:
+                for line in file:
+                    if line.endswith(b"\n"):
+                        self._note(self._checked(line), len(line))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{path.parent} holds no campaign: expected {path.name} in it; give a campaign's folder"
+            ) from None
 
-def _whole_lines(path: Path) -> list[bytes]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path.parent} holds no campaign: expected {path.name} in it; give a campaign's folder"
-        ) from None
-    return data.split(b"\n")[:-1]
+    def __len__(self) -> int:
+        return len(self._places)
 
+    def __iter__(self) -> Iterator[Event]:
+        """All events in order, one at a time."""
+        with open(self.path, "rb") as file:
+            for number in range(len(self)):
+                yield self._parsed(file.readline(), number)
 
-def _chained(path: Path, lines: list[bytes]) -> Iterator[Event]:
-    previous = GENESIS
-    for number, line in enumerate(lines):
-        where = f"{path} line {number + 1}"
+    def find(self, kind: str, key: str = "") -> Event | None:
+        """The event of this kind and key, if it happened."""
+        number = self._numbers.get((kind, key))
+        return None if number is None else self._read([number])[0]
+
+    def has(self, kind: str, key: str = "") -> bool:
+        """Whether an event of this kind and key happened."""
+        return (kind, key) in self._numbers
+
+    def of_round(self, kind: str, number: int) -> list[Event]:
+        """The events of a kind whose keys begin with a round's number, in order."""
+        return self._read(self._rounds.get((kind, number), []))
+
+    def keys(self, kind: str) -> list[str]:
+        """The keys under which events of a kind happened, in order."""
+        return [key for one, key in self._numbers if one == kind]
+
+    def of_kind(self, kind: str) -> Iterator[Event]:
+        """The events of a kind, in order, one at a time."""
+        return (self._read([number])[0] for (one, _), number in list(self._numbers.items()) if one == kind)
+
+    @property
+    def latest(self) -> Event | None:
+        """The event that happened last."""
+        return self._read([len(self) - 1])[0] if len(self) else None
+
+    def _read(self, numbers: list[int]) -> list[Event]:
+        if not numbers:
+            return []
+        found = []
+        with open(self.path, "rb") as file:
+            for number in numbers:
+                file.seek(self._places[number])
+                found.append(self._parsed(file.readline(), number))
+        return found
+
+    def _note(self, event: Event, length: int) -> None:
+        self._places.append(self.whole_bytes)
+        self.whole_bytes += length
+        self.last = event.hash
+        kind = sys.intern(event.kind)
+        self._numbers[kind, event.key] = event.number
+        first = event.key.partition("/")[0]
+        if first.isdigit():
+            self._rounds.setdefault((kind, int(first)), []).append(event.number)
+
+    def _parsed(self, line: bytes, number: int) -> Event:
+        where = f"{self.path} line {number + 1}"
         try:
             fields = json.loads(line)
         except ValueError:
             raise ValueError(
                 f"{where} is corrupt: expected one JSON event, got {line[:40]!r}; restore it from a copy"
             ) from None
-        event = Event.parse(fields, where=where)
-        expected = event_hash(number, event.time, event.kind, event.key, event.data, previous)
-        if event.number != number or event.previous != previous or event.hash != expected:
+        return Event.parse(fields, where=where)
+
+    def _checked(self, line: bytes) -> Event:
+        number = len(self)
+        event = self._parsed(line, number)
+        expected = event_hash(number, event.time, event.kind, event.key, event.data, self.last)
+        if event.number != number or event.previous != self.last or event.hash != expected:
             raise ValueError(
-                f"{where} breaks the chain: expected hash {expected[:12]}, got {event.hash[:12]}; a line was changed, "
-                "removed or moved; restore the ledger from a copy"
+                f"{self.path} line {number + 1} breaks the chain: expected hash {expected[:12]}, got "
+                f"{event.hash[:12]}; a line was changed, removed or moved; restore the ledger from a copy"
             )
-        previous = event.hash
-        yield event
+        return event
 
 
-class Ledger:
+def read_ledger(path: Path) -> list[Event]:
+    """All whole events, chain checked, in memory. Raises ValueError as `History` does."""
+    return list(History(path))
+
+
+class Ledger(History):
     """The open ledger of a running campaign. Hold the campaign's lock while you write."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / LEDGER
-        lines: list[bytes] = []
-        if self.path.exists():
-            lines = _whole_lines(self.path)
-        self.events = list(_chained(self.path, lines))
-        self._by_key = {(event.kind, event.key): event for event in self.events}
+        path = folder / LEDGER
         # Unbuffered: nothing may reach the file later than the truncation that takes a failed line back.
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the campaign's life
-        self._whole_bytes = sum(len(line) + 1 for line in lines)
-        self._file.truncate(self._whole_bytes)
-
-    def find(self, kind: str, key: str = "") -> Event | None:
-        """The event of this kind and key, if it happened."""
-        return self._by_key.get((kind, key))
-
-    def of_kind(self, kind: str) -> list[Event]:
-        """All events of a kind, in order."""
-        return [event for event in self.events if event.kind == kind]
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the campaign's life
+        try:
+            # A power cut may yet take what a controller before this one wrote and did not live to secure.
+            os.fsync(self._file.fileno())
+            sync_folder(folder)
+            super().__init__(path)
+            self._file.truncate(self.whole_bytes)
+        except BaseException:
+            self._file.close()
+            raise
 
     def append(self, kind: str, key: str, data: dict[str, Any]) -> Event:
         """Writes one event and returns it once it is on disk. A kind and key happen once. Raises RunDirError."""
-        assert (kind, key) not in self._by_key, f"{kind} {key} happened before"
+        assert not self.has(kind, key), f"{kind} {key} happened before"
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        previous = self.events[-1].hash if self.events else GENESIS
-        number = len(self.events)
-        plain = json.loads(json.dumps(data))
+        number, plain = len(self), json.loads(json.dumps(data))
         event = Event(
             number=number,
             time=time,
             kind=kind,
             key=key,
             data=plain,
-            previous=previous,
-            hash=event_hash(number, time, kind, key, plain, previous),
+            previous=self.last,
+            hash=event_hash(number, time, kind, key, plain, self.last),
         )
-        self._write(json.dumps(event.model_dump(), ensure_ascii=False).encode() + b"\n")
-        self.events.append(event)
-        self._by_key[kind, key] = event
+        line = json.dumps(event.model_dump(), ensure_ascii=False).encode() + b"\n"
+        self._write(line)
+        self._note(event, len(line))
         return event
 
     def _write(self, line: bytes) -> None:
@@ -129,12 +193,11 @@ class Ledger:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError as error:
-            self._file.truncate(self._whole_bytes)
+            self._file.truncate(self.whole_bytes)
             raise RunDirError(
                 f"expected to enter an event in {self.path}, got {(error.strerror or str(error)).lower()}: free space "
                 "on that disk, then run the same command again"
             ) from error
-        self._whole_bytes += len(line)
 
     def once(self, kind: str, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Data of the event, which happens now unless it did before."""

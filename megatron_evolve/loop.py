@@ -33,7 +33,7 @@ from megatron_evolve.policy import DomainState, SearchPolicy
 from megatron_evolve.preflight import check_campaign
 from megatron_evolve.prepare import Prepared, ground_of, prepare, reopen
 from megatron_evolve.retries import Paused, Retries
-from megatron_evolve.rounds import run_round
+from megatron_evolve.rounds import run_campaign_rounds
 from megatron_evolve.site import Site, kubernetes_launcher, placed
 from megatron_evolve.sources import decision_sources
 from megatron_evolve.substrate.digest import digest_of
@@ -73,7 +73,7 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
         launcher_of(campaign, session) as launcher,
     ):
         folder.stop_file.unlink(missing_ok=True)  # it was for the controller before this one
-        account = Account.of(campaign.constitution.budgets, ledger.events)
+        account = Account.of(campaign.constitution.budgets, ledger)
         session.on_progress("use", {"use": estimate(found), "budget": account.statement()})
         opened = ledger.find("campaign-opened")
         if session.site != Site():
@@ -88,7 +88,7 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
             return _run(replace(session, stop=stop), campaign, folder, ledger, launcher, prepared)
         except Paused as pause:
             facts = {"why": pause.why, "attempts": pause.attempts}
-            ledger.append("paused", str(1 + len(ledger.of_kind("paused"))), facts)
+            ledger.append("paused", str(1 + len(ledger.keys("paused"))), facts)
             raise
 
 
@@ -110,8 +110,9 @@ def launcher_of(campaign: Campaign, session: Session) -> Iterator[Launcher]:
 
 def _resumed(ledger: Ledger) -> None:
     """Enters that a paused campaign goes on: until then its standing is that it is paused."""
-    if ledger.events and ledger.events[-1].kind == "paused":
-        ledger.append("resumed", ledger.events[-1].key, {})
+    latest = ledger.latest
+    if latest is not None and latest.kind == "paused":
+        ledger.append("resumed", latest.key, {})
 
 
 def _forgiven(ledger: Ledger) -> dict[str, int]:
@@ -153,14 +154,10 @@ def _run(
         on_progress=session.on_progress,
         stop=session.stop,
         retries=replace(session.retries, forgiven=_forgiven(ledger)),
-        account=Account.of(campaign.constitution.budgets, ledger.events),
+        account=Account.of(campaign.constitution.budgets, ledger),
     )
     ledger.once("policy", "1", lambda: _first_policy(desk, prepared))
-    policy = desk.policy(1)
-    for _ in range(campaign.constitution.rounds):
-        if desk.account.spent is not None and ledger.find("round-opened", str(policy.round)) is None:
-            break
-        policy = run_round(desk, policy)
+    policy = run_campaign_rounds(desk)
     if ledger.find("campaign-closed") is None:
         reopen(prepared.substrate_folder, prepared.judge_folder)  # nothing may have changed on the way
     return close_campaign(desk, policy)

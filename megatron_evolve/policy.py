@@ -4,10 +4,13 @@ A policy says from where to search (the standing settings), along which axes, fo
 replicates, and what has been ruled out. Meta writes the next one as typed edits, each pointing into the evidence.
 """
 
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_evolve.artefacts import load_yaml_checked
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.substrate.settings import Settings
@@ -91,7 +94,7 @@ class SearchPolicy(Frozen):
     premises: tuple[str, ...] = Field(
         default=(), description="what the search takes for granted; a falsified premise is struck and says so"
     )
-    dead_ends: tuple[DeadEnd, ...] = Field(default=(), description="grows, never shrinks")
+    dead_ends: tuple[DeadEnd, ...] = Field(default=(), description="grows to a bound, never shrinks")
 
     @model_validator(mode="after")
     def _one_name_per_axis(self) -> "SearchPolicy":
@@ -142,6 +145,12 @@ def struck(text: str) -> str:
 def policy_digest(policy: SearchPolicy) -> str:
     """sha256 of the policy."""
     return digest_of(policy.model_dump(mode="json", by_alias=True))
+
+
+@lru_cache(maxsize=8)  # a window of rounds: a round asks for its own policy some ten times, 25 ms of YAML each
+def kept_policy(path: Path, digest: str) -> SearchPolicy:
+    """The policy in a file, refused unless it is the one of this digest. Read once."""
+    return SearchPolicy.parse(load_yaml_checked(path, digest), where=str(path))
 
 
 def resolve_pointer(document: Any, pointer: str) -> Any:

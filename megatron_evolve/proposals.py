@@ -5,7 +5,6 @@ times; so does one whose run failed by its own fault. Every call is one event of
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from megatron_evolve.delta import Delta
 from megatron_evolve.desk import Desk, Unavailable
 from megatron_evolve.jobs import write_candidate
 from megatron_evolve.launch.job import INFRASTRUCTURE_KINDS
-from megatron_evolve.ledger import Event
+from megatron_evolve.ledger import History
 from megatron_evolve.policy import Axis, SearchPolicy
 from megatron_evolve.workers.brief import Brief, delta_document
 from megatron_evolve.workers.seam import Call, call_worker
@@ -79,13 +78,13 @@ def propose(
     return None
 
 
-def first_failure(events: Sequence[Event], round_number: int, candidate_name: str) -> dict[str, Any] | None:
+def first_failure(history: History, round_number: int, candidate_name: str) -> dict[str, Any] | None:
     """How the first run of a candidate that failed by its own fault ended: what its worker is told."""
-    for event in events:
-        if event.kind == "ended" and event.key.startswith(f"{round_number}/{candidate_name}/"):
-            end = event.data["end"]
-            if event.key.endswith("/train") and end["outcome"] not in ("finished", *NOBODYS_FAULT):
-                return end
+    for event in history.of_round("ended", round_number):
+        _, name, _, stage = event.key.split("/")
+        end = event.data["end"]
+        if (name, stage) == (candidate_name, "train") and end["outcome"] not in ("finished", *NOBODYS_FAULT):
+            return end
     return None
 
 

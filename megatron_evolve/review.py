@@ -43,6 +43,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "external-b": ("external-b",),
     "external": ("external-a", "external-b"),
 }
+POOLED_ROUNDS = 64  # of 2 degrees of freedom each, or more: a seed's standard deviation is then known to 6 %
 INTERVAL_ALPHA = 0.025
 MDE_ALPHA = 0.05
 
@@ -85,7 +86,7 @@ def review(
     """The evidence of the window's last round.
 
     `window` holds at most the constitution's window of rounds, in order; `earlier` the replicates that the evidence of
-    all rounds before the last one keeps; `looks` the account's counts so far.
+    the `pooled_rounds` before the last one keeps; `looks` the account's counts so far.
     """
     facts = window[-1]
     judged_origin = origin.candidate if "cumulative" in constitution.gap.estimands else None
@@ -127,6 +128,11 @@ def unjudged(rule: GapTest) -> tuple[Verdict, ...]:
 def first_pooled(policy: SearchPolicy, constitution: Constitution) -> int:
     """First round that this policy's verdicts pool: the window's, but none from before the objective moved."""
     return max(1, policy.objective_since, policy.round - constitution.gap.window + 1)
+
+
+def pooled_rounds(number: int) -> range:
+    """Rounds before `number` whose replicates still tell what a seed is worth: not all, so that no round costs more."""
+    return range(max(1, number - POOLED_ROUNDS), number)
 
 
 def round_items(facts: RoundFacts, weights: Weights, origin: str | None = None) -> RoundItems:

@@ -25,7 +25,7 @@ from megatron_evolve.proposals import (
     propose,
     propose_all,
 )
-from megatron_evolve.review import a_half_means, first_pooled, review
+from megatron_evolve.review import a_half_means, first_pooled, pooled_rounds, review
 from megatron_evolve.substrate.digest import digest_of
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class RoundRuns:
 
     def _repair(self, explorer: Explorer) -> Iterator[tuple[Run, Stage]]:
         axis = dict(assigned_axes(self.desk.campaign, self.policy))[explorer.worker]
-        told = first_failure(self.desk.ledger.events, self.policy.round, explorer.candidate.id)
+        told = first_failure(self.desk.ledger, self.policy.round, explorer.candidate.id)
         better = propose(
             self.desk,
             self.policy,
@@ -196,6 +196,18 @@ def ranked_or_all(runs: RoundRuns) -> list[str]:
 # --- the round -------------------------------------------------------------------------------------------------------
 
 
+def run_campaign_rounds(desk: Desk) -> SearchPolicy:
+    """Takes the campaign from its first open round to the policy after the last one, or until a budget is spent."""
+    rounds = desk.campaign.constitution.rounds
+    first = next((one for one in range(1, rounds + 1) if not desk.ledger.has("round-closed", str(one))), rounds)
+    policy = desk.policy(first)
+    for number in range(first, rounds + 1):
+        if desk.account.spent is not None and not desk.ledger.has("round-opened", str(number)):
+            break
+        policy = run_round(desk, policy)
+    return policy
+
+
 def run_round(desk: Desk, policy: SearchPolicy) -> SearchPolicy:
     """Takes a round from its policy to the next one. Returns at once what the ledger already holds."""
     number, ledger = policy.round, desk.ledger
@@ -214,7 +226,7 @@ def run_round(desk: Desk, policy: SearchPolicy) -> SearchPolicy:
 def _write_evidence(desk: Desk, number: int) -> dict[str, Any]:
     rules = desk.campaign.constitution
     window = [desk.facts(one) for one in range(first_pooled(desk.policy(number), rules), number + 1)]
-    earlier = [one for past in range(1, number) for one in desk.evidence(past).replicates]
+    earlier = [one for past in pooled_rounds(number) for one in desk.evidence(past).replicates]
     evidence = review(window, rules, desk.origin, desk.weights, earlier, desk.looks.summary())
     return {"digest": save_json(desk.ground.folder.evidence(number), evidence)}
 

@@ -27,7 +27,7 @@ from megatron_evolve.jobs import Ground, Run, Stage, drive, write_candidate
 from megatron_evolve.launch.rundir import Lock
 from megatron_evolve.loop import Session, launcher_of
 from megatron_evolve.prepare import default_store, ground_of
-from megatron_evolve.review import INTERVAL_ALPHA, Weights, seeds_of
+from megatron_evolve.review import INTERVAL_ALPHA, POOLED_ROUNDS, Weights, seeds_of
 from megatron_evolve.site import kept_site
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
@@ -157,7 +157,8 @@ def verdict(trial: Trial, ask_external: bool, failures: list[str]) -> dict[str, 
     """What the trial shows, as data. A side without a finished run has no effect, never a number."""
     record = trial.record
     weights = Weights(**record.suites["weights"])
-    earlier = [one for number in record.rounds for one in record.evidence(number).replicates]
+    rounds = record.rounds[-POOLED_ROUNDS:]
+    earlier = [one for number in rounds for one in record.evidence(number).replicates]
     pool = SeedPool((*record.origin.pooled(), *(RunReplicates.from_dict(one) for one in earlier)))
     dev = compare(trial, ("dev-b",), "dev", weights, pool)
     external = compare(trial, EXTERNAL_SPLITS, "external", weights, pool) if ask_external else None

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_evolve.constitution import Constitution
-from megatron_evolve.dead_ends import dead_end_of
+from megatron_evolve.dead_ends import MOST_DEAD_ENDS, dead_end_of
 from megatron_evolve.delta import canonical_change
 from megatron_evolve.edits import apply_edits
 from megatron_evolve.evidence import (
@@ -159,6 +159,25 @@ def test_a_stack_moves_in_and_takes_what_waited_with_it() -> None:
     lost = follow(waited, round_of(waited, explorer(waited, "stack", FLAT, change={"recipe.lr": 2e-3})))
     assert lost.pending == ()
     assert lost.standing == waited.standing
+
+
+def test_a_full_registry_gives_up_what_holds_for_another_ground_first() -> None:
+    """So that the brief of round 1,000 is no longer than that of round 100; the edit keeps what it replaced."""
+    policy = start()
+    policy = follow(policy, round_of(policy, explorer(policy, "lr", DOWN)))
+    (entry,) = policy.dead_ends
+    old = [entry.model_copy(update={"candidate": f"old-{place}"}) for place in range(MOST_DEAD_ENDS)]
+    old[7] = old[7].model_copy(update={"ground": "another"})
+    full = policy.replace(dead_ends=tuple(old))
+    evidence = round_of(full, explorer(full, "lr", DOWN), explorer(full, "steps", None, outcome="diverged"))
+    following = follow(full, evidence)  # which checks the edits
+    assert len(following.dead_ends) == MOST_DEAD_ENDS
+    replaced = [place for place in range(MOST_DEAD_ENDS) if following.dead_ends[place] != full.dead_ends[place]]
+    assert replaced == [0, 7], "the other ground's, then the oldest"
+    assert following.dead_ends[7].axis == "lr"
+    short = full.replace(dead_ends=full.dead_ends[1:])
+    with pytest.raises(ValueError, match="may only be added"):
+        check_edits(full, short, (), evidence)
 
 
 def test_losses_and_own_faults_become_dead_ends_and_never_leave() -> None:

@@ -1,0 +1,197 @@
+"""The control plane at scale: 10,000 candidates over 1,250 rounds by the controller's own code, in logical time.
+
+    python -m tests.faults.scale --rounds 1250 --workers 8 [--dir DIR]      one JSON object: what it cost
+
+Jobs end by drawing answers, a worker is a function in this process that draws a learning rate, and no file is secured
+against a power cut (an fsync is the disk's time, not ours). Times are CPU seconds of this process, which the load of a
+machine moves less than the clock, and the claim is a ratio within one run.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from megatron_evolve import rounds
+from megatron_evolve.delta import Base, Change, Delta
+from megatron_evolve.desk import Desk
+from megatron_evolve.evidence import kept_evidence
+from megatron_evolve.ledger import Ledger
+from megatron_evolve.policy import SearchPolicy, kept_policy
+from megatron_evolve.workers import seam
+from megatron_evolve.workers.brief import Brief, Proposal, document
+from megatron_evolve.workers.validate import standing_name
+from tests.faults.cluster import Cluster, FakeLauncher
+from tests.faults.files import FaultyFiles
+from tests.faults.invented import Invented, campaign, origin
+
+SEED = 1250
+OWN_FAILURES = 0.1  # of the fault tests' odds: 2 runs of 100 fail
+
+
+def propose(question: bytes) -> bytes:
+    """Draws a learning rate and a weight decay: a space that 10,000 candidates do not exhaust."""
+    brief = Brief.parse(json.loads(question), where="brief")
+    rng = random.Random(brief.seed)
+    change = {
+        "recipe.lr": Change(set=round(10 ** rng.uniform(-5, -2), 9)),
+        "recipe.weight_decay": Change(set=round(rng.random(), 9)),
+    }
+    base = Base(substrate=brief.substrate["digest"], recipe=standing_name(brief.policy))
+    return json.dumps(
+        document(Proposal(brief=brief.digest, delta=Delta(base=base, hypothesis="Drawn.", change=change)))
+    ).encode()
+
+
+@contextlib.contextmanager
+def world(cluster: Cluster) -> Iterator[None]:
+    """Replaces the clock that is waited on, the worker's process, and the disk's promise."""
+    with (
+        mock.patch.object(time, "sleep", cluster.pass_time),
+        mock.patch.object(seam, "_run", lambda program, scratch, question, *rest: ("ok", "", propose(question))),
+        mock.patch.object(os, "fsync", lambda descriptor: None),
+    ):
+        yield
+
+
+class TimedCluster(Cluster):
+    """A cluster that knows what it cost itself, so that it is not taken for the controller's."""
+
+    seconds = 0.0
+
+    def pass_time(self, seconds: float) -> None:
+        before = time.process_time()
+        super().pass_time(seconds)
+        self.seconds += time.process_time() - before
+
+
+class Meter:
+    """CPU seconds and ledger events of each round of the controller."""
+
+    def __init__(self, cluster: "TimedCluster", keep: int, tell_every: int) -> None:
+        self.cluster, self.keep, self.tell_every = cluster, keep, tell_every
+        self.seconds: list[float] = []
+        self.events: list[int] = []
+
+    def _tell(self, policy: SearchPolicy) -> None:
+        """How the last part went, for whoever watches a run of an hour."""
+        part = slice(-self.tell_every, None)
+        row = {"round": policy.round, "cpu_ms_per_event": 1e3 * sum(self.seconds[part]) / sum(self.events[part])}
+        row |= {"peak_rss_mb": _peak_mb(), "dead_ends": len(policy.dead_ends)}
+        print(json.dumps(row), file=sys.stderr, flush=True)
+
+    def round(self, desk: Desk, policy: SearchPolicy) -> SearchPolicy:
+        """One round, measured."""
+        before, count = time.process_time() - self.cluster.seconds, len(desk.ledger)
+        following = run_round(desk, policy)
+        self.seconds.append(time.process_time() - self.cluster.seconds - before)
+        self.events.append(len(desk.ledger) - count)
+        if policy.round % self.tell_every == 0:
+            self._tell(policy)
+        # The disk is no part of the claim: answers that no window reaches any more are dropped as we go.
+        past = desk.ground.folder.round(policy.round - self.keep)
+        for one in past.glob("*/runs"):
+            shutil.rmtree(one)
+        return following
+
+
+run_round = rounds.run_round
+
+
+def measure(root: Path, num_rounds: int, workers: int) -> dict[str, Any]:
+    """Runs the campaign, opens it again, and says what both cost."""
+    told = Invented(
+        root, campaign(SEED, rounds=num_rounds, workers=workers, external_looks=2 * workers * num_rounds), origin()
+    )
+    told.folder.root.mkdir(parents=True)
+    cluster = TimedCluster(random.Random(SEED), FaultyFiles(root / "unwatched"), own_failures=OWN_FAILURES)
+    meter = Meter(cluster, told.campaign.constitution.gap.window + 1, max(1, num_rounds // 10))
+    with (
+        world(cluster),
+        mock.patch.object(rounds, "run_round", meter.round),
+        closing(Ledger(told.folder.root)) as ledger,
+    ):
+        told.control(ledger, FakeLauncher(cluster), lambda: False)
+        events = len(ledger)
+    peak = _peak_mb()
+    tenth = max(1, num_rounds // 10)
+    first, last = (sum(meter.seconds[part]) / sum(meter.events[part]) for part in (slice(tenth), slice(-tenth, None)))
+    candidates = len(list(told.folder.root.glob("rounds/*/*/candidate.json")))
+    return {
+        "rounds": num_rounds,
+        "candidates": candidates,
+        "events": events,
+        "jobs": len(cluster.finished),
+        "ledger_bytes": told.folder.ledger.stat().st_size,
+        "cpu_ms_per_event": {"first_tenth": 1e3 * first, "last_tenth": 1e3 * last, "ratio": last / first},
+        "cpu_s_per_round": {
+            name: _quantiles(meter.seconds[part])
+            for name, part in (("first_tenth", slice(tenth)), ("last_tenth", slice(-tenth, None)))
+        },
+        "dead_ends": len(kept_policy_of(told, num_rounds + 1).dead_ends),
+        "peak_rss_mb": peak,
+        "resume_cpu_s": resume(told),
+    }
+
+
+def kept_policy_of(told: Invented, number: int) -> SearchPolicy:
+    with closing(Ledger(told.folder.root)) as ledger:
+        return kept_policy(told.folder.policy(number), ledger.find("policy", str(number)).data["digest"])
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {"median": statistics.median(ordered), "least": ordered[0], "most": ordered[-1]}
+
+
+def resume(told: Invented) -> list[float]:
+    """Three times: the ledger of the campaign, as it was before its last event, opened and followed to that point."""
+    found = []
+    copy = Invented(told.root / "again", told.campaign, told.origin)
+    shutil.copytree(told.folder.root, copy.folder.root, copy_function=os.link)
+    lines = told.folder.ledger.read_bytes().splitlines(keepends=True)
+    for _ in range(3):
+        copy.folder.ledger.unlink()
+        copy.folder.ledger.write_bytes(b"".join(lines[:-1]))
+        for remembered in (kept_policy, kept_evidence):
+            remembered.cache_clear()  # a new process remembers nothing
+        before = time.process_time()
+        with closing(Ledger(copy.folder.root)) as ledger:
+            desk = copy.desk(
+                ledger, FakeLauncher(Cluster(random.Random(0), FaultyFiles(told.root / "unwatched"))), lambda: False
+            )
+            rounds.run_campaign_rounds(desk)
+        found.append(time.process_time() - before)
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="tests.faults.scale", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=1250)
+    parser.add_argument("--workers", type=int, default=8, help="candidates a round, the anchor included")
+    parser.add_argument("--dir", type=Path, help="where the campaign is kept; none: it is deleted")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        row = measure(arguments.dir or Path(scratch) / "scale", arguments.rounds, arguments.workers)
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

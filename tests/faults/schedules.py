@@ -1,0 +1,247 @@
+"""Schedules of faults: drawn from a seed, run to the end, and held against the campaign that nothing disturbed.
+
+    python -m tests.faults.schedules SEED [SEED ...]      replays schedules and prints what struck
+
+A schedule starts the controller again and again, with a fault in each start, and at last without one. What must hold
+then is in `check`.
+"""
+
+import contextlib
+import datetime
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from megatron_evolve import ledger as ledger_module
+from megatron_evolve.campaign import Campaign
+from megatron_evolve.desk import Stopped
+from megatron_evolve.evidence import kept_evidence
+from megatron_evolve.launch.rundir import Lock, RunDirError, make_folder
+from megatron_evolve.ledger import Ledger, read_ledger
+from megatron_evolve.policy import kept_policy
+from megatron_evolve.workers import seam
+from tests.faults.cluster import Cluster, FakeLauncher, Troubles
+from tests.faults.files import DEADLY, FAULTS, Fault, FaultyFiles, Killed
+from tests.faults.invented import Invented, answer, campaign, origin
+
+STORIES = 8  # different campaigns that schedules are laid over
+TURNS = 70  # after so many schedules of each story, every kind of step of any story was struck
+SCHEDULES = STORIES * TURNS
+MOST_STARTS = 12  # with troubles of the cluster a start may end early; without an end to them it would be a bug
+TROUBLES = Troubles(lost=0.06, disk_full=0.02, submit_fails=0.01, reply_lost=0.02, sent_twice=0.1, poll_stale=0.05)
+
+
+@dataclass
+class Played:
+    """A campaign in a folder and what happened on the way to its end."""
+
+    told: Invented
+    cluster: Cluster
+    starts: list[str] = field(default_factory=list)
+    struck: list[tuple[Fault, str]] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)  # of the last start
+    ledgers: list[bytes] = field(default_factory=list)  # as each start left it
+
+
+@contextlib.contextmanager
+def world(files: FaultyFiles, cluster: Cluster) -> Iterator[None]:
+    """Replaces what is outside the controller: files, clocks, and the process behind the worker's seam."""
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+            start = datetime.datetime(2026, 11, 1, tzinfo=tz)
+            return start + datetime.timedelta(seconds=cluster.now + files.jumped_s)
+
+    def worker(program: Any, scratch: Any, question: bytes, *rest: Any) -> tuple[str, str, bytes]:
+        cluster.pass_time(0.5)
+        return "ok", "", answer(question)
+
+    files.waits = cluster.pass_time
+    with (
+        mock.patch.object(time, "sleep", cluster.pass_time),
+        mock.patch.object(ledger_module, "datetime", Clock),
+        mock.patch.object(seam, "_run", worker),
+        files,
+    ):
+        yield
+
+
+def start(told: Invented, files: FaultyFiles, cluster: Cluster, plan: dict[int, Fault]) -> str:
+    """One controller from its start to its end; how it ended, as the command line would say it."""
+    files.start(plan)
+    for remembered in (kept_policy, kept_evidence):
+        remembered.cache_clear()  # a new process remembers nothing
+    try:
+        make_folder(told.folder.root)
+        with Lock(told.folder.lock), closing(Ledger(told.folder.root)) as ledger:
+            told.control(ledger, FakeLauncher(cluster), lambda: files.stopping)
+    except Killed:
+        return "killed"
+    except Stopped:
+        return "stopped"
+    except (RunDirError, OSError) as error:
+        return f"failed: {error}"
+    except ValueError as error:
+        if not any(fault == "io_error" for fault, _ in files.struck):
+            raise
+        return f"failed: {error}"
+    return "closed"
+
+
+@cache
+def undisturbed(story: int) -> Played:
+    """The campaign of a story, run once with nothing in its way. Its folder lives as long as this process."""
+    keep = tempfile.TemporaryDirectory(prefix="story-")
+    undisturbed.folders = [*getattr(undisturbed, "folders", []), keep]
+    return play(Path(keep.name), story, [], Troubles(), random.Random(story))
+
+
+def play(root: Path, story: int, plans: list[dict[int, Fault]], troubles: Troubles, rng: random.Random) -> Played:
+    """Runs a story: one start for each plan, then starts without a plan until the campaign is closed."""
+    told = Invented(root, drawn_campaign(story), _origin())
+    files = FaultyFiles(told.folder.root)
+    cluster = Cluster(rng, files, troubles, account=told.folder.looks)
+    played = Played(told, cluster)
+    with world(files, cluster):
+        for number in range(MOST_STARTS):
+            if number >= len(plans) + 2:  # the operator mended the cluster
+                cluster.troubles = Troubles()
+            ended = start(told, files, cluster, plans[number] if number < len(plans) else {})
+            played.starts.append(ended)
+            played.struck += files.struck
+            files.struck = []
+            with files.outside():
+                path = told.folder.ledger
+                played.ledgers.append(path.read_bytes() if path.exists() else b"")
+            if ended == "closed":
+                played.steps = files.steps
+                return played
+    raise AssertionError(f"not closed after {MOST_STARTS} starts: {played.starts}")
+
+
+def drawn_campaign(story: int) -> Campaign:
+    """Two rounds or one, one explorer or two, and a budget of looks that lasts or does not."""
+    return campaign(story, rounds=1 + (story % 4 == 0), workers=2 + story % 2, external_looks=14 if story % 3 else 5)
+
+
+@cache
+def _origin() -> Any:
+    return origin()
+
+
+# --- a schedule -------------------------------------------------------------------------------------------------------
+
+
+def plans_of(seed: int, steps: list[str], rng: random.Random) -> list[dict[int, Fault]]:
+    """One to three starts with a fault each. The first strikes at a kind of step that the seed names, so that
+    schedules one after another go through every transition there is; the others strike anywhere."""
+    kinds = sorted(set(steps))
+    turn = seed // STORIES + 67 * (seed % STORIES // 2)  # two stories that take all of 134 kinds cover them
+    kind = kinds[turn % len(kinds)]
+    first = rng.choice([number for number, step in enumerate(steps) if step == kind])
+    fault = rng.choice(FAULTS if seed % 4 == 0 else DEADLY)
+    plans: list[dict[int, Fault]] = [{first: fault}]
+    for _ in range(rng.randrange(3)):
+        plans.append({rng.randrange(len(steps)): rng.choice(FAULTS)})
+    return plans
+
+
+def run_schedule(seed: int, root: Path) -> Played:
+    """Runs the schedule of a seed and checks what must hold. Raises AssertionError with the command to replay it."""
+    rng = random.Random(f"schedule {seed}")
+    story = seed % STORIES
+    expected = undisturbed(story)
+    plans = plans_of(seed, expected.steps, rng)
+    troubles = TROUBLES if rng.random() < 0.5 else Troubles()
+    try:
+        played = play(root, story, plans, troubles, rng)
+        check(played, expected)
+    except Exception as error:
+        raise AssertionError(
+            f"schedule {seed} (story {story}, plans {plans}) broke: {error!r}; replay it with\n"
+            f"    python -m tests.faults.schedules {seed}"
+        ) from error
+    return played
+
+
+# --- what must hold ---------------------------------------------------------------------------------------------------
+
+
+def check(played: Played, expected: Played) -> None:
+    """Nothing finished is lost, nothing ran twice to a result, the ledger verifies, budgets add up, the end is same."""
+    for before, after in zip(played.ledgers, played.ledgers[1:], strict=False):
+        whole = before.splitlines(keepends=True)
+        # The last line may have been torn, or written and not yet secured when its controller died.
+        assert after.startswith(b"".join(whole[:-1])), "an event that stood in the ledger is gone"
+    again = {key: count for key, count in played.cluster.finished.items() if count != 1}
+    assert not again, f"ran twice to a result: {again}"
+    assert not played.cluster.queue, "a job runs that nobody waits for"
+    mine, theirs = (read_ledger(one.told.folder.ledger) for one in (played, expected))
+    ended = Counter(event.key for event in mine if event.kind == "ended")
+    assert set(ended.values()) <= {1}
+    said = {event.key: event.data["end"]["outcome"] for event in mine if event.kind == "ended"}
+    finished = {key for key, outcome in said.items() if outcome in ("finished", "diverged")}
+    assert finished == set(played.cluster.finished), "what finished and what the ledger says finished differ"
+    assert told(mine) == told(theirs), "another story than the undisturbed one"
+    assert artefacts(played.told) == artefacts(expected.told)
+    check_looks(played)
+
+
+def told(events: list[Any]) -> dict[tuple[str, str], Any]:
+    """What the ledger tells, without what the machine decides: order of ends, times, attempts and folders."""
+    found = {}
+    for event in events:
+        data = json.loads(json.dumps(event.data))
+        data.pop("substrate_folder", None)
+        data.pop("judge_folder", None)
+        if event.kind == "ended":
+            data["end"].pop("attempts")
+        if event.kind == "proposed":
+            data["call"].pop("seconds")
+        found[event.kind, event.key] = data
+    return found
+
+
+def artefacts(story: Invented) -> dict[str, bytes]:
+    """Every policy, edit and evidence, and the account of looks, byte for byte."""
+    root = story.folder.root
+    names = ("policy.yaml", "edits.json", "evidence.json", "looks.jsonl")
+    return {str(path.relative_to(root)): path.read_bytes() for name in names for path in root.rglob(name)}
+
+
+def check_looks(played: Played) -> None:
+    """No more looks than the budget, each paid once, and each before its answer was asked."""
+    folder, rules = played.told.folder, played.told.campaign.constitution
+    looks = [json.loads(line) for line in folder.looks.read_bytes().splitlines()]
+    keys = [(*look["candidates"], look["round"], look["split"]) for look in looks]
+    assert len(set(keys)) == len(keys), "a look was paid twice"
+    spent = sum(look["split"].startswith("external") for look in looks)
+    assert spent <= rules.external_looks
+    assert not played.cluster.unpaid, f"asked before it was paid: {played.cluster.unpaid}"
+
+
+def main() -> None:
+    """Replays the schedules named on the command line."""
+    for seed in map(int, sys.argv[1:]):
+        with tempfile.TemporaryDirectory() as folder:
+            played = run_schedule(seed, Path(folder))
+        print(
+            json.dumps(
+                {"seed": seed, "starts": played.starts, "struck": played.struck, "befell": played.cluster.befell}
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

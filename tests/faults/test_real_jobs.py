@@ -1,0 +1,26 @@
+"""Thirty faults and more on campaigns with real jobs: each ends as the one that nothing disturbed."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.real_jobs import check, small, torment
+from tests.megatron_evolve.tiny import Ground
+
+pytestmark = pytest.mark.slow
+
+CAMPAIGNS = 4  # of some nine faults each
+LEAST = 30
+
+
+def test_struck_campaigns_end_as_the_undisturbed_one(ground: Ground, tmp_path: Path) -> None:
+    file, calm = small(ground, tmp_path / "small.yaml"), tmp_path / "calm"
+    ended = ground.run(calm, file=file)
+    assert ended.returncode == 0, ended.stderr
+    fell: list[str] = []
+    for seed in range(CAMPAIGNS):
+        struck = torment(ground, tmp_path / str(seed), file, seed)
+        check(struck, calm)
+        fell += struck.fell
+    assert len(fell) >= LEAST, fell
+    assert {"job", "supervisor", "flipped byte"} <= set(fell)
