@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from megatron_evolve.eval.suite import Split
-from megatron_evolve.launch.rundir import RunDirError, make_folder
+from megatron_evolve.launch.rundir import RunDirError, make_folder, sync_folder
 from megatron_evolve.substrate.digest import canonical
 from megatron_evolve.substrate.frozen import Frozen
 
@@ -142,7 +142,7 @@ class Looks:
                 ) from error
         self._whole_bytes += len(line)
         if fresh:
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
 
 
 def _must_be_same(before: Look, look: Look) -> None:
@@ -156,14 +156,6 @@ def _must_be_same(before: Look, look: Look) -> None:
                 f"{rule}: expected the look at {look.split} that was paid with {name} {old}, got {new}: read the paid "
                 "look, or ask in the next round"
             )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def ladder(scores: Sequence[Sequence[float]], weights: Sequence[float] | None = None) -> list[float]:

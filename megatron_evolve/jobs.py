@@ -27,6 +27,7 @@ FINAL_STAGE: Stage = "final"
 RESULT_FILE = "result.json"
 SCORES_FILE = "scores.json"
 ROWS_FILE = "scores.parquet"
+MANIFEST_FILE = "checkpoint/manifest.json"
 SPLITS_OF: dict[str, tuple[str, ...]] = {"dev": ("dev-a", "dev-b")}
 
 # An ending that says nothing about the candidate; tried again this often, each attempt kept.
@@ -135,8 +136,8 @@ class Ground:
         )
 
     def files(self, end: StageEnd) -> dict[str, str]:
-        """Digest of each file that a finished stage left to be read, by name."""
-        names = (RESULT_FILE,) if end.stage == "train" else (SCORES_FILE, ROWS_FILE)
+        """Digest of each file that a finished stage left to be read, by name; the manifest has those of the weights."""
+        names = (RESULT_FILE, MANIFEST_FILE) if end.stage == "train" else (SCORES_FILE, ROWS_FILE)
         folder = self.stage_dir(end.run, end.stage)
         return {name: digest_file(folder / name) for name in names} if end.finished else {}
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_evolve.launch.rundir import RunDirError
+from megatron_evolve.launch.rundir import RunDirError, sync_folder
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.frozen import Frozen
 
@@ -44,7 +44,7 @@ def read_ledger(path: Path) -> list[Event]:
     A last line without its newline was torn by a crash while it was written: nothing depended on it yet, so it is left
     out here and cut off when the ledger is next opened for writing.
     """
-    return list(_chained(path, _whole_lines(path)))
+    return list(chained(path, _whole_lines(path)))
 
 
 def _whole_lines(path: Path) -> list[bytes]:
@@ -57,9 +57,12 @@ def _whole_lines(path: Path) -> list[bytes]:
     return data.split(b"\n")[:-1]
 
 
-def _chained(path: Path, lines: list[bytes]) -> Iterator[Event]:
-    previous = GENESIS
-    for number, line in enumerate(lines):
+def chained(path: Path, lines: list[bytes], first: int = 0, previous: str = GENESIS) -> Iterator[Event]:
+    """The events of these whole lines, which begin with line `first` after the event whose hash is `previous`.
+
+    Raises ValueError naming the first broken line.
+    """
+    for number, line in enumerate(lines, start=first):
         where = f"{path} line {number + 1}"
         try:
             fields = json.loads(line)
@@ -83,15 +86,16 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LEDGER
-        lines: list[bytes] = []
-        if self.path.exists():
-            lines = _whole_lines(self.path)
-        self.events = list(_chained(self.path, lines))
+        fresh = not self.path.exists()
+        lines = [] if fresh else _whole_lines(self.path)
+        self.events = list(chained(self.path, lines))
         self._by_key = {(event.kind, event.key): event for event in self.events}
         # Unbuffered: nothing may reach the file later than the truncation that takes a failed line back.
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the campaign's life
         self._whole_bytes = sum(len(line) + 1 for line in lines)
         self._file.truncate(self._whole_bytes)
+        if fresh:
+            sync_folder(folder)
 
     def find(self, kind: str, key: str = "") -> Event | None:
         """The event of this kind and key, if it happened."""

@@ -81,7 +81,7 @@ def run_in_terminal(
     from megatron_evolve.loop import Session, run_campaign
     from megatron_evolve.prepare import default_store
     from megatron_evolve.report import write_report
-    from megatron_evolve.status import status
+    from megatron_evolve.standing import standing
 
     console = Console(stderr=as_json, highlight=False)
     campaign = load_campaign(find_campaign(name), external=external)
@@ -100,7 +100,7 @@ def run_in_terminal(
         sys.exit(75)  # EX_TEMPFAIL: the same command goes on
     own = time.process_time()
     path = write_report(folder, None)
-    found = status(folder)
+    found = standing(folder)
     if as_json:
         emit({**found, "report": str(path)})
         return

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, write_json, write_whole
+from megatron_evolve.launch.rundir import RunDirError, make_folder, publish, read_json, write_json, write_whole
 from megatron_evolve.substrate.digest import digest_file
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.substrate.manifest import SourceFile
@@ -82,7 +82,7 @@ def save_checkpoint(
         write_json(unfinished / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
         if folder.exists():
             shutil.rmtree(folder)
-        os.rename(unfinished, folder)
+        publish(unfinished, folder)
     except RunDirError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -134,7 +134,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 def check_file(path: Path, expected: SourceFile) -> None:
     """Raises ValueError in one sentence unless the file is there, byte for byte."""
     if not path.is_file():
-        raise ValueError(f"expected the checkpoint file {path} with {expected.bytes} bytes; it is missing: train again")
+        raise ValueError(
+            f"expected the checkpoint file {path} with {expected.bytes} bytes; it is missing, or was pruned to free "
+            "its space: train the run again to have it back"
+        )
     size = path.stat().st_size
     if size != expected.bytes:
         raise ValueError(

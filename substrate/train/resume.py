@@ -11,14 +11,13 @@ bfloat16 starts anew. A run's folder is its own; nothing here is read from anybo
                           distributed/      several ranks
 """
 
-import os
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_evolve.launch.rundir import make_folder, write_json
+from megatron_evolve.launch.rundir import make_folder, publish, write_json
 from megatron_evolve.substrate.manifest import SourceFile
 from megatron_evolve.substrate.train.checkpoint import (
     MANIFEST,
@@ -122,7 +121,7 @@ def _save_distributed(
         manifest = Checkpoint(kind="resume", step=step, run=run, state=state, files=files)
         write_json(partial / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
         shutil.rmtree(newest, ignore_errors=True)
-        os.rename(partial, newest)
+        publish(partial, newest)
         keep_only(folder, newest)
     torch.distributed.barrier()
 

@@ -1,0 +1,63 @@
+"""Following a ledger that somebody else writes: each look reads and checks only what was added since the last one.
+
+A reader holds no lock. It sees whole lines; one that is being written waits for its end. Where the file shrank, was
+replaced or no longer continues what was read (the writer takes a line back that its disk did not keep), it is read
+anew from the start, once; a chain that is broken then is broken.
+"""
+
+import os
+from pathlib import Path
+
+from megatron_evolve.ledger import GENESIS, Event, chained
+
+
+class Follower:
+    """The events of one ledger file, as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.restarts = -1  # the first reading is none
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self.restarts += 1
+        self._file: tuple[int, int] | None = None
+        self._offset = 0
+        self._count = 0
+        self._last = GENESIS
+
+    def read(self) -> tuple[bool, list[Event]]:
+        """Whether these events begin the ledger again (what was read before is void), and the new events.
+
+        Raises ValueError in one sentence where there is no ledger or its chain is broken.
+        """
+        before = self.restarts
+        fresh = self._offset == 0
+        try:
+            events = self._next()
+        except ValueError:
+            if self._offset == 0:
+                raise
+            self._start_anew()
+            events = self._next()
+        return fresh or self.restarts != before, events
+
+    def _next(self) -> list[Event]:
+        try:
+            with open(self.path, "rb") as file:
+                stat = os.fstat(file.fileno())
+                if self._file not in (None, (stat.st_dev, stat.st_ino)) or stat.st_size < self._offset:
+                    self._start_anew()
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self.path.parent} holds no campaign: expected {self.path.name} in it; give a campaign's folder"
+            ) from None
+        lines = data.split(b"\n")[:-1]
+        events = list(chained(self.path, lines, self._count, self._last))
+        self._file = (stat.st_dev, stat.st_ino)
+        self._offset += sum(len(line) + 1 for line in lines)
+        self._count += len(events)
+        self._last = events[-1].hash if events else self._last
+        return events
