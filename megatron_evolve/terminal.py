@@ -58,9 +58,7 @@ class Narrator:
             return
         self.trained += end.stage == "train" and facts["round"] > 0
         word = STAGE_WORDS.get(end.stage, end.stage) if end.finished else f"[red]{end.outcome}[/] ({end.reason})"
-        self.console.print(
-            f"  {end.run.candidate.id} seed {end.run.seed:<10} {word} in {end.cpu_seconds:5.1f} CPU-s{self._left()}"
-        )
+        self.console.print(f"  {end.run.key:<27} {word} in {end.cpu_seconds:5.1f} CPU-s{self._left()}")
 
     def _left(self) -> str:
         if not self.started or not self.trained:

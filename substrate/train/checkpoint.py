@@ -10,9 +10,9 @@ which rank 0 writes as it gathers it, a tensor at a time; how several ranks save
 matter.
 """
 
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from megatron_evolve.substrate.model.parts import Whole
 
 MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
 Kind = Literal["weights", "adapter", "resume"]
 
 
@@ -157,14 +158,14 @@ def read_tensors(folder: Path, stem: str) -> dict[str, "Tensor"]:
 def latest_resume(folder: Path, run: str) -> Path | None:
     """The newest whole `resume` checkpoint under `folder` that belongs to `run`, or None.
 
-    A damaged one is passed over, which stderr tells: starting earlier costs time and changes no bit.
+    A damaged one is passed over, which the log tells: starting earlier costs time and changes no bit.
     """
     for path in resume_folders(folder):
         try:
             if load_checkpoint(path).run == run:
                 return path
         except ValueError as error:
-            print(f"not resuming from {path.name}: {error}", file=sys.stderr)
+            log.warning("not resuming from %s: %s", path.name, error)
     return None
 
 

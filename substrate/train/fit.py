@@ -4,6 +4,7 @@ State that a step needs is all in the model, the optimizer, the generators and `
 these (see `resume`), and rows are drawn again from the seed. So an interrupted run goes on bit for bit.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_evolve.substrate.packing import Packer, Tally
+from megatron_evolve.substrate.train.curves import Curves
 from megatron_evolve.substrate.train.divergence import Watch
 from megatron_evolve.substrate.train.record import Record
 from megatron_evolve.substrate.train.resume import restore_resume, save_resume
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
 RESUME_FOLDER = "resume"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,25 +75,32 @@ def fit(
     save_every: int,
     micro_rows: int | None = None,
     packed: bool = False,
+    tensorboard: bool = False,
     tell: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Fit:
     """Train the model in place as `packer.recipe` says; afterwards it holds the weights that the selection rule chose.
 
     `chunks` is this rank's part of the model, and all ranks call this. `run` is the digest of everything that decides
     the bits: an unfinished run with the same digest under `folder` is gone on with. A `resume` checkpoint is written
-    every `save_every` steps (0: never). `micro_rows` and `packed` as in `Trainer`. `tell` hears of every step.
+    every `save_every` steps (0: never). `micro_rows` and `packed` as in `Trainer`; `tensorboard`: see `Curves`.
+    `tell` hears of every step.
     """
     recipe, tally = packer.recipe, Tally()
     trainer, selector = Trainer(chunks, recipe, micro_rows=micro_rows, packed=packed), Selector(packer)
     state = _restore(trainer, selector, folder / RESUME_FOLDER, run)
     clock, record = _Clock(state), Record(folder, state.steps_taken) if trainer.writes else None
+    curves = Curves.open(folder, state.steps_taken, chunks) if trainer.writes and tensorboard else None
+    if trainer.writes:
+        log.info("training from step %d to %d on %d ranks", state.steps_taken, recipe.steps, trainer.world)
     diverged = None
     for batch in packer.batches(tally, start=state.steps_taken):
-        step = state.steps_taken
+        step, began = state.steps_taken, time.monotonic()
         measured = trainer.step(batch, step)
         state.steps_taken = step + 1
         state.first_loss = measured.loss if step == 0 else state.first_loss
         state.last_loss, state.watch = measured.loss, state.watch.after(measured.loss)
+        if curves:
+            curves.add(step, time.monotonic() - began, batch.num_tokens, **vars(measured))
         if record:
             record.add(
                 step=step, loss=measured.loss, lr=measured.lr, grad_norm=measured.grad_norm, tokens=batch.num_tokens
@@ -102,8 +113,9 @@ def fit(
         selector.consider(trainer, state.steps_taken, lambda: trained_tensors(chunks, recipe.adapter is not None))
         if save_every and state.steps_taken % save_every == 0 and state.steps_taken < recipe.steps:
             _save(trainer, selector, folder / RESUME_FOLDER, run, state, clock)
-    if record:
-        record.close()
+    for open_file in (record, curves):
+        if open_file:
+            open_file.close()
     if selector.tensors and diverged is None:
         put_trained_tensors(chunks, selector.tensors, recipe.adapter is not None)
     seconds, cpu_seconds = clock.read()
