@@ -23,11 +23,12 @@ from megatron_evolve.follow import Follower
 from megatron_evolve.launch.rundir import RunDirError, read_json, write_whole
 from megatron_evolve.prometheus import exposition
 from megatron_evolve.standing import JobView, Now, account, now
-from megatron_evolve.tally import Tally
+from megatron_evolve.tally import Failure, Tally
 from megatron_evolve.terminal import verdict_words
 
 LEAST_JOBS = 4  # rows of running jobs, however low the terminal is
-OTHER_LINES = 15  # that a frame takes beside jobs, verdicts and failures
+OTHER_LINES = 16  # that a frame takes beside jobs, verdicts and failures
+LOW = 36  # lines of a screen that shows one round's verdicts and one failure alone
 SILENT_S = 120.0  # a job that has said nothing for so long is marked
 STATE_STYLES = {"running": "bold green", "preparing": "bold cyan", "closed": "bold", "paused": "bold red"}
 
@@ -106,13 +107,16 @@ def frame(
 ) -> RenderableType:
     """One picture of where a campaign stands, for a screen of `width` columns and `height` lines."""
     parts: list[RenderableType] = [_title(found, tally), _facts(found, tally)]
+    judged, failures = judged[::-1], list(tally.failures)[::-1]
+    if height < LOW:
+        judged, failures = judged[:1], failures[:1]
     if found.state != "closed":
-        taken = OTHER_LINES + 2 * len(tally.failures) + len(judged)
+        taken = OTHER_LINES + 2 * (len(failures) + len(judged))
         parts += [Text(), _jobs(found, max(LEAST_JOBS, height - taken), width)]
     if judged:
         parts += [Text(), _verdicts(judged)]
-    if tally.failures:
-        parts += [Text(), _failures(tally)]
+    if failures:
+        parts += [Text(), _failures(failures)]
     if tally.closing is not None:
         parts += [Text(), Text(tally.closing["finding"], style="bold")]
     return Group(*parts)
@@ -208,15 +212,15 @@ def _verdicts(judged: list[dict[str, Any]]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column()
     table.add_row(Text("verdicts", style="bold"))
-    for one in reversed(judged):
+    for one in judged:
         table.add_row(f"round {one['round']}", "; ".join(verdict_words(one["verdicts"])) or "none")
     return table
 
 
-def _failures(tally: Tally) -> Group:
+def _failures(failures: list[Failure]) -> Group:
     """Two lines each: where and how, then why, cut at the edge of the screen."""
     lines = [Text("failures", style="bold")]
-    for one in reversed(tally.failures):
+    for one in failures:
         lines.append(Text.assemble(f"{one.key}  ", (one.outcome.replace("_", " "), "red")))
         lines.append(Text(f"  {one.reason}", style="dim", no_wrap=True, overflow="ellipsis"))
     return Group(*lines)
