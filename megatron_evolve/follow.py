@@ -5,10 +5,11 @@ replaced or no longer continues what was read (the writer takes a line back that
 anew from the start, once; a chain that is broken then is broken.
 """
 
+import json
 import os
 from pathlib import Path
 
-from megatron_evolve.ledger import GENESIS, Event, chained
+from megatron_evolve.ledger import GENESIS, Event, event_hash
 
 
 class Follower:
@@ -31,12 +32,11 @@ class Follower:
 
         Raises ValueError in one sentence where there is no ledger or its chain is broken.
         """
-        before = self.restarts
-        fresh = self._offset == 0
+        before, fresh = self.restarts, self._offset == 0
         try:
             events = self._next()
         except ValueError:
-            if self._offset == 0:
+            if fresh:
                 raise
             self._start_anew()
             events = self._next()
@@ -54,10 +54,24 @@ class Follower:
             raise ValueError(
                 f"{self.path.parent} holds no campaign: expected {self.path.name} in it; give a campaign's folder"
             ) from None
-        lines = data.split(b"\n")[:-1]
-        events = list(chained(self.path, lines, self._count, self._last))
         self._file = (stat.st_dev, stat.st_ino)
-        self._offset += sum(len(line) + 1 for line in lines)
-        self._count += len(events)
-        self._last = events[-1].hash if events else self._last
-        return events
+        return [self._event(line) for line in data.split(b"\n")[:-1]]
+
+    def _event(self, line: bytes) -> Event:
+        where = f"{self.path} line {self._count + 1}"
+        try:
+            fields = json.loads(line)
+        except ValueError:
+            raise ValueError(
+                f"{where} is corrupt: expected one JSON event, got {line[:40]!r}; restore it from a copy"
+            ) from None
+        event = Event.parse(fields, where=where)
+        expected = event_hash(self._count, event.time, event.kind, event.key, event.data, self._last)
+        if event.number != self._count or event.previous != self._last or event.hash != expected:
+            raise ValueError(
+                f"{where} breaks the chain: expected hash {expected[:12]}, got {event.hash[:12]}; a line was changed, "
+                "removed or moved; restore the ledger from a copy"
+            )
+        self._offset += len(line) + 1
+        self._count, self._last = self._count + 1, event.hash
+        return event

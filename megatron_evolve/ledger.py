@@ -44,7 +44,7 @@ def read_ledger(path: Path) -> list[Event]:
     A last line without its newline was torn by a crash while it was written: nothing depended on it yet, so it is left
     out here and cut off when the ledger is next opened for writing.
     """
-    return list(chained(path, _whole_lines(path)))
+    return list(_chained(path, _whole_lines(path)))
 
 
 def _whole_lines(path: Path) -> list[bytes]:
@@ -57,12 +57,9 @@ def _whole_lines(path: Path) -> list[bytes]:
     return data.split(b"\n")[:-1]
 
 
-def chained(path: Path, lines: list[bytes], first: int = 0, previous: str = GENESIS) -> Iterator[Event]:
-    """The events of these whole lines, which begin with line `first` after the event whose hash is `previous`.
-
-    Raises ValueError naming the first broken line.
-    """
-    for number, line in enumerate(lines, start=first):
+def _chained(path: Path, lines: list[bytes]) -> Iterator[Event]:
+    previous = GENESIS
+    for number, line in enumerate(lines):
         where = f"{path} line {number + 1}"
         try:
             fields = json.loads(line)
@@ -88,7 +85,7 @@ class Ledger:
         self.path = folder / LEDGER
         fresh = not self.path.exists()
         lines = [] if fresh else _whole_lines(self.path)
-        self.events = list(chained(self.path, lines))
+        self.events = list(_chained(self.path, lines))
         self._by_key = {(event.kind, event.key): event for event in self.events}
         # Unbuffered: nothing may reach the file later than the truncation that takes a failed line back.
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the campaign's life
