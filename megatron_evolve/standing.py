@@ -18,7 +18,7 @@ from megatron_evolve.ledger import read_ledger
 from megatron_evolve.live import Controller, JobNow, controller_of, jobs_now
 from megatron_evolve.status import status_of
 from megatron_evolve.substrate.frozen import Frozen
-from megatron_evolve.tally import PAUSED, Tally
+from megatron_evolve.tally import Tally
 
 QUIET_S = 600.0  # a controller of another machine counts as running while something was written this long ago
 State = Literal["preparing", "running", "paused", "stopped", "closed"]
@@ -88,7 +88,7 @@ class Now(Frozen):
         description="preparing: substrate, judge, origin; running: a controller lives; paused: it paused by itself; "
         "stopped: none lives, the same command goes on; closed"
     )
-    stop_asked: bool = Field(description="a stop file is there, or the controller has not read it yet")
+    stop_asked: bool = Field(description="a stop file is there; what runs is waited for")
     controller: ControllerView | None = Field(description="none: never started, or closed")
     progress: ProgressView
     jobs: JobsView
@@ -204,7 +204,7 @@ def _state(tally: Tally, is_alive: bool) -> State:
     if tally.closing is not None:
         return "closed"
     if not is_alive:
-        return "paused" if tally.last_kind == PAUSED else "stopped"
+        return "stopped" if tally.pause is None else "paused"
     return "preparing" if tally.opened is None else "running"
 
 

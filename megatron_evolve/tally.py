@@ -38,7 +38,7 @@ class Tally:
     opened: dict[str, Any] | None = None
     closing: dict[str, Any] | None = None
     num_events: int = 0
-    last_kind: str = ""
+    pause: str | None = None  # why, if the last event says that the controller paused by itself
     last_time: datetime | None = None
     round: int = 0  # the latest that was opened
     round_is_closed: bool = True
@@ -68,7 +68,8 @@ class Tally:
         if self.round and self.last_time is not None:
             self.active_s += min((moment - self.last_time).total_seconds(), self.longest_s or float("inf"))
         self.num_events += 1
-        self.last_kind, self.last_time = event.kind, moment
+        self.last_time = moment
+        self.pause = str(event.data.get("reason", "")) if event.kind == PAUSED else None
         step = getattr(self, f"_{event.kind.replace('-', '_')}", None)
         if step is not None:
             step(event)

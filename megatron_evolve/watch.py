@@ -48,7 +48,7 @@ class Watcher:
         """Where the campaign stands. Raises ValueError where there is none or its ledger is broken."""
         from_start, events = self._follower.read()
         if from_start:
-            self.tally, self._rounds = Tally(), {}
+            self.tally, self._rounds, self._looks = Tally(), {}, None
         for event in events:
             self.tally.add(event)
         with contextlib.suppress(FileNotFoundError):  # no look was paid yet
@@ -106,7 +106,10 @@ def frame(
     found: Now, tally: Tally, judged: list[dict[str, Any]], *, width: int = 80, height: int = 25
 ) -> RenderableType:
     """One picture of where a campaign stands, for a screen of `width` columns and `height` lines."""
-    parts: list[RenderableType] = [_title(found, tally), _facts(found, tally)]
+    parts: list[RenderableType] = [_title(found, tally)]
+    if found.state == "paused":
+        parts.append(Text(tally.pause, style="red"))
+    parts.append(_facts(found, tally))
     judged, failures = judged[::-1], list(tally.failures)[::-1]
     if height < LOW:
         judged, failures = judged[:1], failures[:1]
@@ -128,8 +131,8 @@ def _title(found: Now, tally: Tally) -> Text:
     line.append("  ").append(found.state, style=STATE_STYLES.get(found.state, "bold yellow"))
     if found.stop_asked and found.state == "running":
         line.append(", asked to stop", style="yellow")
-    if found.state == "stopped":
-        line.append(": the same command goes on", style="yellow")
+    if found.state in ("stopped", "paused"):
+        line.append(", the same command goes on", style="yellow")
     if found.progress.round:
         line.append(f"   round {found.progress.round} of {found.progress.rounds}")
     if found.state == "running" and tally.opened and tally.rounds_closed == tally.rounds:
@@ -188,7 +191,7 @@ def _jobs(found: Now, most: int, width: int) -> Table:
     for job in found.jobs.now[:most]:
         steps = f"{job.step:,}/{job.steps:,}" if job.steps else ""
         told = _bar_of(job, 24 if wide else 8)
-        table.add_row(job.candidate, job.axis, str(job.seed), job.stage, told, steps, _for(job))
+        table.add_row(job.candidate, Text(job.axis), str(job.seed), job.stage, told, steps, _for(job))
     if len(found.jobs.now) > most:
         table.add_row(Text(f"and {len(found.jobs.now) - most} more", style="dim"))
     return table
@@ -213,7 +216,7 @@ def _verdicts(judged: list[dict[str, Any]]) -> Table:
     table.add_column()
     table.add_row(Text("verdicts", style="bold"))
     for one in judged:
-        table.add_row(f"round {one['round']}", "; ".join(verdict_words(one["verdicts"])) or "none")
+        table.add_row(f"round {one['round']}", Text("; ".join(verdict_words(one["verdicts"])) or "none"))
     return table
 
 

@@ -4,8 +4,8 @@
     [2026-11-26T19:03:55Z controller] ...
 
 Who is the job's key as the ledger has it (round, candidate, seed, stage), read from its attempt's folder, and the rank.
-Warnings of the libraries carry it too. What went wrong goes to stderr, everything else to stdout: the last words on
-stderr are what a job's ending is told with, without the brackets.
+Warnings of the libraries carry it too. What went wrong in a job goes to stderr, everything else to stdout: the last
+words on stderr are what a job's ending is told with, without the brackets.
 """
 
 import logging
@@ -23,24 +23,28 @@ ATTEMPT_VARIABLE = "MEGATRON_EVOLVE_ATTEMPT"  # as the supervisor sets it for ev
 class Lines(logging.Handler):
     """Writes each record as one line, to the streams that stand there at that moment."""
 
-    def __init__(self, who: str) -> None:
+    def __init__(self, who: str, all_on_stderr: bool) -> None:
         super().__init__()
-        formatter = logging.Formatter(f"[%(asctime)s {who}] %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-        formatter.converter = time.gmtime
-        self.setFormatter(formatter)
+        self._who, self._all_on_stderr = who, all_on_stderr
 
     def emit(self, record: logging.LogRecord) -> None:
         """One line, flushed."""
-        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        print(self.format(record), file=stream, flush=True)
+        is_trouble = self._all_on_stderr or record.levelno >= logging.WARNING
+        text = f"{stamp(self._who, record.created)} {self.format(record)}"
+        print(text, file=sys.stderr if is_trouble else sys.stdout, flush=True)
 
 
-def set_up(who: str) -> None:
+def stamp(who: str, at: float | None = None) -> str:
+    """When and who, as a line begins; now unless a moment in unix seconds is given."""
+    return f"[{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(at))} {who}]"
+
+
+def set_up(who: str, *, all_on_stderr: bool = False) -> None:
     """Has this process's log lines say who speaks. The last call counts: a forked job replaces its parent's."""
     root = logging.getLogger()
     for handler in [one for one in root.handlers if isinstance(one, Lines)]:
         root.removeHandler(handler)
-    root.addHandler(Lines(who))
+    root.addHandler(Lines(who, all_on_stderr))
     logging.getLogger("megatron_evolve").setLevel(logging.INFO)
 
 

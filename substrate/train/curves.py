@@ -45,7 +45,7 @@ class Curves:
         values = {**measured, "step_seconds": seconds, "tokens_per_second": tokens / seconds}
         values["memory_bytes"] = peak_memory_bytes()
         if self._biases_E:
-            values["expert_bias_spread"] = max(float(bias.max() - bias.min()) for bias in self._biases_E)
+            values["expert_bias_spread"] = widest(self._biases_E)
         for name, value in values.items():
             self._writer.add_scalar(f"train/{name}", value, step)
 
@@ -63,6 +63,13 @@ def routing_biases(chunks: Sequence[Any]) -> "list[Tensor]":
 
 def _router_weights(chunk: Any) -> "list[Tensor]":
     return [parameter for name, parameter in chunk.named_parameters() if name.endswith("router.weight")]
+
+
+def widest(biases_E: "list[Tensor]") -> float:
+    """The largest difference between two experts' biases within one layer; one wait for the device."""
+    import torch
+
+    return float(torch.stack([bias.max() - bias.min() for bias in biases_E]).max())
 
 
 def peak_memory_bytes() -> int:

@@ -88,10 +88,7 @@ def fit(
     recipe, tally = packer.recipe, Tally()
     trainer, selector = Trainer(chunks, recipe, micro_rows=micro_rows, packed=packed), Selector(packer)
     state = _restore(trainer, selector, folder / RESUME_FOLDER, run)
-    clock, record = _Clock(state), Record(folder, state.steps_taken) if trainer.writes else None
-    curves = Curves.open(folder, state.steps_taken, chunks) if trainer.writes and tensorboard else None
-    if trainer.writes:
-        log.info("training from step %d to %d on %d ranks", state.steps_taken, recipe.steps, trainer.world)
+    clock, record = _Clock(state), _record(trainer, folder, state.steps_taken, tensorboard)
     diverged = None
     for batch in packer.batches(tally, start=state.steps_taken):
         step, began = state.steps_taken, time.monotonic()
@@ -99,12 +96,8 @@ def fit(
         state.steps_taken = step + 1
         state.first_loss = measured.loss if step == 0 else state.first_loss
         state.last_loss, state.watch = measured.loss, state.watch.after(measured.loss)
-        if curves:
-            curves.add(step, time.monotonic() - began, batch.num_tokens, **vars(measured))
         if record:
-            record.add(
-                step=step, loss=measured.loss, lr=measured.lr, grad_norm=measured.grad_norm, tokens=batch.num_tokens
-            )
+            record.add(time.monotonic() - began, step=step, tokens=batch.num_tokens, **vars(measured))
             record.progress(state.steps_taken, recipe.steps, clock.read()[0])
         tell(step, measured.loss)
         if reason := state.watch.verdict(measured.loss, measured.grad_norm):
@@ -113,9 +106,8 @@ def fit(
         selector.consider(trainer, state.steps_taken, lambda: trained_tensors(chunks, recipe.adapter is not None))
         if save_every and state.steps_taken % save_every == 0 and state.steps_taken < recipe.steps:
             _save(trainer, selector, folder / RESUME_FOLDER, run, state, clock)
-    for open_file in (record, curves):
-        if open_file:
-            open_file.close()
+    if record:
+        record.close()
     if selector.tensors and diverged is None:
         put_trained_tensors(chunks, selector.tensors, recipe.adapter is not None)
     seconds, cpu_seconds = clock.read()
@@ -130,6 +122,14 @@ def fit(
         seconds=seconds,
         cpu_seconds=cpu_seconds,
     )
+
+
+def _record(trainer: Trainer, folder: Path, start: int, tensorboard: bool) -> Record | None:
+    """The record of this attempt, on the rank that writes."""
+    if not trainer.writes:
+        return None
+    log.info("training from step %d to %d on %d ranks", start, trainer.recipe.steps, trainer.world)
+    return Record(folder, start, Curves.open(folder, start, trainer.chunks) if tensorboard else None)
 
 
 def _save(trainer: Trainer, selector: Selector, folder: Path, run: str, state: _State, clock: _Clock) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_evolve.launch.rundir import write_json, write_whole
+from megatron_evolve.substrate.train.curves import Curves
 
 METRICS_FILE = "metrics.jsonl"
 PROGRESS_FILE = "progress.json"
@@ -20,16 +21,19 @@ PROGRESS_EVERY_S = 2.0  # each one is an fsync
 class Record:
     """The open record of one attempt. Lines of an earlier attempt from step `start` on are forgotten."""
 
-    def __init__(self, folder: Path, start: int) -> None:
+    def __init__(self, folder: Path, start: int, curves: Curves | None = None) -> None:
+        self._curves = curves
         self._folder = folder
         self._told_at = 0.0
         path = folder / METRICS_FILE
         write_whole(path, "".join(_line(entry) for entry in read_metrics(path) if entry["step"] < start))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 -- closed by `close`, one write a line
 
-    def add(self, **entry: Any) -> None:
-        """One step's line."""
+    def add(self, seconds: float, **entry: Any) -> None:
+        """One step's line. `seconds` that it took go to the curves alone."""
         self._file.write(_line({name: finite(value) for name, value in entry.items()}))
+        if self._curves:
+            self._curves.add(seconds=seconds, **entry)
 
     def progress(self, step: int, of: int, seconds: float) -> None:
         """How far the run is: at most every two seconds, and at the end."""
@@ -40,6 +44,8 @@ class Record:
 
     def close(self) -> None:
         self._file.close()
+        if self._curves:
+            self._curves.close()
 
 
 def finite(number: float) -> float | None:

@@ -72,6 +72,8 @@ def test_the_state_is_the_controller_s(campaign: Path, holder, last: str | None,
         ledger.close()
     found = standing(campaign)
     assert found["state"] == expected
+    told = CliRunner().invoke(app, ["watch", str(campaign), "--once"]).stdout
+    assert ("three nodes in a row" in told) == (expected == "paused")
     assert (found["progress"]["seconds_left"] is not None) == (expected == "running")
     assert found["stop_asked"] is False
     (campaign / "stop").touch()
