@@ -5,59 +5,68 @@ replaced or no longer continues what was read (the writer takes a line back that
 anew from the start, once; a chain that is broken then is broken.
 """
 
+import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_evolve.ledger import GENESIS, Event, event_hash
 
+Take = Callable[[Event], None]
+
 
 class Follower:
-    """The events of one ledger file, as they come."""
+    """The events of one ledger file, one at a time, as they come.
 
-    def __init__(self, path: Path) -> None:
+    `begin` is called whenever the ledger is read from its start, and gives what takes the events from there on; what
+    was taken before is void.
+    """
+
+    def __init__(self, path: Path, begin: Callable[[], Take]) -> None:
         self.path = path
-        self.restarts = -1  # the first reading is none
+        self._begin = begin
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self.restarts += 1
+        self._take = self._begin()
         self._file: tuple[int, int] | None = None
         self._offset = 0
         self._count = 0
         self._last = GENESIS
 
-    def read(self) -> tuple[bool, list[Event]]:
-        """Whether these events begin the ledger again (what was read before is void), and the new events.
-
-        Raises ValueError in one sentence where there is no ledger or its chain is broken.
-        """
-        before, fresh = self.restarts, self._offset == 0
+    def read(self) -> None:
+        """Takes what is new. Raises ValueError in one sentence where there is no ledger or its chain is broken."""
+        from_start = self._offset == 0
         try:
-            events = self._next()
+            self._read_on()
         except ValueError:
-            if fresh:
+            if from_start:
                 raise
             self._start_anew()
-            events = self._next()
-        return fresh or self.restarts != before, events
+            self._read_on()
 
-    def _next(self) -> list[Event]:
+    def _read_on(self) -> None:
         try:
             with open(self.path, "rb") as file:
                 stat = os.fstat(file.fileno())
                 if self._file not in (None, (stat.st_dev, stat.st_ino)) or stat.st_size < self._offset:
                     self._start_anew()
+                self._file = (stat.st_dev, stat.st_ino)
                 file.seek(self._offset)
-                data = file.read()
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        return
+                    self._take_line(line)
         except FileNotFoundError:
             raise ValueError(
                 f"{self.path.parent} holds no campaign: expected {self.path.name} in it; give a campaign's folder"
             ) from None
-        self._file = (stat.st_dev, stat.st_ino)
-        return [self._event(line) for line in data.split(b"\n")[:-1]]
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # NFS, of a file replaced while it is read: the next look opens the new one
+                raise
 
-    def _event(self, line: bytes) -> Event:
+    def _take_line(self, line: bytes) -> None:
         where = f"{self.path} line {self._count + 1}"
         try:
             fields = json.loads(line)
@@ -72,6 +81,6 @@ class Follower:
                 f"{where} breaks the chain: expected hash {expected[:12]}, got {event.hash[:12]}; a line was changed, "
                 "removed or moved; restore the ledger from a copy"
             )
-        self._offset += len(line) + 1
+        self._offset += len(line)
         self._count, self._last = self._count + 1, event.hash
-        return event
+        self._take(event)

@@ -9,6 +9,7 @@ listing of the open round's folders and three small files for each job in it tha
 """
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -92,8 +93,10 @@ def _folders(path: Path) -> list[Path]:
     try:
         with os.scandir(path) as entries:
             return sorted(Path(entry.path) for entry in entries if entry.is_dir())
-    except (FileNotFoundError, NotADirectoryError):  # not made yet, or just removed
-        return []
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):  # not made yet, or just removed
+            return []
+        raise
 
 
 def _job(key: str, run_dir: Path) -> JobNow | None:

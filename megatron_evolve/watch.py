@@ -9,6 +9,7 @@ round of eight candidates, however long the campaign is. It ends when the campai
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rich.text import Text
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.follow import Follower
 from megatron_evolve.launch.rundir import RunDirError, read_json, write_whole
+from megatron_evolve.ledger import Event
 from megatron_evolve.prometheus import exposition
 from megatron_evolve.standing import JobView, Now, account, now
 from megatron_evolve.tally import Failure, Tally
@@ -38,19 +40,18 @@ class Watcher:
 
     def __init__(self, root: Path) -> None:
         self.folder = CampaignFolder(root)
+        self._follower = Follower(self.folder.ledger, self._begin)
+
+    def _begin(self) -> Callable[[Event], None]:
         self.tally = Tally()
-        self._follower = Follower(self.folder.ledger)
         self._rounds: dict[int, dict[str, Any]] = {}
         self._looks: dict[str, int] | None = None
         self._looks_bytes = -1
+        return self.tally.add
 
     def look(self) -> Now:
         """Where the campaign stands. Raises ValueError where there is none or its ledger is broken."""
-        from_start, events = self._follower.read()
-        if from_start:
-            self.tally, self._rounds, self._looks = Tally(), {}, None
-        for event in events:
-            self.tally.add(event)
+        self._follower.read()
         with contextlib.suppress(FileNotFoundError):  # no look was paid yet
             size = self.folder.looks.stat().st_size
             if size != self._looks_bytes:

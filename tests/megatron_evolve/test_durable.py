@@ -1,5 +1,6 @@
 """Every writer of the loop leaves files whose bytes and names are on disk: what NFS and Lustre keep after a crash."""
 
+import ast
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from megatron_evolve.prune import prune
 from tests.durability import recorded
 from tests.megatron_evolve.campaign_folder import build_campaign
 from tests.megatron_evolve.test_prune import give_weights
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def artefacts(root: Path) -> None:
@@ -67,6 +70,15 @@ def test_the_law_finds_what_is_not(tmp_path: Path, monkeypatch) -> None:
     said = " ".join(calls.broken(tmp_path))
     for words in ("bytes of", "before it was synced", "another folder", "not synced after"):
         assert words in said
+
+
+def test_above_the_launcher_one_function_gives_files_their_names() -> None:
+    """A rename elsewhere would be one that nobody synced."""
+    for room in ("substrate", "eval", "megatron_evolve"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+                assert called != "os.replace" and not called.endswith(".rename"), f"{path}: use rundir.publish"
 
 
 def test_a_thing_is_entered_as_pruned_before_it_goes(tmp_path: Path, monkeypatch) -> None:

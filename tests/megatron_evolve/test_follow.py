@@ -1,8 +1,10 @@
 """Following a ledger while it is written: at every moment what a reader knows is what the whole file says."""
 
+import errno
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,14 +25,19 @@ def written(folder: Path, count: int, note: str = "") -> bytes:
 
 
 class Reader:
-    """A follower with all that it was told."""
+    """A follower with all that it took since the ledger last began."""
 
     def __init__(self, path: Path) -> None:
-        self.follower, self.events = Follower(path), []
+        self.begun = 0
+        self.follower = Follower(path, self.begin)
+
+    def begin(self) -> Callable[[Event], None]:
+        self.begun += 1
+        self.events: list[Event] = []
+        return self.events.append
 
     def look(self) -> list[Event]:
-        from_start, new = self.follower.read()
-        self.events = new if from_start else self.events + new
+        self.follower.read()
         return self.events
 
 
@@ -63,7 +70,7 @@ def test_a_line_taken_back_and_another_in_its_place(tmp_path: Path) -> None:
         ledger.append("another", str(number), {"longer": "than what stood there before"})
     ledger.close()
     assert [event.kind for event in reader.look()] == ["kind"] * 3 + ["another"] * 5
-    assert reader.follower.restarts == 1
+    assert reader.begun == 2
 
 
 def test_a_file_put_in_its_place_or_shorter_is_read_anew(tmp_path: Path) -> None:
@@ -78,6 +85,17 @@ def test_a_file_put_in_its_place_or_shorter_is_read_anew(tmp_path: Path) -> None
     assert [event.data["note"] for event in reader.look()] == ["of another campaign"] * 6
     path.write_bytes(short)
     assert len(reader.look()) == 1
+
+
+def test_a_stale_handle_is_no_end(tmp_path: Path, monkeypatch) -> None:
+    """What NFS says of a file that was replaced between opening and reading it."""
+    written(tmp_path, 2)
+    reader = Reader(tmp_path / "ledger.jsonl")
+    with monkeypatch.context() as patch:
+        stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        patch.setattr(os, "fstat", lambda fd: (_ for _ in ()).throw(stale))
+        assert reader.look() == []
+    assert len(reader.look()) == 2
 
 
 def test_each_line_is_checked_once(tmp_path: Path, monkeypatch) -> None:
@@ -95,7 +113,7 @@ def test_each_line_is_checked_once(tmp_path: Path, monkeypatch) -> None:
 
 def test_damage_is_named_and_no_ledger_is_no_campaign(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no campaign"):
-        Follower(tmp_path / "ledger.jsonl").read()
+        Reader(tmp_path / "ledger.jsonl").look()
     lines = written(tmp_path, 4).splitlines(keepends=True)
     changed = json.dumps({**json.loads(lines[2]), "key": "x"}).encode() + b"\n"
     path = tmp_path / "ledger.jsonl"
