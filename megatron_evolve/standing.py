@@ -13,7 +13,6 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_evolve.artefacts import CampaignFolder
-from megatron_evolve.eval.looks import Looks
 from megatron_evolve.ledger import read_ledger
 from megatron_evolve.live import Controller, JobNow, controller_of, jobs_now
 from megatron_evolve.status import status_of
@@ -160,11 +159,12 @@ def standing(root: Path) -> dict[str, Any]:
     folder = CampaignFolder(root)
     events = read_ledger(folder.ledger)
     found = status_of(folder, events)
-    return {**found, **now(folder, Tally.of(events), found.get("looks")).model_dump(mode="json")}
+    external = found["looks"]["external"] if "looks" in found else 0
+    return {**found, **now(folder, Tally.of(events), external).model_dump(mode="json")}
 
 
-def now(folder: CampaignFolder, tally: Tally, looks: dict[str, int] | None) -> Now:
-    """What is added to the status."""
+def now(folder: CampaignFolder, tally: Tally, external_looks: int) -> Now:
+    """What is added to the status. `external_looks` are those paid so far."""
     moment = time.time()
     controller = None if tally.closing is not None else controller_of(folder)
     jobs = jobs_now(folder, tally)
@@ -189,15 +189,8 @@ def now(folder: CampaignFolder, tally: Tally, looks: dict[str, int] | None) -> N
             outcomes=dict(sorted(tally.outcomes.items())),
             now=tuple(_view(job, tally, moment) for job in jobs),
         ),
-        budget=_budget(tally, looks),
+        budget=_budget(tally, external_looks),
     )
-
-
-def account(folder: CampaignFolder, tally: Tally) -> dict[str, int] | None:
-    """The counts of looks; none before the campaign is opened."""
-    if tally.opened is None:
-        return None
-    return Looks(folder.looks, external_budget=tally.opened["plan"]["external_looks"]).summary()
 
 
 def _state(tally: Tally, is_alive: bool) -> State:
@@ -216,12 +209,10 @@ def _is_alive(controller: Controller, tally: Tally, jobs: Sequence[JobNow], mome
     return moment - last < QUIET_S
 
 
-def _budget(tally: Tally, looks: dict[str, int] | None) -> dict[str, Spent]:
+def _budget(tally: Tally, external_looks: int) -> dict[str, Spent]:
+    limit = None if tally.opened is None else tally.opened["plan"]["external_looks"]
     hours = round(tally.cpu_seconds / 3600, 4)
-    found = {"cpu_hours": Spent(used=hours, limit=None)}
-    if looks is not None:
-        found = {"external_looks": Spent(used=looks["external"], limit=looks["external_budget"]), **found}
-    return found
+    return {"external_looks": Spent(used=external_looks, limit=limit), "cpu_hours": Spent(used=hours, limit=None)}
 
 
 def _view(job: JobNow, tally: Tally, moment: float) -> JobView:

@@ -2,9 +2,9 @@
 
     state, round, time left | bars: runs, budgets | running jobs, a bar each | last verdicts | last failures
 
-It may be started before the campaign and outlive any number of its controllers. A frame costs one stat of the ledger,
-what was added to it, the account of looks when it grew, and the files that `live` names: 3 ms of CPU with a
-round of eight candidates, however long the campaign is. It ends when the campaign is closed.
+It may be started before the campaign and outlive any number of its controllers. A frame reads what was added to the
+ledger and to the account of looks, and the files that `live` names: 3 ms of CPU with a round of eight candidates,
+however long the campaign is. It ends when the campaign is closed.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_evolve.artefacts import CampaignFolder
-from megatron_evolve.follow import Follower
+from megatron_evolve.follow import Follower, LooksCount
 from megatron_evolve.launch.rundir import RunDirError, read_json, write_whole
 from megatron_evolve.ledger import Event
 from megatron_evolve.prometheus import exposition
-from megatron_evolve.standing import JobView, Now, account, now
+from megatron_evolve.standing import JobView, Now, now
 from megatron_evolve.tally import Failure, Tally
 from megatron_evolve.terminal import verdict_words
 
@@ -41,24 +41,18 @@ class Watcher:
     def __init__(self, root: Path) -> None:
         self.folder = CampaignFolder(root)
         self._follower = Follower(self.folder.ledger, self._begin)
+        self._looks = LooksCount(self.folder.looks)
 
     def _begin(self) -> Callable[[Event], None]:
         self.tally = Tally()
         self._rounds: dict[int, dict[str, Any]] = {}
-        self._looks: dict[str, int] | None = None
-        self._looks_bytes = -1
         return self.tally.add
 
     def look(self) -> Now:
-        """Where the campaign stands. Raises ValueError where there is none or its ledger is broken."""
+        """Where the campaign stands. Raises ValueError where there is none, or its ledger or account is broken."""
         self._follower.read()
-        with contextlib.suppress(FileNotFoundError):  # no look was paid yet
-            size = self.folder.looks.stat().st_size
-            if size != self._looks_bytes:
-                self._looks, self._looks_bytes = None, size
-        if self._looks is None:
-            self._looks = account(self.folder, self.tally)
-        return now(self.folder, self.tally, self._looks)
+        self._looks.read()
+        return now(self.folder, self.tally, self._looks.external)
 
     def judged(self) -> list[dict[str, Any]]:
         """Number, objective and verdicts of the last rounds that have evidence, where it can be read now."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_evolve import follow
-from megatron_evolve.follow import Follower
+from megatron_evolve.eval.looks import Look, Looks
+from megatron_evolve.follow import Follower, LooksCount
 from megatron_evolve.ledger import Event, Ledger, read_ledger
 
 
@@ -122,3 +123,26 @@ def test_damage_is_named_and_no_ledger_is_no_campaign(tmp_path: Path) -> None:
     path.write_bytes(b"".join([*lines[:2], changed, lines[3]]))
     with pytest.raises(ValueError, match=r"ledger.jsonl line 3 breaks the chain"):
         reader.look()
+
+
+def test_looks_are_counted_as_their_account_counts_them(tmp_path: Path) -> None:
+    path = tmp_path / "looks.jsonl"
+    counted, account = LooksCount(path), Looks(path, external_budget=9)
+    counted.read()
+    for number, split in enumerate(("dev-a", "external-a", "dev-b", "external-b", "open", "final")):
+        fields = {"candidates": ("c",), "runs": ("r",), "purpose": "judge", "item_set": "i", "items": 3}
+        account.pay(Look(split=split, round=number, **fields))
+        counted.read()
+        told = account.summary()
+        assert (counted.dev, counted.external) == (told["dev"], told["external"])
+    with open(path, "ab") as file:
+        file.write(b'{"split": "dev-a')
+    counted.read()
+    assert counted.dev == 2
+    with open(path, "ab") as file:
+        file.write(b"\n")
+    with pytest.raises(ValueError, match="expected a look in JSON"):
+        counted.read()
+    path.unlink()
+    counted.read()
+    assert (counted.dev, counted.external) == (0, 0)
