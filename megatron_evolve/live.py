@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.launch.process import ProcessIdentity, boot_id
@@ -23,7 +23,8 @@ from megatron_evolve.launch.rundir import JOB_FILE, OUTCOME_FILE, SUPERVISOR_FIL
 from megatron_evolve.tally import Tally
 
 PROGRESS_FILE = "progress.json"  # in the attempt's folder: {"step", "steps", "at", "rank", "stage"}
-JobState = Literal["waiting", "running", "gone", "ended"]
+JobState = Literal["running", "gone", "ended", "waiting"]
+STATES: tuple[JobState, ...] = get_args(JobState)  # in the order that jobs are told in
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def jobs_now(folder: CampaignFolder, tally: Tally) -> list[JobNow]:
     if number > tally.rounds:
         stages += [(f"0/{key}", path) for key, path in _stages(folder.closing, ("*", "*", "*"))]
     found = [_job(key, path) for key, path in stages if key not in tally.ended_in_round]
-    return sorted((job for job in found if job is not None), key=lambda job: (job.state != "running", job.key))
+    return sorted((job for job in found if job is not None), key=lambda job: (STATES.index(job.state), job.key))
 
 
 def _stages(base: Path, pattern: tuple[str, ...]) -> Iterator[tuple[str, Path]]:

@@ -167,7 +167,7 @@ def _grid() -> Table:
 
 
 def _bar(done: float, of: float, width: int) -> ProgressBar:
-    return ProgressBar(total=of, completed=min(done, of), width=width)
+    return ProgressBar(total=of, completed=min(done, of), width=width, complete_style="green", finished_style="green")
 
 
 def _jobs(found: Now, most: int, width: int) -> Table:
