@@ -30,7 +30,7 @@ def exposition(found: Now, tally: Tally) -> str:
         ("job_progress_ratio", "gauge", "Done of one whole, by its own word.", _progress(found)),
         ("job_told_seconds", "gauge", "Seconds since a running job last said how far it is.", _told(found)),
         ("budget_used", "gauge", "Spent of a budget.", _budget(found, "used")),
-        ("budget_limit", "gauge", "What a budget allows.", _budget(found, "limit")),
+        ("budget_limit", "gauge", "What a budget allows.", _budget(found, "budget")),
         ("left_seconds", "gauge", "Estimated time to the end of the last round.", _left(found)),
         ("ledger_events_total", "counter", "Events in the ledger.", [({}, tally.num_events)]),
         ("last_event_timestamp_seconds", "gauge", "When the last event happened.", _last(tally)),

@@ -69,7 +69,7 @@ class Spent(Frozen):
     """One budget."""
 
     used: float = Field(ge=0)
-    limit: float | None = Field(description="none: counted, not limited")
+    budget: float | None = Field(description="none: counted, not limited")
 
 
 class ControllerView(Frozen):
@@ -87,6 +87,7 @@ class Now(Frozen):
         description="preparing: substrate, judge, origin; running: a controller lives; paused: it paused by itself; "
         "stopped: none lives, the same command goes on; closed"
     )
+    paused: str | None = Field(description="why it paused by itself; none: it did not")
     stop_asked: bool = Field(description="a stop file is there; what runs is waited for")
     controller: ControllerView | None = Field(description="none: never started, or closed")
     progress: ProgressView
@@ -173,6 +174,7 @@ def now(folder: CampaignFolder, tally: Tally, external_looks: int) -> Now:
     left = tally.seconds_left(running) if is_alive else None
     return Now(
         state=_state(tally, is_alive),
+        paused=tally.pause,
         stop_asked=tally.closing is None and folder.stop_file.exists(),
         controller=None if controller is None else ControllerView(**vars(controller)),
         progress=ProgressView(
@@ -212,7 +214,7 @@ def _is_alive(controller: Controller, tally: Tally, jobs: Sequence[JobNow], mome
 def _budget(tally: Tally, external_looks: int) -> dict[str, Spent]:
     limit = None if tally.opened is None else tally.opened["plan"]["external_looks"]
     hours = round(tally.cpu_seconds / 3600, 4)
-    return {"external_looks": Spent(used=external_looks, limit=limit), "cpu_hours": Spent(used=hours, limit=None)}
+    return {"external_looks": Spent(used=external_looks, budget=limit), "cpu_hours": Spent(used=hours, budget=None)}
 
 
 def _view(job: JobNow, tally: Tally, moment: float) -> JobView:

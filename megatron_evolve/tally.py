@@ -69,7 +69,7 @@ class Tally:
             self.active_s += min((moment - self.last_time).total_seconds(), self.longest_s or float("inf"))
         self.num_events += 1
         self.last_time = moment
-        self.pause = str(event.data.get("reason", "")) if event.kind == PAUSED else None
+        self.pause = event.data["why"] if event.kind == PAUSED else None
         step = getattr(self, f"_{event.kind.replace('-', '_')}", None)
         if step is not None:
             step(event)

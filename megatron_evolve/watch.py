@@ -103,7 +103,7 @@ def frame(
     """One picture of where a campaign stands, for a screen of `width` columns and `height` lines."""
     parts: list[RenderableType] = [_title(found, tally)]
     if found.state == "paused":
-        parts.append(Text(tally.pause, style="red"))
+        parts.append(Text(found.paused, style="red"))
     parts.append(_facts(found, tally))
     judged, failures = judged[::-1], list(tally.failures)[::-1]
     if height < LOW:
@@ -145,9 +145,9 @@ def _facts(found: Now, tally: Tally) -> Group:
         bars.add_row("runs", _bar(progress.runs_trained, progress.runs_planned, 24), told)
     for name, spent in found.budget.items():
         words = name.replace("_", " ").replace("cpu", "CPU").replace("gpu", "GPU")
-        if spent.limit:
-            told = f"{number(spent.used)} of {number(spent.limit)}"
-            bars.add_row(words, _bar(spent.used, spent.limit, 24), told)
+        if spent.budget:
+            told = f"{number(spent.used)} of {number(spent.budget)}"
+            bars.add_row(words, _bar(spent.used, spent.budget, 24), told)
         elif spent.used:
             rest.add_row(words, number(spent.used))
     ended = sorted(found.jobs.outcomes.items(), key=lambda one: (one[0] != "finished", one[0]))

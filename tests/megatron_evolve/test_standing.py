@@ -68,7 +68,7 @@ def test_the_state_is_the_controller_s(campaign: Path, holder, last: str | None,
         hold(campaign, holder())
     if last:
         ledger = Ledger(campaign)
-        ledger.append(last, "1", {"reason": "three nodes in a row could not be reached"})
+        ledger.append(last, "1", {"why": "three nodes in a row could not be reached"})
         ledger.close()
     found = standing(campaign)
     assert found["state"] == expected
