@@ -136,10 +136,11 @@ class Ground:
         )
 
     def files(self, end: StageEnd) -> dict[str, str]:
-        """Digest of each file that a finished stage left to be read, by name; the manifest has those of the weights."""
+        """Digest of each file that a finished stage left to be read, by name; of weights, of what names their sha256."""
         names = (RESULT_FILE, MANIFEST_FILE) if end.stage == "train" else (SCORES_FILE, ROWS_FILE)
         folder = self.stage_dir(end.run, end.stage)
-        return {name: digest_file(folder / name) for name in names} if end.finished else {}
+        left = [name for name in names if name != MANIFEST_FILE or (folder / name).exists()]
+        return {name: digest_file(folder / name) for name in left} if end.finished else {}
 
 
 def write_candidate(folder: CampaignFolder, round_number: int, candidate: Candidate) -> str:

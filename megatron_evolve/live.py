@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megatron_evolve.artefacts import CampaignFolder
-from megatron_evolve.launch.process import ProcessIdentity, boot_id
+from megatron_evolve.launch.process import ProcessIdentity
 from megatron_evolve.launch.rundir import JOB_FILE, OUTCOME_FILE, SUPERVISOR_FILE, attempt_dir
 from megatron_evolve.tally import Tally
 
@@ -135,7 +135,8 @@ def _identity(document: Any) -> ProcessIdentity | None:
 
 
 def _alive(identity: ProcessIdentity) -> bool | None:
-    return None if identity.boot_id != boot_id() and identity.host != os.uname().nodename else identity.is_alive
+    """None for another host: containers of one machine share its boot, and not its processes."""
+    return identity.is_alive if identity.host == os.uname().nodename else None
 
 
 def _read(path: Path) -> Any:

@@ -1,7 +1,7 @@
 """Pruning: the space of what a finished part of a campaign needs no more, given back without losing a fact.
 
-    may go at once       checkpoints to go on from, and unfinished files, of runs whose training ended; the warm
-                         parent's log while no controller lives
+    may go at once       checkpoints to go on from, and unfinished files of an hour ago, of runs whose training ended;
+                         the warm parent's log while no controller lives
     may go after a round weights of its candidates, but for those that --keep names:
                          leading   the standing settings before and after the round, and the explorer it selected
                          standing  the standing settings as they are now, where a round ran them
@@ -21,6 +21,7 @@ import functools
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,6 +42,7 @@ from megatron_evolve.substrate.train.open import CHECKPOINT_FOLDER
 
 Keep = Literal["leading", "standing", "all"]
 LOCK_FILE = "prune.lock"
+LEFT_S = 3600.0  # an unfinished file of that age has no writer; a supervisor may yet be writing its last line
 WEIGHTS, RESUME, LEFT_BEHIND, WARM = "weights", "resume checkpoints", "unfinished files", "warm parent's log"
 
 
@@ -155,7 +157,7 @@ def _of_ended_stage(run_dir: Path) -> Iterator[Waste]:
 
 
 def _is_unfinished(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(".tmp")
+    return path.name.startswith(".") and path.name.endswith(".tmp") and time.time() - path.stat().st_mtime > LEFT_S
 
 
 def _weights(checkpoint: Path) -> Iterator[Waste]:

@@ -28,8 +28,8 @@ def nobody() -> dict:
 
 
 def stranger() -> dict:
-    """A process of another machine."""
-    return {**me(), "host": "elsewhere", "boot_id": "another"}
+    """A process of another machine, or of another container of this one."""
+    return {**nobody(), "host": "elsewhere"}
 
 
 def hold(root: Path, identity: dict) -> None:

@@ -1,7 +1,9 @@
 """Pruning: frees weights that no later step reads, writes down what went, and verify still passes and says so."""
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +13,10 @@ from typer.testing import CliRunner
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.audit import verify_campaign
 from megatron_evolve.cli import app
+from megatron_evolve.jobs import MANIFEST_FILE
 from megatron_evolve.launch.rundir import Lock, LockHeld
 from megatron_evolve.ledger import read_ledger
-from megatron_evolve.prune import prune, pruned_weights
+from megatron_evolve.prune import LEFT_S, prune, pruned_weights
 from megatron_evolve.substrate.digest import digest_file
 from megatron_evolve.substrate.train.checkpoint import load_checkpoint
 from tests.megatron_evolve.campaign_folder import build_campaign
@@ -38,7 +41,9 @@ def give_weights(folder: CampaignFolder) -> None:
             (run_dir / name / "manifest.json").write_text("{}")
             (run_dir / name / "weights.safetensors").write_bytes(bytes(KILO))
         (run_dir / "result.json").write_text("{}")
-        (run_dir / ".half.tmp").write_bytes(bytes(KILO))
+        for name, age_s in ((".half.tmp", 2 * LEFT_S), (".being-written.tmp", 0)):
+            (run_dir / name).write_bytes(bytes(KILO))
+            os.utime(run_dir / name, (time.time() - age_s,) * 2)
     (folder.root / "warm.log").write_text("loaded\n")
 
 
@@ -96,7 +101,8 @@ def test_what_stays(campaign: Path, keep: str) -> None:
         assert len({name for _, name in kept(campaign) - open_round}) == 1
     else:
         assert kept(campaign) == everything
-    assert not list(campaign.rglob("resume")) and not list(campaign.rglob(".*.tmp"))
+    assert not list(campaign.rglob("resume")) and not list(campaign.rglob(".half.tmp"))
+    assert list(campaign.rglob(".being-written.tmp"))
     assert not (campaign / "warm.log").exists()
     never = ("jsonl", "yaml", "manifest.json", "result.json", "evidence.json", "edits.json")
     stays = {name: what for name, what in before.items() if name.endswith(never) and "/resume/" not in name}
@@ -171,6 +177,9 @@ def test_no_file_of_a_campaign_is_a_copy_of_the_substrate(ground: Ground) -> Non
 def test_verify_passes_after_pruning_and_says_what_went(copy_of_finished: Path) -> None:
     folder = CampaignFolder(copy_of_finished)
     whole = verify_campaign(copy_of_finished)
+    for event in read_ledger(folder.ledger):
+        if event.kind == "ended" and event.key.endswith("/train"):
+            assert MANIFEST_FILE in event.data["files"], "the weights are pinned when their training ends"
     done = prune(copy_of_finished, keep="standing", dry_run=False)
     weights = [one for one in done["pruned"] if one["what"] == "weights"]
     assert weights
