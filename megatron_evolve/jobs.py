@@ -136,7 +136,7 @@ class Ground:
         )
 
     def files(self, end: StageEnd) -> dict[str, str]:
-        """Digest of each file that a finished stage left to be read, by name; of weights, of what names their sha256."""
+        """Digest of each file that a finished stage left to be read, by name; weights by what names their sha256."""
         names = (RESULT_FILE, MANIFEST_FILE) if end.stage == "train" else (SCORES_FILE, ROWS_FILE)
         folder = self.stage_dir(end.run, end.stage)
         left = [name for name in names if name != MANIFEST_FILE or (folder / name).exists()]
