@@ -8,6 +8,7 @@ on a host of its own, where a wall is needed.
 """
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,12 @@ from megatron_evolve.eval.judge import Judge, comparison_key, load_judge
 from megatron_evolve.eval.score import SCORES_FILE, ItemRows, answer_row, split_scores, write_rows
 from megatron_evolve.eval.suite import Item, family_weights
 from megatron_evolve.launch.rundir import Pulse, RunDirError, make_folder, write_json
+from megatron_evolve.substrate import logs
 from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
 from megatron_evolve.substrate.manifest import read_manifest
 
 ROWS_FILE = "scores.parquet"
+log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--splits", required=True, help="comma-separated")
     parser.add_argument("--out", type=Path, required=True, help="folder for the scores")
     arguments = parser.parse_args(argv)
+    logs.of_job(otherwise="score")
     try:
         score(
             arguments.judge,
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             out=arguments.out,
         )
     except (ValueError, OSError, RunDirError) as error:
-        print(error, file=sys.stderr)
+        log.error("%s", error)
         return 1
     return 0
 
@@ -63,6 +67,7 @@ def score(
     difficulty = substrate.construction.difficulty
     # All that an engine is told of an item: the question, and nothing that stands beside it.
     prompts = [Prompt.of(item.prompt, difficulty, tokenizer) for items in drawn.values() for item in items]
+    log.info("asking %d items of %s", len(prompts), ", ".join(drawn))
     answers = ask(judge.engine, examinee, prompts)
     completions = iter(answers.completions)
     rows = {split: [_row(item, split, next(completions)) for item in items] for split, items in drawn.items()}
@@ -76,6 +81,7 @@ def score(
         "seconds": time.monotonic() - started,
     }
     write_json(out / SCORES_FILE, record)
+    log.info("scored in %.1f s", record["seconds"])
     return record
 
 

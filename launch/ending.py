@@ -45,6 +45,7 @@ _ALLOCATOR_TEXT = re.compile(
     r"DefaultCPUAllocator: (?:can't allocate|not enough) memory|CUDA out of memory|CUDA error: out of memory"
     r"|CUBLAS_STATUS_ALLOC_FAILED|OutOfMemoryError"
 )
+_LOG_PREFIX = re.compile(r"^\[\d{4}-\d\d-\d\dT[^\]\n]*\]\s*")  # when and who, as a job's own log lines begin
 _BAD_ALLOC = re.compile(r"terminate called after throwing an instance of 'std::bad_alloc'")
 
 # What C++ says when an exception ends a process, and what the thread that watches NCCL logs before it does.
@@ -236,4 +237,5 @@ def _last_words(exceptions: list[str], stderr_tail: str) -> str:
 
 
 def _shortened(line: str) -> str:
+    line = _LOG_PREFIX.sub("", line)
     return line if len(line) <= 300 else line[:297] + "..."

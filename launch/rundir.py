@@ -78,6 +78,17 @@ def write_whole(path: Path, content: bytes | str) -> None:
         raise _told(error, "write", path) from error
 
 
+def publish(partial: Path, path: Path) -> None:
+    """Give a whole file or folder its name, for good: what is in `partial`, then the name, reach the disk.
+
+    The files within a folder are synced by who wrote them. Raises OSError as the file system does.
+    """
+    assert partial.parent == path.parent, f"{partial} and {path} must lie in one folder, or the rename is not atomic"
+    sync(partial)
+    os.rename(partial, path)
+    sync_folder(path.parent)
+
+
 def write_json(path: Path, document: object) -> None:
     """Write canonical JSON whole."""
     write_whole(path, canonical_json(document))
@@ -105,9 +116,12 @@ def read_json(path: Path) -> Any:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, unless they exist. Raises RunDirError."""
+    """Make a folder and its parents, unless they exist; a new one is on disk in its parent. Raises RunDirError."""
     try:
+        missing = [one for one in (path, *path.parents) if not one.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for one in missing:
+            sync_folder(one.parent)
     except OSError as error:
         raise _told(error, "make the folder", path) from error
 
@@ -275,8 +289,13 @@ def _holder(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder survive a power cut. Raises OSError."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Bring the names in a folder to the disk: what was created in it, renamed or removed."""
+    sync(folder, os.O_DIRECTORY)
+
+
+def sync(path: Path, flags: int = 0) -> None:
+    """Bring what a file or folder holds to the disk."""
+    fd = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(fd)
     finally:

@@ -30,6 +30,7 @@ class CampaignFolder:
     stop_file = property(lambda self: self.root / "stop")
     report = property(lambda self: self.root / "report.html")
     closing = property(lambda self: self.root / "closing")
+    pruned = property(lambda self: self.root / "pruned.jsonl")  # what was removed to free its space
 
     def round(self, number: int) -> Path:
         """Folder of a round."""

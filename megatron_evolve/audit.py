@@ -21,7 +21,7 @@ from megatron_evolve.eval.judge import load_judge
 from megatron_evolve.eval.looks import Looks
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.facts import round_facts
-from megatron_evolve.jobs import FINAL_STAGE, SPLITS_OF
+from megatron_evolve.jobs import FINAL_STAGE, MANIFEST_FILE, SPLITS_OF
 from megatron_evolve.launch.rundir import RunDirError, read_json
 from megatron_evolve.ledger import Event, History
 from megatron_evolve.meta import explain, next_policy
@@ -29,10 +29,12 @@ from megatron_evolve.origin import ORIGIN_ROUND, Origin, read_origin
 from megatron_evolve.policy import Edit, SearchPolicy, kept_policy
 from megatron_evolve.prepare import judge_process
 from megatron_evolve.proposals import Setback, assigned_axes, brief_of, first_failure
+from megatron_evolve.prune import pruned_weights
 from megatron_evolve.review import Weights, first_pooled, pooled_rounds, review
 from megatron_evolve.sources import decision_sources
 from megatron_evolve.substrate.digest import digest_file, digest_of
 from megatron_evolve.substrate.manifest import Substrate, public_view, verify
+from megatron_evolve.substrate.train.checkpoint import load_checkpoint, read_manifest
 from megatron_evolve.survey import survey
 from megatron_evolve.workers.brief import delta_document
 from megatron_evolve.workers.propose import propose as default_worker
@@ -61,6 +63,7 @@ class Record:
     origin: Origin
     suites: dict[str, Any]
     looks: Looks
+    pruned: dict[str, str]
 
     def data(self, kind: str, key: str = "") -> dict[str, Any] | None:
         """Data of an event, if it happened."""
@@ -114,6 +117,7 @@ def open_record(root: Path) -> Record:
         origin=read_origin(judge_folder, load_judge(judge_folder)),
         suites=read_json(judge_folder / SUITES_FILE),
         looks=Looks(folder.looks, external_budget=opened["plan"]["external_looks"]),
+        pruned=pruned_weights(folder),
     )
 
 
@@ -163,6 +167,8 @@ def _check_ground(record: Record, notes: list[str]) -> None:
         if "source changed" not in str(error):
             raise
         notes.append(f"frozen by another version of the code: {error}")
+    if record.pruned:
+        notes.append(f"the weights of {len(record.pruned)} runs were pruned, as {folder.pruned.name} says")
     for event in record.events:
         if event.kind == "ended":
             _check_stage(record, event)
@@ -183,11 +189,24 @@ def _check_stage(record: Record, event: Event) -> None:
         base = record.folder.closing / name / seed / stage
     for file, digest in event.data["files"].items():
         _must_hold(base / file, digest)
+        if file == MANIFEST_FILE:
+            _check_weights(record, base, digest)
     for split in SPLITS_OF.get(stage, (stage,)) if stage != "train" and record.is_reviewed(int(number)) else ():
         asked = int(number) or record.campaign.constitution.rounds + 1  # the origin's runs are asked at the end
         look = record.looks.paid(candidate=name, round_number=asked, split=split)
         if event.data["end"]["outcome"] == "finished" and look is None:
             raise Broken(str(record.folder.looks), f"a look at {split} for {name} in round {asked}", "none")
+
+
+def _check_weights(record: Record, run_dir: Path, manifest: str) -> None:
+    """The weights that a training handed on, unless they were pruned and it is written down that they were."""
+    place = (run_dir / MANIFEST_FILE).parent
+    missing = [name for name in read_manifest(place).files if not (place / name).is_file()]
+    entered = record.pruned.get(place.relative_to(record.folder.root).as_posix())
+    if missing and entered is not None:
+        _must(f"{record.folder.pruned}: {place}", manifest, entered)
+        return
+    load_checkpoint(place)
 
 
 def _must_hold(path: Path, digest: str) -> None:

@@ -76,6 +76,10 @@ class Training(Frozen):
         default="auto", description="maths of the routed experts; auto takes the fused kernels where a GPU is"
     )
 
+    tensorboard: bool = Field(
+        default=False, description="also write event files for TensorBoard, where the extra `track` is installed"
+    )
+
     @model_validator(mode="after")
     def _ranks_fit(self) -> "Training":
         self.layout.data_parallel(self.ranks)
@@ -91,8 +95,8 @@ class Training(Frozen):
         sizes = [f"{name}={size}" for name, size in self.layout if size > 1]
         layout = ("--layout", ",".join(sizes)) if sizes else ()
         micro_rows = ("--micro-rows", str(self.micro_rows)) if self.micro_rows else ()
-        packed = ("--packed",) if self.packed else ()
-        return (*layout, *micro_rows, *packed, *(("--experts", self.experts) if self.experts != "auto" else ()))
+        flags = [f"--{name}" for name in ("packed", "tensorboard") if getattr(self, name)]
+        return (*layout, *micro_rows, *flags, *(("--experts", self.experts) if self.experts != "auto" else ()))
 
 
 class LaunchSpec(Frozen):

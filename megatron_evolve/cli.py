@@ -12,6 +12,7 @@ import typer
 
 from megatron_evolve.cli_bench import bench_app
 from megatron_evolve.cli_judge import add_judge_commands
+from megatron_evolve.cli_watch import add_watch_commands
 
 app = typer.Typer(
     name="megatron-evolve",
@@ -26,6 +27,7 @@ app.add_typer(substrate_app, name="substrate")
 app.add_typer(mix_app, name="mix")
 app.add_typer(bench_app, name="bench")
 add_judge_commands(app)
+add_watch_commands(app)
 
 Dir = Annotated[Path, typer.Argument(help="a campaign's folder", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
@@ -95,11 +97,11 @@ def try_delta(
 @app.command()
 def status(dir: Dir, as_json: Json = False) -> None:
     """Where a campaign stands."""
-    from megatron_evolve.status import status as read_status
+    from megatron_evolve.standing import standing
     from megatron_evolve.terminal import show_status
 
     def answer() -> None:
-        found = read_status(dir)
+        found = standing(dir)
         emit(found) if as_json else show_status(found)
 
     guarded(answer, as_json)
@@ -179,7 +181,7 @@ def worlds(
 
 @app.command()
 def schema(
-    of: Annotated[str, typer.Argument(help="delta, policy, constitution, campaign or site")] = "delta",
+    of: Annotated[str, typer.Argument(help="delta, policy, constitution, campaign, site or status")] = "delta",
     as_json: Json = False,
 ) -> None:
     """The schema of a file: every field with its meaning, unit and range."""

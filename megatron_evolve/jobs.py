@@ -40,6 +40,7 @@ FINAL_STAGE: Stage = "final"
 RESULT_FILE = "result.json"
 SCORES_FILE = "scores.json"
 ROWS_FILE = "scores.parquet"
+MANIFEST_FILE = "checkpoint/manifest.json"
 SPLITS_OF: dict[str, tuple[str, ...]] = {"dev": ("dev-a", "dev-b")}
 
 # What the system says of a disk that takes no more. No fault of a candidate: the campaign pauses until it does.
@@ -151,10 +152,11 @@ class Ground:
         )
 
     def files(self, end: StageEnd) -> dict[str, str]:
-        """Digest of each file that a finished stage left to be read, by name."""
-        names = (RESULT_FILE,) if end.stage == "train" else (SCORES_FILE, ROWS_FILE)
+        """Digest of each file that a finished stage left to be read, by name; weights by what names their sha256."""
+        names = (RESULT_FILE, MANIFEST_FILE) if end.stage == "train" else (SCORES_FILE, ROWS_FILE)
         folder = self.stage_dir(end.run, end.stage)
-        return {name: digest_file(folder / name) for name in names} if end.finished else {}
+        left = [name for name in names if name != MANIFEST_FILE or (folder / name).exists()]
+        return {name: digest_file(folder / name) for name in left} if end.finished else {}
 
     def check_files(self, run: Run, stage: Stage, files: Mapping[str, str]) -> None:
         """Raises ValueError unless a stage's files are still those whose digests `files` gave."""

@@ -9,6 +9,7 @@ from megatron_evolve.constitution import Constitution
 from megatron_evolve.delta import Delta
 from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.site import Site
+from megatron_evolve.standing import Standing
 from megatron_evolve.substrate.frozen import nearest
 from megatron_evolve.substrate.settings import Settings
 
@@ -19,6 +20,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "campaign": Campaign,
     "site": Site,
     "settings": Settings,
+    "status": Standing,
 }
 BOUNDS = {
     "minimum": ">=",

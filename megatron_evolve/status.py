@@ -1,6 +1,7 @@
-"""Where a campaign stands, read from its ledger alone: the JSON that scripts and the report rely on.
+"""Where a campaign stands, read from its ledger alone: what the report rests on, the same whenever it is asked.
 
-Keys are added, never renamed. Opening a campaign for reading takes no lock and starts nothing.
+What runs this moment is in `standing`, which adds to it for `status --json`. Keys are added, never renamed. Opening a
+campaign for reading takes no lock and starts nothing.
 """
 
 from datetime import datetime
@@ -21,11 +22,16 @@ INTERVENTION_KINDS = ("intervention",)
 def status(root: Path) -> dict[str, Any]:
     """The campaign's standing. Raises ValueError when `root` holds no campaign or a corrupt ledger."""
     folder = CampaignFolder(root)
-    events = read_ledger(folder.ledger)
+    return status_of(folder, read_ledger(folder.ledger))
+
+
+def status_of(folder: CampaignFolder, events: list[Event]) -> dict[str, Any]:
+    """The same of events that were read."""
     opened = next((event.data for event in events if event.kind == "campaign-opened"), None)
     if opened is None:
         return {"campaign": None, "state": "preparing", "rounds": []}
     budget = opened["plan"]["external_looks"]
+    judged = {int(event.key) for event in events if event.kind == "evidence"}
     return {
         "campaign": opened["name"],
         "state": state_of(events),
@@ -37,7 +43,11 @@ def status(root: Path) -> dict[str, Any]:
         "substrate": opened["substrate"],
         "judge": opened["judge"],
         "cpu_seconds": round(sum(event.data["end"]["cpu_seconds"] for event in events if event.kind == "ended"), 3),
-        "rounds": [_round(folder, events, number) for number in opened_rounds(events)],
+        "rounds": [
+            _judged_round(folder, int(event.key)) if int(event.key) in judged else _open_round(events, event)
+            for event in events
+            if event.kind == "round-opened"
+        ],
         "survey": next((event.data for event in events if event.kind == "survey"), None),
         "closing": next((event.data for event in events if event.kind == "campaign-closed"), None),
     }
@@ -62,18 +72,19 @@ def opened_rounds(events: list[Event]) -> list[int]:
     return [int(event.key) for event in events if event.kind == "round-opened"]
 
 
-def _round(folder: CampaignFolder, events: list[Event], number: int) -> dict[str, Any]:
-    opened = next(event for event in events if event.kind == "round-opened" and event.key == str(number))
-    found = any(event.kind == "evidence" and event.key == str(number) for event in events)
-    if not found:
-        return {
-            "round": number,
-            "objective": opened.data["objective"],
-            "policy": opened.data["policy"],
-            "verdicts": [],
-            "minimum_detectable_effect": None,
-            "candidates": _running_candidates(events, number),
-        }
+def _open_round(events: list[Event], opened: Event) -> dict[str, Any]:
+    """A round without evidence: what it searches for, and the runs whose training ended."""
+    return {
+        "round": int(opened.key),
+        "objective": opened.data["objective"],
+        "policy": opened.data["policy"],
+        "verdicts": [],
+        "minimum_detectable_effect": None,
+        "candidates": _running_candidates(events, int(opened.key)),
+    }
+
+
+def _judged_round(folder: CampaignFolder, number: int) -> dict[str, Any]:
     evidence = Evidence.parse(read_json(folder.evidence(number)), where=str(folder.evidence(number)))
     return {
         "round": number,

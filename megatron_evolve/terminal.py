@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_evolve.artefacts import CampaignFolder
@@ -19,6 +20,7 @@ from megatron_evolve.budget import WORDS
 from megatron_evolve.campaign import find_campaign, load_campaign, plan_of
 from megatron_evolve.estimate import use_words
 from megatron_evolve.site import chosen_site
+from megatron_evolve.substrate import logs
 
 STAGE_WORDS = {"train": "trained", "dev": "scored on dev", "external-a": "asked outside", "external-b": "asked outside"}
 
@@ -32,19 +34,24 @@ class Narrator:
         self.trained = 0
         self.started: float | None = None
 
+    def _say(self, text: str) -> None:
+        """A line for people; where nobody looks on, as a log line."""
+        if self.console.is_terminal:
+            self.console.print(text)
+        else:
+            self.console.print(f"{escape(logs.stamp('controller'))} {text.strip()}", soft_wrap=True)
+
     def __call__(self, what: str, facts: dict[str, Any]) -> None:
         getattr(self, f"_{what}")(facts)
 
     def _building(self, facts: dict[str, Any]) -> None:
-        self.console.print(
-            f"building substrate {facts['preset']} (once; about a minute of training) in {facts['folder']}"
-        )
+        self._say(f"building substrate {facts['preset']} (once; about a minute of training) in {facts['folder']}")
 
     def _origin(self, facts: dict[str, Any]) -> None:
-        self.console.print(f"scoring the origin: {facts['runs']} seeds of the substrate's own recipe (once per judge)")
+        self._say(f"scoring the origin: {facts['runs']} seeds of the substrate's own recipe (once per judge)")
 
     def _opened(self, facts: dict[str, Any]) -> None:
-        self.console.print(
+        self._say(
             f"campaign [bold]{facts['name']}[/]: {facts['rounds']} rounds x {facts['candidates_per_round']} "
             f"candidates, about {facts['runs']} runs, at most {facts['external_looks']} external looks"
         )
@@ -56,17 +63,17 @@ class Narrator:
     def _round(self, facts: dict[str, Any]) -> None:
         policy = facts["policy"]
         self.started = self.started or time.monotonic()
-        self.console.print(f"\n[bold]round {policy.round}[/]  {policy.mode}, objective {policy.objective}")
+        self._say(f"\n[bold]round {policy.round}[/]  {policy.mode}, objective {policy.objective}")
 
     def _ended(self, facts: dict[str, Any]) -> None:
         end = facts["end"]
         if end.finished and end.stage != "train":
             return
         self.trained += end.stage == "train" and facts["round"] > 0
-        word = STAGE_WORDS.get(end.stage, end.stage) if end.finished else f"[red]{end.outcome}[/] ({end.reason})"
-        self.console.print(
-            f"  {end.run.candidate.id} seed {end.run.seed:<10} {word} in {end.cpu_seconds:5.1f} CPU-s{self._left()}"
+        word = (
+            STAGE_WORDS.get(end.stage, end.stage) if end.finished else f"[red]{end.outcome}[/] ({escape(end.reason)})"
         )
+        self._say(f"  {end.run.key:<27} {word} in {end.cpu_seconds:5.1f} CPU-s{self._left()}")
 
     def _left(self) -> str:
         if not self.started or not self.trained:
@@ -87,9 +94,10 @@ def run_in_terminal(
     from megatron_evolve.loop import Session, run_campaign
     from megatron_evolve.prepare import default_store
     from megatron_evolve.report import write_report
-    from megatron_evolve.status import status
+    from megatron_evolve.standing import standing
 
     console = Console(stderr=as_json, highlight=False)
+    logs.set_up("controller", all_on_stderr=True)
     campaign = load_campaign(find_campaign(name), external=external)
     plan = plan_of(campaign)
     narrator = Narrator(console, plan["runs"])
@@ -106,7 +114,7 @@ def run_in_terminal(
         sys.exit(75)  # EX_TEMPFAIL: the same command goes on
     own = time.process_time()
     path = write_report(folder, None)
-    found = status(folder)
+    found = standing(folder)
     if as_json:
         emit({**found, "report": str(path)})
         return

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_evolve.launch.rundir import make_folder, read_json, write_json
+from megatron_evolve.launch.rundir import make_folder, publish, read_json, write_json
 from megatron_evolve.substrate.manifest import Substrate, verify
 from megatron_evolve.substrate.merged import trained_checkpoint
 from megatron_evolve.substrate.model.architecture import Architecture
@@ -183,7 +183,7 @@ def write_submission(folder: Path, path: Path, architecture: Architecture) -> No
                 with archive.open(info, "w", force_zip64=True) as target, open(folder / name, "rb") as source:
                     while data := source.read(8 << 20):
                         target.write(data)
-        partial.rename(path)
+        publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

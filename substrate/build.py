@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megatron_evolve.launch.rundir import RunDirError, make_folder, write_whole
+from megatron_evolve.launch.rundir import RunDirError, make_folder, publish, write_whole
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.frozen import nearest
 from megatron_evolve.substrate.manifest import (
@@ -199,7 +199,7 @@ def refreeze(folder: Path, new_folder: Path, *, construction: Construction) -> S
     for name in old.files:
         partial = new_folder / f".{name}.tmp"
         shutil.copyfile(folder / name, partial)  # never in memory: an imported checkpoint may have a terabyte
-        partial.rename(new_folder / name)
+        publish(partial, new_folder / name)
     same = {"name": old.name, "architecture": old.architecture, "default": old.default, "build": old.build}
     return _freeze(new_folder, tuple(old.files), construction=construction, **same)
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 import megatron_evolve
+from megatron_evolve.launch.rundir import make_folder, write_whole
 from megatron_evolve.substrate.digest import digest_bytes
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.workers.brief import Brief, Proposal, Usage, document
@@ -68,9 +69,9 @@ def call_worker(
     `keep_env` names further variables that an operator lets through (a model's key, say).
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     question = json.dumps(document(brief), ensure_ascii=False).encode()
-    (folder / BRIEF).write_bytes(question)
+    write_whole(folder / BRIEF, question)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="worker-", ignore_cleanup_errors=True) as scratch:
         ending, reason, reply = _run(tuple(program), Path(scratch), question, time_limit_s, keep_env)
@@ -79,7 +80,7 @@ def call_worker(
     if ending == "ok":
         ending, reason, proposal = _read(reply, brief)
     if reply is not None:
-        (folder / PROPOSAL).write_bytes(reply)
+        write_whole(folder / PROPOSAL, reply)
     call = Call(
         role=role,
         program=tuple(program),

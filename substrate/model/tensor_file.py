@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from megatron_evolve.launch.rundir import publish
 from megatron_evolve.substrate.manifest import SourceFile
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # what a checkpoint of this model may hold
@@ -134,12 +135,10 @@ def write_tensors(path: Path, tensors: Sequence[Outgoing], *, marked: bool = Tru
             for data in _stream(text, ordered):
                 digest.update(data)
                 file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
             written = file.tell()
         if written != 8 + len(text) + end:
             raise ValueError(f"{path} came out with {written} bytes, its header names {8 + len(text) + end}")
-        os.rename(partial, path)
+        publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return SourceFile(sha256=digest.hexdigest(), bytes=written)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_evolve.launch.rundir import publish
 from megatron_evolve.substrate.model.tensor_file import read_header
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def save_weights(model: "Module", path: Path | str) -> Path:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     # A view of a larger buffer would be refused as shared memory; the file wants each tensor whole.
     save_file({name: value.detach().contiguous().clone() for name, value in state_of(model).items()}, partial)
-    os.replace(partial, path)
+    publish(partial, path)
     return path
 
 

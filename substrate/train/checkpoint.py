@@ -10,9 +10,9 @@ which rank 0 writes as it gathers it, a tensor at a time; how several ranks save
 matter.
 """
 
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, write_json, write_whole
+from megatron_evolve.launch.rundir import RunDirError, make_folder, publish, read_json, write_json, write_whole
 from megatron_evolve.substrate.digest import digest_file
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.substrate.manifest import SourceFile
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from megatron_evolve.substrate.model.parts import Whole
 
 MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
 Kind = Literal["weights", "adapter", "resume"]
 
 
@@ -82,7 +83,7 @@ def save_checkpoint(
         write_json(unfinished / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
         if folder.exists():
             shutil.rmtree(folder)
-        os.rename(unfinished, folder)
+        publish(unfinished, folder)
     except RunDirError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -134,7 +135,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 def check_file(path: Path, expected: SourceFile) -> None:
     """Raises ValueError in one sentence unless the file is there, byte for byte."""
     if not path.is_file():
-        raise ValueError(f"expected the checkpoint file {path} with {expected.bytes} bytes; it is missing: train again")
+        raise ValueError(
+            f"expected the checkpoint file {path} with {expected.bytes} bytes; it is missing, or was pruned to free "
+            "its space: train the run again to have it back"
+        )
     size = path.stat().st_size
     if size != expected.bytes:
         raise ValueError(
@@ -154,14 +158,14 @@ def read_tensors(folder: Path, stem: str) -> dict[str, "Tensor"]:
 def latest_resume(folder: Path, run: str) -> Path | None:
     """The newest whole `resume` checkpoint under `folder` that belongs to `run`, or None.
 
-    A damaged one is passed over, which stderr tells: starting earlier costs time and changes no bit.
+    A damaged one is passed over, which the log tells: starting earlier costs time and changes no bit.
     """
     for path in resume_folders(folder):
         try:
             if load_checkpoint(path).run == run:
                 return path
         except ValueError as error:
-            print(f"not resuming from {path.name}: {error}", file=sys.stderr)
+            log.warning("not resuming from %s: %s", path.name, error)
     return None
 
 

@@ -4,6 +4,7 @@ State that a step needs is all in the model, the optimizer, the generators and `
 these (see `resume`), and rows are drawn again from the seed. So an interrupted run goes on bit for bit.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_evolve.substrate.packing import Packer, Tally
+from megatron_evolve.substrate.train.curves import Curves
 from megatron_evolve.substrate.train.divergence import Watch
 from megatron_evolve.substrate.train.record import Record
 from megatron_evolve.substrate.train.resume import restore_resume, save_resume
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
 RESUME_FOLDER = "resume"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,29 +75,29 @@ def fit(
     save_every: int,
     micro_rows: int | None = None,
     packed: bool = False,
+    tensorboard: bool = False,
     tell: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Fit:
     """Train the model in place as `packer.recipe` says; afterwards it holds the weights that the selection rule chose.
 
     `chunks` is this rank's part of the model, and all ranks call this. `run` is the digest of everything that decides
     the bits: an unfinished run with the same digest under `folder` is gone on with. A `resume` checkpoint is written
-    every `save_every` steps (0: never). `micro_rows` and `packed` as in `Trainer`. `tell` hears of every step.
+    every `save_every` steps (0: never). `micro_rows` and `packed` as in `Trainer`; `tensorboard`: see `Curves`.
+    `tell` hears of every step.
     """
     recipe, tally = packer.recipe, Tally()
     trainer, selector = Trainer(chunks, recipe, micro_rows=micro_rows, packed=packed), Selector(packer)
     state = _restore(trainer, selector, folder / RESUME_FOLDER, run)
-    clock, record = _Clock(state), Record(folder, state.steps_taken) if trainer.writes else None
+    clock, record = _Clock(state), _record(trainer, folder, state.steps_taken, tensorboard)
     diverged = None
     for batch in packer.batches(tally, start=state.steps_taken):
-        step = state.steps_taken
+        step, began = state.steps_taken, time.monotonic()
         measured = trainer.step(batch, step)
         state.steps_taken = step + 1
         state.first_loss = measured.loss if step == 0 else state.first_loss
         state.last_loss, state.watch = measured.loss, state.watch.after(measured.loss)
         if record:
-            record.add(
-                step=step, loss=measured.loss, lr=measured.lr, grad_norm=measured.grad_norm, tokens=batch.num_tokens
-            )
+            record.add(time.monotonic() - began, step=step, tokens=batch.num_tokens, **vars(measured))
             record.progress(state.steps_taken, recipe.steps)
         tell(step, measured.loss)
         if reason := state.watch.verdict(measured.loss, measured.grad_norm):
@@ -118,6 +122,14 @@ def fit(
         seconds=seconds,
         cpu_seconds=cpu_seconds,
     )
+
+
+def _record(trainer: Trainer, folder: Path, start: int, tensorboard: bool) -> Record | None:
+    """The record of this attempt, on the rank that writes."""
+    if not trainer.writes:
+        return None
+    log.info("training from step %d to %d on %d ranks", start, trainer.recipe.steps, trainer.world)
+    return Record(folder, start, Curves.open(folder, start, trainer.chunks) if tensorboard else None)
 
 
 def _save(trainer: Trainer, selector: Selector, folder: Path, run: str, state: _State, clock: _Clock) -> None:

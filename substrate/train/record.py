@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_evolve.launch.rundir import Pulse, write_whole
+from megatron_evolve.substrate.train.curves import Curves
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -17,15 +18,18 @@ METRICS_FILE = "metrics.jsonl"
 class Record:
     """The open record of one attempt. Lines of an earlier attempt from step `start` on are forgotten."""
 
-    def __init__(self, folder: Path, start: int) -> None:
+    def __init__(self, folder: Path, start: int, curves: Curves | None = None) -> None:
+        self._curves = curves
         self._pulse = Pulse("train")
         path = folder / METRICS_FILE
         write_whole(path, "".join(_line(entry) for entry in read_metrics(path) if entry["step"] < start))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 -- closed by `close`, one write a line
 
-    def add(self, **entry: Any) -> None:
-        """One step's line."""
+    def add(self, seconds: float, **entry: Any) -> None:
+        """One step's line. `seconds` that it took go to the curves alone."""
         self._file.write(_line({name: finite(value) for name, value in entry.items()}))
+        if self._curves:
+            self._curves.add(seconds=seconds, **entry)
 
     def progress(self, step: int, steps: int) -> None:
         """`step` of `steps` are done."""
@@ -33,6 +37,8 @@ class Record:
 
     def close(self) -> None:
         self._file.close()
+        if self._curves:
+            self._curves.close()
 
 
 def finite(number: float) -> float | None:

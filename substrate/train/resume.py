@@ -11,14 +11,13 @@ bfloat16 starts anew. A run's folder is its own; nothing here is read from anybo
                           distributed/      several ranks
 """
 
-import os
+import logging
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_evolve.launch.rundir import make_folder, write_json
+from megatron_evolve.launch.rundir import make_folder, publish, write_json
 from megatron_evolve.substrate.manifest import SourceFile
 from megatron_evolve.substrate.train.checkpoint import (
     MANIFEST,
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from megatron_evolve.substrate.train.step import Trainer
 
 DISTRIBUTED = "distributed"
+log = logging.getLogger(__name__)
 # The only form of Megatron 0.19 in which every parallel size may change between saving and loading.
 FORM = "fully_reshardable"
 
@@ -122,7 +122,7 @@ def _save_distributed(
         manifest = Checkpoint(kind="resume", step=step, run=run, state=state, files=files)
         write_json(partial / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
         shutil.rmtree(newest, ignore_errors=True)
-        os.rename(partial, newest)
+        publish(partial, newest)
         keep_only(folder, newest)
     torch.distributed.barrier()
 
@@ -182,7 +182,7 @@ def _whole(path: Path, run: str, trainer: "Trainer") -> Checkpoint | None:
     torch.distributed.all_gather_object(found, (problem, checkpoint is not None and checkpoint.run == run))
     problems = [text for text, _ in found if text]
     if problems and torch.distributed.get_rank() == 0:
-        print(f"not resuming from {path.name}: {problems[0]}", file=sys.stderr)
+        log.warning("not resuming from %s: %s", path.name, problems[0])
     return checkpoint if not problems and all(mine for _, mine in found) else None
 
 

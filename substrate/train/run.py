@@ -8,6 +8,7 @@ warm parent forked after `preload`. The layout changes where a run is computed, 
     metrics.jsonl    while it trains; how far it is stands in its attempt's progress.json
     resume/step-N/   how to go on after a kill; gone when the run is done
     checkpoint/      the weights or the adapter that the run hands on
+    tensorboard/     event files, where --tensorboard asks for them
     result.json      last: the run is done, trained or diverged
 
 A diverged run is a result and exits 0. Anything else that stops a run exits 1 with one sentence on stderr and no
@@ -15,6 +16,7 @@ result.json; the same command again goes on from the last whole `resume` checkpo
 """
 
 import argparse
+import logging
 import os
 import shutil
 import sys
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_evolve.kernels.backend import resolved
 from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, write_json
-from megatron_evolve.substrate import operations
+from megatron_evolve.substrate import logs, operations
 from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.layout import Layout
@@ -45,16 +47,18 @@ if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
 RESULT_FILE = "result.json"
+log = logging.getLogger(__name__)
 SAVE_EVERY = 50  # steps; a resume checkpoint of the nano model costs 0.02 CPU-seconds
 
 
 def main(argv: list[str]) -> int:
     """Train one run; returns the exit status."""
     arguments = _parser().parse_args(argv)
+    logs.of_job(otherwise="train")
     try:
         return _run(arguments)
     except (ValueError, OSError, RunDirError) as error:
-        print(f"megatron-evolve train: {error}", file=sys.stderr)
+        log.error("megatron-evolve train: %s", error)
         return 1
 
 
@@ -75,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layout", default="", metavar="SIZES", help="as tp=2,ep=2; what is left is data parallel")
     parser.add_argument("--micro-rows", type=int, metavar="N", help="most rows that a rank computes at once")
     parser.add_argument("--packed", action="store_true", help="rows end to end in place of padded ones")
+    parser.add_argument("--tensorboard", action="store_true", help="also write event files for TensorBoard")
     parser.add_argument("--experts", default="auto", metavar="BACKEND", help="auto, eager, triton or reference")
     return parser
 
@@ -104,7 +109,7 @@ def _run(arguments: argparse.Namespace) -> int:
         chunks = open_chunks(arguments.substrate, substrate, arguments.experts)
         tokenizer = read_tokenizer(arguments.substrate)
         packer = Packer(settings.mix, substrate.construction, tokenizer, settings.recipe, arguments.seed, excluded)
-        how = {"save_every": arguments.save_every, "micro_rows": arguments.micro_rows, "packed": arguments.packed}
+        how = {name: getattr(arguments, name) for name in ("save_every", "micro_rows", "packed", "tensorboard")}
         fitted = train(chunks, packer, arguments.out, identity, **how)
     finally:
         build.stop()
@@ -112,6 +117,9 @@ def _run(arguments: argparse.Namespace) -> int:
         taken = {"experts": resolved(arguments.experts), "optimizer": optimizer_taken(settings.recipe)}
         write_json(arguments.out / RESULT_FILE, {**result_of(fitted, identity), **taken})
         shutil.rmtree(arguments.out / RESUME_FOLDER, ignore_errors=True)
+        log.info(
+            "%s after %d steps in %.1f s", "diverged" if fitted.diverged else "trained", fitted.steps, fitted.seconds
+        )
     return 0
 
 

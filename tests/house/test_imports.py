@@ -30,6 +30,7 @@ TORCH_FREE_FILES = [
             "digest",
             "frozen",
             "layout",
+            "logs",
             "manifest",
             "mix",
             "operations",

@@ -89,21 +89,21 @@ def test_a_missing_truncated_or_changed_checkpoint_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"expected sha256 .* of .*weights.safetensors, got"):
         load_checkpoint(folder)
     path.unlink()
-    with pytest.raises(ValueError, match=r"it is missing: train again"):
+    with pytest.raises(ValueError, match=r"it is missing, or was pruned to free its space: train the run again"):
         load_checkpoint(folder)
     (folder / "manifest.json").write_text('{"schema": "check')
     with pytest.raises(ValueError, match=r"truncated"):
         load_checkpoint(folder)
 
 
-def test_resuming_passes_over_damaged_and_foreign_checkpoints(tmp_path, capsys):
+def test_resuming_passes_over_damaged_and_foreign_checkpoints(tmp_path, caplog):
     for step, owner in ((1, "mine"), (2, "mine"), (3, "mine"), (4, "other")):
         folder = tmp_path / f"step-{step:09d}"
         save_checkpoint(folder, kind="resume", step=step, run=owner, tensors={"model": {"a": torch.ones(1)}}, state={})
     (tmp_path / "step-000000003" / "model.safetensors").write_bytes(b"")
     (tmp_path / ".step-000000005.77.tmp").mkdir()
     assert latest_resume(tmp_path, "mine").name == "step-000000002"
-    assert "not resuming from step-000000003: expected" in capsys.readouterr().err
+    assert "not resuming from step-000000003: expected" in caplog.text
     assert latest_resume(tmp_path / "none", "mine") is None
 
 
@@ -197,7 +197,7 @@ def test_bad_input_is_one_sentence_and_no_result(substrate, tmp_path, capsys):
     def refused(argv: list[str]) -> str:
         assert run.main(argv) == 1
         assert not (tmp_path / "run" / "result.json").exists()
-        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-evolve train:")]
+        [line] = [line for line in capsys.readouterr().err.splitlines() if "] megatron-evolve train: " in line]
         return line
 
     argv = arguments(substrate, tmp_path)
@@ -231,6 +231,17 @@ def test_another_run_s_folder_is_refused(substrate, tmp_path, capsys):
     assert run.main(arguments(substrate, tmp_path, steps=3)) == 0
     assert run.main(arguments(substrate, tmp_path, steps=3, seed=6)) == 1
     assert "holds the result of another run (seed differ)" in capsys.readouterr().err
+
+
+def test_an_adapter_run_s_own_bytes_are_its_adapter_and_its_logs(substrate, tmp_path):
+    """Forking copies nothing: no file of the run is one of the substrate's, and all of it is little more than LoRA."""
+    adapter = Adapter(rank=2, alpha=4.0, targets=("attention", "mamba"))
+    assert run.main(arguments(substrate, tmp_path, steps=4, adapter=adapter)) == 0
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not {digest_file(path) for path in substrate.iterdir() if path.is_file()} & set(map(digest_file, files))
+    tensors = read_tensors(tmp_path / "run" / "checkpoint", "adapter").values()
+    beside = sum(path.stat().st_size for path in files) - sum(value.numel() * value.element_size() for value in tensors)
+    assert 0 < beside < 16_384, "names, digests, the result and a line a step"
 
 
 def command(argv: list[str]) -> subprocess.Popen:

@@ -192,7 +192,7 @@ def test_an_item_without_an_answer_leaves_no_score(trained: Trained, tmp_path: P
     with FakeEndpoint(name, [f"{number}:500" for number in range(30, 99)]) as fake:
         engine = {"kind": "openai", "url": fake.url, "concurrency": 1, "patience": patience}
         said = scoring(trained, tmp_path, engine, status=1)
-    assert said.splitlines()[-1].startswith("item 31 of 42 has no answer from http://127.0.0.1:")
+    assert "] item 31 of 42 has no answer from http://127.0.0.1:" in said.splitlines()[-1]
     assert list((tmp_path / "out").iterdir()) == []
 
 
