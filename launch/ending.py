@@ -33,6 +33,7 @@ _ALLOCATOR_TEXT = re.compile(
 )
 _BAD_ALLOC = re.compile(r"terminate called after throwing an instance of 'std::bad_alloc'")
 _SHELL_SIGKILL = 128 + signal.SIGKILL
+STOPPED_FROM_OUTSIDE = "was stopped because its supervisor was signalled from outside"
 
 
 class Stop(StrEnum):
@@ -115,7 +116,7 @@ def _stopped(stop: Stop) -> tuple[OutcomeKind, str]:
         return OutcomeKind.TIMED_OUT, "ran past its time limit and was stopped"
     if stop is Stop.CANCEL:
         return OutcomeKind.CANCELLED, "was stopped because its submitter cancelled it"
-    return OutcomeKind.LOST, "was stopped because its supervisor was signalled from outside"
+    return OutcomeKind.LOST, STOPPED_FROM_OUTSIDE
 
 
 def _out_of_memory_line(exceptions: list[str], stderr_tail: str) -> str | None:

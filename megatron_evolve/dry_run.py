@@ -120,7 +120,7 @@ def notes(found: Preflight) -> list[str]:
     if isinstance(target, ExternalCsv) and target.path is None:
         said.append("The run itself needs its external target: --external FILE.csv.")
     if found.site.launcher == "slurm":
-        said.append("This version writes scripts for Slurm and does not submit them: the run itself is refused.")
+        said.append("Job names end in a digest of the attempt's folder, by which a submission is found again.")
     return said
 
 
@@ -130,7 +130,7 @@ def _once(what: str, argv: tuple[str, ...]) -> Step:
 
 def _of_job(what: str, times: int, job: Job, site: Site) -> Step:
     if site.launcher == "slurm":
-        return Step(what, times, job.argv, slurm.render(job, site.queue))
+        return Step(what, times, job.argv, slurm.render(slurm.inside(job, site.queue), site.queue).text)
     return Step(what, times, job.argv, LocalLauncher(job.resources.cores, job.run_dir).render(job))
 
 

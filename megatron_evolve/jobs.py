@@ -101,6 +101,7 @@ class Ground:
             done_file=RESULT_FILE if stage == "train" else SCORES_FILE,
             env={"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **self.env},
             resources=self.placement.resources(trains=stage == "train"),
+            grace_s=self.placement.site.grace_seconds,
         )
 
     def _train_argv(self, run: Run, run_dir: Path) -> tuple[str, ...]:

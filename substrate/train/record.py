@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_evolve.launch.fence import check_fence
 from megatron_evolve.launch.rundir import write_json, write_whole
 
 METRICS_FILE = "metrics.jsonl"
@@ -36,6 +37,7 @@ class Record:
         now = time.monotonic()
         if step == of or now - self._told_at >= PROGRESS_EVERY_S:
             self._told_at = now
+            check_fence()  # an older copy of this run, which its scheduler lost sight of, ends here
             write_json(self._folder / PROGRESS_FILE, {"step": step, "of": of, "seconds": round(seconds, 1)})
 
     def close(self) -> None:
