@@ -139,7 +139,9 @@ def _wants_another_start(outcome: JobOutcome) -> bool:
     """Whether the job was stopped by neither itself nor us, or says that it saved and wants to go on."""
     if outcome.kind is OutcomeKind.LOST:
         return outcome.reason.startswith(STOPPED_FROM_OUTSIDE)
-    return outcome.kind is OutcomeKind.CRASHED and outcome.exit_code == AGAIN_STATUS
+    # Slurm signals every process of a step, so that the job may be gone before its supervisor hears of it.
+    told = outcome.exit_code in (AGAIN_STATUS, 128 + signal.SIGTERM) or outcome.signal == signal.SIGTERM
+    return outcome.kind is OutcomeKind.CRASHED and told
 
 
 def _put_back(token: Token) -> str | None:

@@ -4,7 +4,7 @@
 #
 # Nodes n1..nN are at 127.0.0.11 and up, each with its own host name, CPUS processors and two GPUs that are null devices.
 # The network is the machine's own, so that the tests talk to the controller from outside. DIR/ready appears when all
-# nodes are idle; `start-node NAME` of nsenter starts one again.
+# nodes are idle.
 set -eu
 dir=$1 nodes=$2 cpus=$3 port=$4
 mkdir -p "$dir/etc" "$dir/state" "$dir/spool" "$dir/log" "$dir/run" "$dir/dev"
@@ -45,6 +45,7 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 ReturnToService=2
 SlurmdParameters=config_overrides
+SlurmctldParameters=preempt_send_user_signal
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
