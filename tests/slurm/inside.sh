@@ -30,8 +30,8 @@ SlurmctldPort=$port
 SlurmUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is also how long a requeued job waits before it may start again
-AuthInfo=socket=$dir/run/munge.sock,cred_expire=3
+# cred_expire is also how long a requeued job waits before it may start again; below 5 s the default of 120 s holds
+AuthInfo=socket=$dir/run/munge.sock,cred_expire=5
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool/%n
 SlurmctldPidFile=$dir/run/slurmctld.pid
