@@ -68,11 +68,11 @@ def python_job(make_job: Callable[..., Job]) -> Callable[..., Job]:
     return lambda key, source, **fields: make_job(key, (sys.executable, "-c", source), **fields)
 
 
-def until(condition: Callable[[], object], what: str) -> object:
+def until(condition: Callable[[], object], what: str, within_s: float = DEADLINE_S) -> object:
     """Wait for a condition and return its value."""
-    end = time.monotonic() + DEADLINE_S
+    end = time.monotonic() + within_s
     while not (value := condition()):
-        assert time.monotonic() < end, f"waited {DEADLINE_S} s in vain for {what}"
+        assert time.monotonic() < end, f"waited {within_s} s in vain for {what}"
         time.sleep(0.05)
     return value
 
