@@ -6,7 +6,7 @@ ATTEMPT is the attempt's folder, or for an array a file with the folder of each 
 stand before the job's own command. Slurm may start the same job again (preempted, its node lost, its time up):
 
     attempts/N/owner              the Slurm job of this attempt; any other one that was submitted for it ends at once
-    attempts/N/starts/0.json ...  how each start ended: all of them are charged
+    attempts/N/starts/0.json ...  how each start ended: all of them are charged; 0.stderr.log is what it said
     attempts/N/outcome.json       written by the last start alone
 
 A start that was told to stop, or that asks for another one by status 75, is put back into the queue, without an
@@ -32,6 +32,7 @@ from megatron_evolve.launch.supervise import Start, exec_argv, redirect, supervi
 OWNER_FILE = "owner"
 STARTS_FOLDER = "starts"
 AGAIN_STATUS = 75  # EX_TEMPFAIL of sysexits.h: it saved itself and wants to be started again
+MOST_STARTS = 200  # of one attempt; a week of hourly preemption is 168
 COMMAND_S = 60.0
 _OUT_OF_MEMORY_WORDS = ("oom_kill event", "oom-kill event", "Out Of Memory")
 
@@ -71,11 +72,11 @@ def earlier_starts(folder: Path, number: int) -> list[JobOutcome]:
 
 
 def _make_room(folder: Path, number: int) -> None:
-    """Keep the earlier supervisor's name aside: an attempt begins once with each start."""
+    """Put aside who supervised the earlier start and what it said: each start begins once and is judged by its own."""
     rundir.make_folder(folder / STARTS_FOLDER)
-    supervisor = folder / rundir.SUPERVISOR_FILE
-    if supervisor.exists():
-        supervisor.rename(folder / STARTS_FOLDER / f"{number - 1}.{rundir.SUPERVISOR_FILE}")
+    for name in (rundir.SUPERVISOR_FILE, "stdout.log", "stderr.log"):
+        if (folder / name).exists():
+            (folder / name).rename(folder / STARTS_FOLDER / f"{number - 1}.{name}")
 
 
 def charged(outcome: JobOutcome, earlier: Sequence[JobOutcome]) -> JobOutcome:
@@ -146,6 +147,8 @@ def _wants_another_start(outcome: JobOutcome) -> bool:
 
 def _put_back(token: Token) -> str | None:
     """Have Slurm start this job again; None if it will, else why not. A cancelled job stays cancelled."""
+    if token.start + 1 >= MOST_STARTS:
+        return f"it has been started {MOST_STARTS} times"
     shown = _slurm("scontrol", "show", "job", "--oneliner", token.holder)
     facts = dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
     if int(facts.get("Restarts", 0)) > token.start:  # preempted: Slurm has put it back itself

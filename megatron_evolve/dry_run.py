@@ -121,6 +121,8 @@ def notes(found: Preflight) -> list[str]:
         said.append("The run itself needs its external target: --external FILE.csv.")
     if found.site.launcher == "slurm":
         said.append("Job names end in a digest of the attempt's folder, by which a submission is found again.")
+        if found.site.slurm.throttle is not None:
+            said.append("Jobs of one shape submitted together share one script, with --array and their number.")
     return said
 
 

@@ -192,6 +192,16 @@ def test_a_restart_of_a_job_that_had_finished_only_records_it(tmp_path: Path) ->
     assert not (tmp_path / "ran").exists()
 
 
+def test_each_start_is_judged_by_its_own_words_and_no_job_is_started_for_ever(tmp_path: Path) -> None:
+    one = job(tmp_path, "/bin/sh", "-c", 'echo "start $SLURM_RESTART_COUNT" >&2; exit 75')
+    folder = rundir.prepare_attempt(one, 1)
+    (folder / "stderr.log").write_text("OutOfMemoryError: of the start before\n")
+    outcome = start(one, restart=199)
+    assert outcome.kind is OutcomeKind.LOST and outcome.reason.endswith("it has been started 200 times")
+    assert (folder / "stderr.log").read_text() == "start 199\n"
+    assert (folder / "starts/198.stderr.log").exists() and (folder / "starts/199.json").exists()
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 

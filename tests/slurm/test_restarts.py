@@ -74,17 +74,18 @@ def node_of(job: Job) -> str:
 def test_a_job_told_to_stop_is_put_back_and_goes_on(
     make_launcher: MakeLauncher, python_job: PythonJob, cluster: Cluster
 ) -> None:
-    """As Slurm does with --signal=B:TERM before an allocation ends."""
-    launcher, job = make_launcher(), python_job("stopped", SAVES)
+    """By Slurm's own clock, before its allocation ends: at two minutes less the job's grace and a minute."""
+    launcher, job = make_launcher(), python_job("stopped", SAVES, grace_s=54.0, time_limit_s=600.0)
     launcher.submit(job)
     running(launcher, job)
     until(lambda: started(job), "its start")
-    cluster.run("scancel", "--signal=TERM", "--batch", slurm_job(job))
+    cluster.run("scontrol", "update", f"JobId={slurm_job(job)}", "TimeLimit=2")
     until(lambda: states(launcher, job) == ["pending"], "its return into the queue")
     (outcome,) = ends(launcher, job)
     assert outcome.kind is OutcomeKind.FINISHED and outcome.attempt == 1
     assert started(job) == "0\n1\n"
     first, second = start_of(job, 0), start_of(job, 1)
+    assert first.seconds < 90  # long before the two minutes
     assert first.kind is OutcomeKind.LOST and second.kind is OutcomeKind.FINISHED
     assert outcome.seconds == pytest.approx(first.seconds + second.seconds)
     assert outcome.cpu_seconds == pytest.approx(first.cpu_seconds + second.cpu_seconds)
