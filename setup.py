@@ -22,6 +22,7 @@ SUBFOLDERS = (
 
 package_dir = {"megatron_evolve": "megatron_evolve"}
 package_dir |= {f"megatron_evolve.{folder}": folder for folder in FOLDERS}
+package_dir["megatron_evolve.slurm"] = "slurm"  # no code: the scripts' templates, beside launch/ as in the checkout
 for folder in SUBFOLDERS:
     root = "" if folder.startswith("megatron_evolve/") else "megatron_evolve."
     package_dir[root + folder.replace("/", ".")] = folder
@@ -32,5 +33,6 @@ setup(
     package_data={
         "megatron_evolve": ["campaigns/*.yaml", "sites/*.yaml", "worlds/*.yaml"],
         "megatron_evolve.kernels": ["tile_table.json"],
+        "megatron_evolve.slurm": ["*.sbatch"],
     },
 )

@@ -19,6 +19,7 @@ from megatron_evolve.eval.engines.seam import Completion, Examinee, Prompt, ask
 from megatron_evolve.eval.judge import Judge, comparison_key, load_judge
 from megatron_evolve.eval.score import SCORES_FILE, ItemRows, answer_row, split_scores, write_rows
 from megatron_evolve.eval.suite import Item, family_weights
+from megatron_evolve.launch.fence import check_fence
 from megatron_evolve.launch.rundir import Pulse, RunDirError, make_folder, write_json
 from megatron_evolve.substrate import logs
 from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
@@ -71,6 +72,7 @@ def score(
     answers = ask(judge.engine, examinee, prompts)
     completions = iter(answers.completions)
     rows = {split: [_row(item, split, next(completions)) for item in items] for split, items in drawn.items()}
+    check_fence()  # an older copy of this job, which its scheduler lost sight of, ends here
     write_rows(out / ROWS_FILE, ItemRows.of([row for part in rows.values() for row in part]))
     scores = {split: _split_record(judge, split, drawn[split], rows[split], answers.about) for split in splits}
     record = {

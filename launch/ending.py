@@ -70,6 +70,7 @@ _PEER_TEXT = re.compile(
 _RANK_SIGNAL = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID \d+")  # torchrun's account of its ranks
 _OWN_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _SHELL_SIGKILL = 128 + signal.SIGKILL
+STOPPED_FROM_OUTSIDE = "was stopped because its supervisor was signalled from outside"
 
 
 class Stop(StrEnum):
@@ -206,7 +207,7 @@ def _stopped(ending: Ending) -> tuple[OutcomeKind, str]:
         return OutcomeKind.HUNG, f"{ending.stood_still} though it lived, and was stopped"
     if ending.stop is Stop.CANCEL:
         return OutcomeKind.CANCELLED, "was stopped because its submitter cancelled it"
-    return OutcomeKind.LOST, "was stopped because its supervisor was signalled from outside"
+    return OutcomeKind.LOST, STOPPED_FROM_OUTSIDE
 
 
 def _out_of_memory_line(exceptions: list[str], stderr_tail: str) -> str | None:

@@ -263,12 +263,14 @@ class Pulse:
         named = os.environ.get(ATTEMPT_VARIABLE)
         self._folder = Path(named) if named else None
 
-    def tell(self, step: int, steps: int) -> None:
-        """`step` of `steps` are done. Raises RunDirError."""
+    def tell(self, step: int, steps: int) -> bool:
+        """`step` of `steps` are done. Returns whether that was written down. Raises RunDirError."""
         now = time.monotonic()
-        if self._folder is not None and (step == steps or now - self._told_at >= PROGRESS_EVERY_S):
-            self._told_at = now
-            write_progress(self._folder, Progress(step, steps, round(time.time(), 3), self._rank, self._stage))
+        if self._folder is None or (step != steps and now - self._told_at < PROGRESS_EVERY_S):
+            return False
+        self._told_at = now
+        write_progress(self._folder, Progress(step, steps, round(time.time(), 3), self._rank, self._stage))
+        return True
 
 
 def _parsed(path: Path, parse: Any) -> Any:

@@ -10,6 +10,7 @@
 """
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import math
@@ -67,21 +68,39 @@ class _Watch:
                 self.status = status
 
 
-def supervise(folder: Path, enter: Callable[[Job], NoReturn] | None = None) -> JobOutcome | None:
+@dataclass(frozen=True)
+class Start:
+    """One start of an attempt by a scheduler that may start a job more than once; its fence does what the lock does.
+
+    spent_s  wall time of earlier starts, which counts against the job's limit
+    settle   what to record of how this start ended; None where the attempt goes on with another start
+    """
+
+    spent_s: float
+    settle: Callable[[JobOutcome], JobOutcome | None]
+
+
+def supervise(
+    folder: Path, enter: Callable[[Job], NoReturn] | None = None, start: Start | None = None
+) -> JobOutcome | None:
     """Run the attempt prepared in `folder` to its end and record its outcome.
 
     Call it in a process of its own that leads its session and has no threads. `enter` becomes the job in the forked
     child and never returns; the default replaces the child by argv. Returns None, having done nothing, if the attempt
-    has already begun. Raises RunDirError if the attempt cannot be read or its outcome cannot be written.
+    has already begun. Raises RunDirError if the attempt cannot be read or its outcome cannot be written. With `start`
+    the lock may be another's: of an older copy that nobody can reach.
     """
     job, run_dir = rundir.read_job(folder), folder.parent.parent
+    if start is not None:
+        job = dataclasses.replace(job, time_limit_s=max(1.0, job.time_limit_s - start.spent_s))
     # Blocked signals wait until sigtimedwait asks for them: no handler, no race, no polling.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS | {signal.SIGCHLD})
     lock = rundir.Lock(run_dir / rundir.LOCK_FILE)
     try:
         lock.acquire()
     except rundir.LockHeld:  # another supervisor of this attempt was faster, or the attempt was just given up
-        return None
+        if start is None:
+            return None
     if (folder / rundir.SUPERVISOR_FILE).exists() or (folder / rundir.OUTCOME_FILE).exists():
         return None
     me = ProcessIdentity.of(os.getpid())
@@ -93,7 +112,10 @@ def supervise(folder: Path, enter: Callable[[Job], NoReturn] | None = None) -> J
     else:
         _put_aside_earlier_results(job, folder)
         outcome = _run(job, folder, me, lock, enter or exec_argv)
-    _record(run_dir, outcome)
+    if start is not None:
+        outcome = start.settle(outcome)
+    if outcome is not None:
+        _record(run_dir, outcome)
     return outcome
 
 

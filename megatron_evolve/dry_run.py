@@ -122,7 +122,9 @@ def notes(found: Preflight) -> list[str]:
     if isinstance(target, ExternalCsv) and target.path is None:
         said.append("The run itself needs its external target: --external FILE.csv.")
     if found.site.launcher == "slurm":
-        said.append("This version writes scripts for Slurm and does not submit them: the run itself is refused.")
+        said.append("Job names end in a digest of the attempt's folder, by which a submission is found again.")
+        if found.site.slurm.throttle is not None:
+            said.append("Jobs of one shape submitted together share one script, with --array and their number.")
     if site_section := found.site.kubernetes:
         said.append(
             f"Pods see the claim {site_section.claim} at {site_section.mount}: the run itself needs --dir and the "
@@ -137,7 +139,7 @@ def _once(what: str, argv: tuple[str, ...]) -> Step:
 
 def _of_job(what: str, times: int, job: Job, site: Site) -> Step:
     if site.launcher == "slurm":
-        return Step(what, times, job.argv, slurm.render(job, site.queue))
+        return Step(what, times, job.argv, slurm.render(slurm.inside(job, site.queue), site.queue).text)
     if site.launcher == "kubernetes":
         return Step(what, times, job.argv, kubernetes_manifest.render(job, 1, site.cluster))
     return Step(what, times, job.argv, LocalLauncher(job.resources.cores, job.run_dir).render(job))

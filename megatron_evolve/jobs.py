@@ -117,6 +117,7 @@ class Ground:
             resources=self.placement.resources(trains=stage == "train"),
             stall_s=self.placement.site.stall_seconds,
             start_s=self.placement.site.start_seconds,
+            grace_s=self.placement.site.grace_seconds,
         )
 
     def _train_argv(self, run: Run, run_dir: Path) -> tuple[str, ...]:

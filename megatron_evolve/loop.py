@@ -25,6 +25,7 @@ from megatron_evolve.eval.looks import Looks
 from megatron_evolve.launch.job import Launcher
 from megatron_evolve.launch.local import DEVICES_VARIABLE, LocalLauncher, WarmSettings
 from megatron_evolve.launch.rundir import Lock, make_folder, read_json
+from megatron_evolve.launch.slurm_launcher import SlurmLauncher
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.meta import initial_policy
 from megatron_evolve.origin import read_origin
@@ -97,6 +98,11 @@ def launcher_of(campaign: Campaign, session: Session) -> Iterator[Launcher]:
     """The site's launcher; that of this machine has the site's GPUs or those that this process may see."""
     if session.site.launcher == "kubernetes":
         with kubernetes_launcher(session.site) as launcher:
+            yield launcher
+        return
+    if session.site.launcher == "slurm":
+        make_folder(session.root)
+        with SlurmLauncher(session.site.queue, session.root.resolve()) as launcher:
             yield launcher
         return
     warm = WarmSettings(PRELOAD, ("megatron_evolve",), {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"})

@@ -12,6 +12,8 @@ from megatron_evolve.budget import WORDS, figures, limits_of, most_within
 from megatron_evolve.campaign import Campaign, SubstrateSpec
 from megatron_evolve.doctor import gpu_names
 from megatron_evolve.eval.engines.settings import CommandServer, OpenAISettings, VllmServer
+from megatron_evolve.launch import slurm, slurm_queue
+from megatron_evolve.launch.job import Job as LaunchJob
 from megatron_evolve.placement import Placement, cores_here
 from megatron_evolve.prepare import IMPORTED, require_import, require_own_pool, substrate_folder
 from megatron_evolve.site import Site, kubernetes_launcher
@@ -85,7 +87,8 @@ def preflight(campaign: Campaign, site: Site, store: Path) -> Preflight:
     expected = expect(campaign.substrate, store)
     placement = Placement.of(campaign, site)
     hours = campaign.constitution.limits.run_seconds / 3600
-    if site.longest_job_hours is not None and hours > site.longest_job_hours:
+    # Slurm puts a job back into the queue at the end of its allocation, and it goes on there.
+    if site.launcher == "local" and site.longest_job_hours is not None and hours > site.longest_job_hours:
         raise ValueError(
             f"campaign {campaign.name} lets a job run for {hours:g} h, its site for {site.longest_job_hours:g}: lower "
             "constitution.limits.run_seconds or name a site with longer jobs"
@@ -117,15 +120,18 @@ def check_campaign(campaign: Campaign, site: Site, store: Path, *, new: bool) ->
     found = preflight(campaign, site, store)
     placement = found.placement
     if site.launcher == "slurm":
-        raise ValueError(
-            f"campaign {campaign.name} is to run through Slurm, whose scripts this version writes and does not submit: "
-            "see them with --dry-run, or name a site with `launcher: local`"
-        )
-    if site.launcher == "kubernetes":  # its nodes are elsewhere, so what jobs need is looked for there
+        _check_queue(campaign, placement)
+    elif site.launcher == "kubernetes":  # its nodes are elsewhere, so what jobs need is looked for there
         kubernetes_launcher(site)
-        if new:
-            require_import(campaign.substrate, store)
-        return
+    else:
+        _check_machine(campaign, site, placement)
+    if new:
+        require_import(campaign.substrate, store)
+    return found
+
+
+def _check_machine(campaign: Campaign, site: Site, placement: Placement) -> None:
+    """Raises ValueError unless this machine has the GPUs of the site and the cores of the campaign's jobs."""
     if len(gpu_names()) < site.gpus_per_node:
         raise ValueError(
             f"the site has {site.gpus_per_node} GPUs a node, the driver of this machine lists {len(gpu_names())}: run "
@@ -137,9 +143,18 @@ def check_campaign(campaign: Campaign, site: Site, store: Path, *, new: bool) ->
             f"a job of campaign {campaign.name} takes {wanted} cores, of {cores_here(campaign)} that it may fill here: "
             "lower launch.training.ranks, or a site's cores_per_gpu, or raise launch.cores"
         )
-    if new:
-        require_import(campaign.substrate, store)
-    return found
+
+
+def _check_queue(campaign: Campaign, placement: Placement) -> None:
+    """Asks Slurm whether it would take the campaign's jobs, without submitting any. Raises ValueError where not."""
+    for trains in (True, False):
+        asked = placement.resources(trains=trains)
+        limit, grace = campaign.constitution.limits.run_seconds, placement.site.grace_seconds
+        job = LaunchJob("check", ("true",), Path("/"), limit, "done", resources=asked, grace_s=grace)
+        try:
+            slurm_queue.check(slurm.render(job, placement.site.queue).text)
+        except slurm_queue.SlurmSilent as silence:
+            raise ValueError(f"Slurm does not answer here: {silence}; start the campaign once it does") from silence
 
 
 def expect(spec: SubstrateSpec, store: Path) -> Expected:

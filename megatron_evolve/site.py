@@ -5,8 +5,9 @@ one site file many campaigns. What a site names by path or address is put into t
 (`placed`), for the campaign's own copy must say what was asked; the rest only places its jobs and is hashed nowhere.
 """
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,7 +15,7 @@ from megatron_evolve.campaign import Campaign
 from megatron_evolve.document import find_yaml, load_yaml
 from megatron_evolve.eval.engines.settings import OpenAISettings, VllmServer
 from megatron_evolve.launch.kubernetes_manifest import Cluster
-from megatron_evolve.launch.slurm import Queue
+from megatron_evolve.launch.slurm import SCRIPTS, Container, Queue
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.substrate.plan.job import memory_bytes
 
@@ -25,13 +26,61 @@ SHIPPED_SITES = Path(__file__).resolve().parent / "sites"
 WORD = r"^[A-Za-z0-9_.,:@&|*()\[\]-]+$"  # what Slurm's options are written with; no space, quote or line break
 
 
+OPTION = r"^[A-Za-z0-9_.,:@&|*()\[\]/=%+-]*$"  # the same, and paths, sizes and mail addresses
+# What the scripts say themselves; given once more, one of the two would be silently lost.
+OWN_OPTIONS = {
+    *("job-name", "array", "nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "time", "output"),
+    *("error", "signal", "requeue", "no-requeue", "open-mode", "account", "partition", "qos", "constraint", "wait"),
+}
+
+
+class SlurmContainer(Frozen):
+    """A container that jobs run in."""
+
+    runtime: Literal["pyxis", "apptainer"] = Field(description="srun's options of pyxis, or `apptainer exec`")
+    image: str = Field(pattern=r"^\S+$", description="image, as pyxis or apptainer takes it")
+    mounts: tuple[Annotated[str, Field(pattern=r"^[^\s,]+$")], ...] = Field(
+        default=(), description="HOST:INSIDE; campaign folder, store and models must be there under the same paths"
+    )
+    python: str | None = Field(
+        default=None,
+        pattern=r"^\S+$",
+        description="interpreter with the package inside; none: the path it has here",
+    )
+
+
 class SlurmQueue(Frozen):
-    """Where Slurm takes this site's jobs."""
+    """Where Slurm takes this site's jobs, and how they are started there."""
 
     account: str | None = Field(default=None, pattern=WORD, description="whom the jobs are charged to")
     partition: str | None = Field(default=None, pattern=WORD, description="partition, or several with commas")
     qos: str | None = Field(default=None, pattern=WORD, description="quality of service")
     constraint: str | None = Field(default=None, pattern=WORD, description="features that a node must have")
+    options: dict[str, Annotated[str, Field(pattern=OPTION)]] = Field(
+        default_factory=dict, description="further options of sbatch by long name, as {mem: 200G, exclusive: ''}"
+    )
+    throttle: int | None = Field(
+        default=None,
+        ge=1,
+        description="jobs of one shape become an array of which so many run at once; none: no arrays",
+    )
+    container: SlurmContainer | None = Field(default=None, description="what jobs run in; none: bare metal")
+    scripts: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder of your own train.sbatch and eval.sbatch; none: the shipped ones",
+    )
+
+    @field_validator("options")
+    @classmethod
+    def _are_free(cls, options: dict[str, str]) -> dict[str, str]:
+        for name in options:
+            if re.fullmatch(r"[a-z][a-z-]*", name) is None or name in OWN_OPTIONS:
+                raise ValueError(
+                    f"expected the long name of an option that the scripts leave open; got {name!r}: set it where the "
+                    "site or the campaign has a field for it"
+                )
+        return options
 
 
 class Toleration(Frozen):
@@ -103,7 +152,12 @@ class Site(Frozen):
         default=0.05, gt=0, le=1, description="assumed share of that peak in training, for the estimate alone"
     )
     longest_job_hours: float | None = Field(
-        default=None, gt=0, description="longest wall time that a job may ask for here; none: any"
+        default=None,
+        gt=0,
+        description="longest wall time that a job may ask for here; Slurm puts a longer one back. None: any",
+    )
+    grace_seconds: float = Field(
+        default=10.0, ge=0, description="what a job that is told to stop has to save in; a checkpoint must fit"
     )
     stall_seconds: float | None = Field(
         default=1800.0,
@@ -131,7 +185,15 @@ class Site(Frozen):
     @property
     def queue(self) -> Queue:
         """Where Slurm takes jobs, as the launcher is told."""
-        return Queue(gpus_per_node=self.gpus_per_node, **self.slurm.model_dump())
+        given = self.slurm.model_dump(exclude={"container", "scripts"})
+        container = self.slurm.container
+        return Queue(
+            gpus_per_node=self.gpus_per_node,
+            longest_s=self.longest_job_hours and self.longest_job_hours * 3600,
+            container=Container(**container.model_dump()) if container else None,
+            scripts=Path(self.slurm.scripts).resolve() if self.slurm.scripts else SCRIPTS,
+            **given,
+        )
 
     @property
     def cluster(self) -> Cluster:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from megatron_evolve.launch.fence import check_fence
 from megatron_evolve.launch.rundir import RunDirError, make_folder, publish, read_json, write_json, write_whole
 from megatron_evolve.substrate.digest import digest_file
 from megatron_evolve.substrate.frozen import Frozen
@@ -61,10 +62,12 @@ def save_checkpoint(
     """Write `tensors` and the manifest as `folder`, replacing an older one. Rank 0 only.
 
     A file's stem leads to named tensors, or to what `streamed` gives, which needs no more memory than one tensor.
-    Raises RunDirError in one sentence for a full disk or a read-only folder; an older checkpoint is then still whole.
+    Raises RunDirError in one sentence for a full disk, a read-only folder, or a run folder that a later start has
+    taken; an older checkpoint is then still whole.
     """
     from safetensors.torch import save
 
+    check_fence()
     for left_behind in folder.parent.glob(f".{folder.name}.*.tmp"):  # by a killed attempt; a run folder has one writer
         shutil.rmtree(left_behind)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -81,6 +84,7 @@ def save_checkpoint(
             files[path.name] = describe(path)
         manifest = Checkpoint(kind=kind, step=step, run=run, state=state, files=files)
         write_json(unfinished / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
+        check_fence()
         if folder.exists():
             shutil.rmtree(folder)
         publish(unfinished, folder)

@@ -18,6 +18,7 @@ from megatron_evolve.substrate.train.record import Record
 from megatron_evolve.substrate.train.resume import restore_resume, save_resume
 from megatron_evolve.substrate.train.selection import Selector
 from megatron_evolve.substrate.train.step import Trainer
+from megatron_evolve.substrate.train.stopping import Interrupted
 from megatron_evolve.substrate.train.trained import put_trained_tensors, trained_tensors
 
 if TYPE_CHECKING:
@@ -54,6 +55,12 @@ class _State:
     seconds: float = 0.0  # of earlier attempts
     cpu_seconds: float = 0.0
 
+    def count(self, loss: float) -> None:
+        """One more step, with this loss."""
+        self.first_loss = self.first_loss if self.steps_taken else loss
+        self.last_loss, self.watch = loss, self.watch.after(loss)
+        self.steps_taken += 1
+
 
 class _Clock:
     def __init__(self, state: _State) -> None:
@@ -77,13 +84,14 @@ def fit(
     packed: bool = False,
     tensorboard: bool = False,
     tell: Callable[[int, float], None] = lambda step, loss: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Fit:
     """Train the model in place as `packer.recipe` says; afterwards it holds the weights that the selection rule chose.
 
     `chunks` is this rank's part of the model, and all ranks call this. `run` is the digest of everything that decides
     the bits: an unfinished run with the same digest under `folder` is gone on with. A `resume` checkpoint is written
     every `save_every` steps (0: never). `micro_rows` and `packed` as in `Trainer`; `tensorboard`: see `Curves`.
-    `tell` hears of every step.
+    `tell` hears of every step. Once `stop` is true on any rank all save after the same step and raise Interrupted.
     """
     recipe, tally = packer.recipe, Tally()
     trainer, selector = Trainer(chunks, recipe, micro_rows=micro_rows, packed=packed), Selector(packer)
@@ -93,9 +101,7 @@ def fit(
     for batch in packer.batches(tally, start=state.steps_taken):
         step, began = state.steps_taken, time.monotonic()
         measured = trainer.step(batch, step)
-        state.steps_taken = step + 1
-        state.first_loss = measured.loss if step == 0 else state.first_loss
-        state.last_loss, state.watch = measured.loss, state.watch.after(measured.loss)
+        state.count(measured.loss)
         if record:
             record.add(time.monotonic() - began, step=step, tokens=batch.num_tokens, **vars(measured))
             record.progress(state.steps_taken, recipe.steps)
@@ -104,8 +110,12 @@ def fit(
             diverged = (step, reason)
             break
         selector.consider(trainer, state.steps_taken, lambda: trained_tensors(chunks, recipe.adapter is not None))
-        if save_every and state.steps_taken % save_every == 0 and state.steps_taken < recipe.steps:
-            _save(trainer, selector, folder / RESUME_FOLDER, run, state, clock)
+        if state.steps_taken < recipe.steps:
+            stopped = trainer.on_any_rank(stop())
+            if stopped or (save_every and state.steps_taken % save_every == 0):
+                _save(trainer, selector, folder / RESUME_FOLDER, run, state, clock)
+            if stopped:
+                raise Interrupted(state.steps_taken)
     if record:
         record.close()
     if selector.tensors and diverged is None:

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from megatron_evolve.launch.fence import check_fence
 from megatron_evolve.launch.rundir import Pulse, write_whole
 from megatron_evolve.substrate.train.curves import Curves
 
@@ -32,8 +33,9 @@ class Record:
             self._curves.add(seconds=seconds, **entry)
 
     def progress(self, step: int, steps: int) -> None:
-        """`step` of `steps` are done."""
-        self._pulse.tell(step, steps)
+        """`step` of `steps` are done. Raises Fenced in an older copy of this run, which its scheduler lost sight of."""
+        if self._pulse.tell(step, steps):
+            check_fence()
 
     def close(self) -> None:
         self._file.close()

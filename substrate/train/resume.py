@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_evolve.launch.fence import check_fence
 from megatron_evolve.launch.rundir import make_folder, publish, write_json
 from megatron_evolve.substrate.manifest import SourceFile
 from megatron_evolve.substrate.train.checkpoint import (
@@ -110,6 +111,7 @@ def _save_distributed(
     partial = newest.with_name(f".{newest.name}.tmp")  # one name for all ranks: they write into it together
     rank = torch.distributed.get_rank()
     if rank == 0:
+        check_fence()
         shutil.rmtree(partial, ignore_errors=True)
         make_folder(partial / DISTRIBUTED)
     torch.distributed.barrier()
@@ -120,6 +122,7 @@ def _save_distributed(
         files = {name: file for found in described for name, file in found.items()}
         state = {**own, "layout": trainer.layout.model_dump()}
         manifest = Checkpoint(kind="resume", step=step, run=run, state=state, files=files)
+        check_fence()
         write_json(partial / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
         shutil.rmtree(newest, ignore_errors=True)
         publish(partial, newest)

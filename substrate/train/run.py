@@ -11,8 +11,9 @@ warm parent forked after `preload`. The layout changes where a run is computed, 
     tensorboard/     event files, where --tensorboard asks for them
     result.json      last: the run is done, trained or diverged
 
-A diverged run is a result and exits 0. Anything else that stops a run exits 1 with one sentence on stderr and no
-result.json; the same command again goes on from the last whole `resume` checkpoint, bit for bit.
+A diverged run is a result and exits 0. SIGTERM makes all ranks save after the same step and exit 75; anything else
+that stops a run exits 1. Either way one sentence stands on stderr and there is no result.json; the same command again
+goes on from the last whole `resume` checkpoint, bit for bit.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_evolve.kernels.backend import resolved
+from megatron_evolve.launch.fence import check_fence
 from megatron_evolve.launch.rundir import RunDirError, make_folder, read_json, write_json
 from megatron_evolve.substrate import logs, operations
 from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
@@ -41,6 +43,7 @@ from megatron_evolve.substrate.train.open import CHECKPOINT_FOLDER, open_chunks
 from megatron_evolve.substrate.train.optimizer import optimizer_taken
 from megatron_evolve.substrate.train.preload import preload
 from megatron_evolve.substrate.train.record import finite
+from megatron_evolve.substrate.train.stopping import AGAIN_STATUS, Interrupted, StopFlag
 from megatron_evolve.substrate.train.trained import trained_tensors
 
 if TYPE_CHECKING:
@@ -56,7 +59,11 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     logs.of_job(otherwise="train")
     try:
-        return _run(arguments)
+        with StopFlag() as stop:
+            return _run(arguments, stop)
+    except Interrupted as stopped:
+        log.error("megatron-evolve train: %s", stopped)
+        return AGAIN_STATUS
     except (ValueError, OSError, RunDirError) as error:
         log.error("megatron-evolve train: %s", error)
         return 1
@@ -84,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
     substrate = verify(arguments.substrate)
     document = read_json(arguments.candidate)
     settings = _settings(document, substrate, arguments.candidate)
@@ -110,10 +117,12 @@ def _run(arguments: argparse.Namespace) -> int:
         tokenizer = read_tokenizer(arguments.substrate)
         packer = Packer(settings.mix, substrate.construction, tokenizer, settings.recipe, arguments.seed, excluded)
         how = {name: getattr(arguments, name) for name in ("save_every", "micro_rows", "packed", "tensorboard")}
+        how |= {"stop": stop}
         fitted = train(chunks, packer, arguments.out, identity, **how)
     finally:
         build.stop()
     if runtime.rank == 0:
+        check_fence()
         taken = {"experts": resolved(arguments.experts), "optimizer": optimizer_taken(settings.recipe)}
         write_json(arguments.out / RESULT_FILE, {**result_of(fitted, identity), **taken})
         shutil.rmtree(arguments.out / RESUME_FOLDER, ignore_errors=True)

@@ -146,6 +146,16 @@ class Trainer:
             loss = self._run(parts, forward_only=True)
         return self._over_ranks(loss / self.copies)
 
+    def on_any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; the same answer on all, which all must ask for."""
+        import torch
+
+        if self.world == 1:
+            return flag
+        flags = torch.tensor(int(flag), device=self.device)
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        return bool(flags)
+
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         """This rank's part of the batch, in as many micro-batches as every other rank has."""
         if not self.packed:

@@ -15,8 +15,9 @@ ROOMS = ("kernels", "launch", "substrate", "eval", "megatron_evolve")
 MAY_IMPORT = {
     "kernels": (),
     "launch": (),
-    "substrate": ("megatron_evolve.kernels", "megatron_evolve.launch.rundir"),
-    "eval": ("megatron_evolve.substrate", "megatron_evolve.launch.rundir"),
+    # A job's own writing: its folder's files, and whether it may still write there.
+    "substrate": ("megatron_evolve.kernels", "megatron_evolve.launch.rundir", "megatron_evolve.launch.fence"),
+    "eval": ("megatron_evolve.substrate", "megatron_evolve.launch.rundir", "megatron_evolve.launch.fence"),
     "megatron_evolve": ("megatron_evolve.substrate", "megatron_evolve.launch", "megatron_evolve.eval"),
 }
 HEAVY = ("torch", "megatron", "transformers", "triton")
