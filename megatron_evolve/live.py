@@ -19,10 +19,9 @@ from typing import Any, Literal, get_args
 
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.launch.process import ProcessIdentity
-from megatron_evolve.launch.rundir import JOB_FILE, OUTCOME_FILE, SUPERVISOR_FILE, attempt_dir
+from megatron_evolve.launch.rundir import JOB_FILE, OUTCOME_FILE, PROGRESS_FILE, SUPERVISOR_FILE, attempt_dir
 from megatron_evolve.tally import Tally
 
-PROGRESS_FILE = "progress.json"  # in the attempt's folder: {"step", "steps", "at", "rank", "stage"}
 JobState = Literal["running", "gone", "ended", "waiting"]
 STATES: tuple[JobState, ...] = get_args(JobState)  # in the order that jobs are told in
 

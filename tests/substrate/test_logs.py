@@ -13,8 +13,7 @@ from megatron_evolve.candidate import candidate
 from megatron_evolve.jobs import Run, StageEnd
 from megatron_evolve.launch.ending import Ending, classify
 from megatron_evolve.launch.job import Job, OutcomeKind
-from megatron_evolve.launch.rundir import prepare_attempt
-from megatron_evolve.launch.supervise import ATTEMPT_VARIABLE
+from megatron_evolve.launch.rundir import ATTEMPT_VARIABLE, prepare_attempt
 from megatron_evolve.substrate import logs
 from megatron_evolve.substrate.mix import Mix
 from megatron_evolve.substrate.recipe import Recipe
