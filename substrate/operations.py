@@ -102,8 +102,24 @@ def experts(here: Machine) -> Choice:
     return Choice("eager", here.lacks("triton"))
 
 
+def loss(here: Machine) -> Choice:
+    """Output table and loss together where the table is frozen (`model.head`); the experts' setting decides both."""
+    taken = experts(here)
+    return Choice(taken.path, "in chunks of logits over a frozen output table; a trained one takes Megatron's own")
+
+
+def gated_norm(here: Machine) -> Choice:
+    """What follows the scan of Mamba layers: gate and norm in one pass, or two where mamba-ssm's scan gates."""
+    scan, taken = mamba_scan(here), experts(here)
+    if scan.path == "mamba-ssm":
+        return Choice("mamba-ssm", "its scan applies the gate, its norm follows")
+    if taken.path == "triton":
+        return Choice("triton", "gate and norm in one kernel after the PyTorch scan")
+    return Choice("pytorch", taken.why)
+
+
 def mamba_scan(here: Machine) -> Choice:
-    """Scan, convolution and gated norm of Mamba layers: mamba-ssm's scan calls causal-conv1d, so both or neither."""
+    """Scan and convolution of Mamba layers: mamba-ssm's scan calls causal-conv1d, so both or neither."""
     if here.has("mamba_ssm", "causal_conv1d"):
         return Choice("mamba-ssm", f"{here.names('mamba_ssm', 'causal_conv1d')} installed, and a GPU is there")
     other = f"; {here.names('fla')} is not used" if "fla" in here.versions else ""
@@ -144,7 +160,9 @@ def restarts(here: Machine) -> Choice:
 
 OPERATIONS = {
     "experts": experts,
+    "loss": loss,
     "mamba scan": mamba_scan,
+    "gated norm": gated_norm,
     "attention": attention,
     "context parallel": context_parallel,
     "norm": norm,

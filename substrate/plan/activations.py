@@ -12,6 +12,7 @@ this rank's experts.
 from dataclasses import dataclass
 from math import ceil
 
+from megatron_evolve.kernels.backend import LOSS_CHUNK_BYTES
 from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.plan.job import Job
@@ -61,14 +62,21 @@ class Activations:
         return Kept(whole, 0.0, working)
 
     def head(self, depths: int) -> Kept:
-        """Final norm, output table and loss, with logits of the next token and of `depths` further ones."""
+        """Final norm, output table and loss, of the next token and of `depths` further ones."""
         a = self.a
-        logits = self.T * a.vocab_size / self.layout.tp
+        states = self.S * a.hidden_size * self.x
+        entries = a.vocab_size / self.layout.tp
+        further = depths * 2 * states  # input of the projection of state and embedding
+        if not self.trained and "output" not in self.targets:  # no logits but a chunk's: see `model.head`
+            chunk = min(self.T * entries * self.x, LOSS_CHUNK_BYTES["triton" if self.fused else "eager"])
+            kept = (1 + depths) * (self._norm() - states + self.T * (a.hidden_size * self.x + 12))
+            passes = 1 if self.fused else 2  # PyTorch's sum of exponentials takes a copy
+            return Kept(kept + further, 0.0, passes * chunk + self.T * a.hidden_size * self.x)
+        logits = self.T * entries
         kept = (1 + depths) * (logits * 4 + self._norm() + self.T * 8)
-        kept += depths * 2 * self.S * a.hidden_size * self.x  # input of the projection of state and embedding
         copies = logits * self.x if self.fused else 0.0  # the product in bf16 beside its float32 copy
-        table = a.vocab_size * a.hidden_size / self.layout.tp * self.x if self.trained and not self.fused else 0.0
-        return Kept(kept, 0.0, copies + table + self.T * a.hidden_size * self.x)
+        table = entries * a.hidden_size * self.x if self.trained and not self.fused else 0.0
+        return Kept(kept + further, 0.0, copies + table + self.T * a.hidden_size * self.x)
 
     def boundary(self) -> float:
         """What a pipeline stage receives and sends for one micro-batch."""

@@ -45,6 +45,7 @@ MODEL = Architecture.model_validate(
 FURTHER = Architecture.model_validate(
     MODEL.model_dump() | {"name": "nano-measured-further", "latent_size": 64, "mtp_pattern": "*E", "mtp_depths": 2}
 )
+WORDY = MODEL.with_vocab(131_072)  # a table of the real sizes: all logits would be 403 MB
 STEP = "measured step"
 
 
@@ -84,6 +85,7 @@ CASES = {  # by number of processes
         Case("", 8, 8, 96, recompute="selective"),
         Case("", 8, 8, 96, model=FURTHER),
         Case("", 8, 8, 96, mode="lora", model=FURTHER),
+        Case("", 8, 8, 96, mode="lora", model=WORDY),
     ),
     2: (
         Case("", 16, 8, 96),

@@ -32,6 +32,7 @@ from megatron_evolve.substrate.manifest import Substrate, verify
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.packing import Packer, read_excluded
 from megatron_evolve.substrate.ranks import place_in
+from megatron_evolve.substrate.recipe import Recipe
 from megatron_evolve.substrate.settings import Settings
 from megatron_evolve.substrate.train.checkpoint import Kind, save_checkpoint, streamed
 from megatron_evolve.substrate.train.fit import RESUME_FOLDER, Fit, fit
@@ -109,10 +110,24 @@ def _run(arguments: argparse.Namespace) -> int:
     finally:
         build.stop()
     if runtime.rank == 0:
-        taken = {"experts": resolved(arguments.experts), "optimizer": optimizer_taken(settings.recipe)}
+        taken = _taken(resolved(arguments.experts), settings.recipe, layout)
         write_json(arguments.out / RESULT_FILE, {**result_of(fitted, identity), **taken})
         shutil.rmtree(arguments.out / RESUME_FOLDER, ignore_errors=True)
     return 0
+
+
+def _taken(form: str, recipe: Recipe, layout: Layout) -> dict[str, str]:
+    """Which implementation each operation ran on; a loss of `logits` is Megatron's own."""
+    from megatron_evolve.substrate.model.mamba_ssm import package_serves
+
+    frozen = recipe.adapter is not None and "output" not in recipe.adapter.targets  # the output table
+    ours = "triton" if form == "triton" and layout.cp == 1 else "pytorch"
+    return {
+        "experts": form,
+        "loss": form if frozen and form != "reference" else "logits",
+        "gated_norm": "mamba-ssm" if package_serves() else ours,
+        "optimizer": optimizer_taken(recipe),
+    }
 
 
 def _is_done(out: Path, identity: dict[str, Any]) -> bool:

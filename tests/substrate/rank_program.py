@@ -43,8 +43,9 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
 
 
 def adapter_of(case: dict[str, Any]) -> Adapter:
-    attends = "*" in architecture_of(case).pattern
-    return ADAPTER.replace(targets=tuple(name for name in ADAPTER.targets if attends or name != "attention"))
+    left_out = [] if "*" in architecture_of(case).pattern else ["attention"]
+    left_out += ["output"] if case.get("frozen_table") else []  # then its losses are made without logits
+    return ADAPTER.replace(targets=tuple(name for name in ADAPTER.targets if name not in left_out))
 
 
 def architecture_of(case: dict[str, Any]) -> Architecture:

@@ -27,14 +27,16 @@ def test_without_a_gpu_every_operation_is_plain_pytorch_whatever_is_installed() 
         paths = {name: choice.path for name, choice in found.items()}
         assert paths == {
             "experts": "eager",
+            "loss": "eager",
             "mamba scan": "pytorch",
+            "gated norm": "pytorch",
             "attention": "pytorch",
             "context parallel": operations.REFUSED,
             "norm": "pytorch",
             "optimizer": "torch AdamW",
             "restarts": "launcher",
         }
-        for name in ("experts", "mamba scan", "context parallel", "optimizer"):
+        for name in ("experts", "mamba scan", "gated norm", "context parallel", "optimizer"):
             assert found[name].why.startswith(NO_GPU), name
 
 
@@ -52,6 +54,11 @@ def test_without_a_gpu_every_operation_is_plain_pytorch_whatever_is_installed() 
             "mamba-ssm not installed; flash-linear-attention 9.1 is not",
         ),
         (("mamba_ssm", "causal_conv1d"), "mamba scan", "mamba-ssm", "mamba-ssm 9.1 and causal-conv1d 9.1 installed"),
+        ((), "loss", "eager", "in chunks of logits over a frozen output table"),
+        (("triton",), "loss", "triton", "a trained one takes Megatron's own"),
+        ((), "gated norm", "pytorch", "triton not installed"),
+        (("triton",), "gated norm", "triton", "one kernel after the PyTorch scan"),
+        (("triton", "mamba_ssm", "causal_conv1d"), "gated norm", "mamba-ssm", "its scan applies the gate"),
         ((), "optimizer", "torch AdamW", "transformer-engine and apex not installed"),
         (("apex",), "optimizer", "Apex FusedAdam", "Megatron takes it without Transformer Engine; apex 9.1"),
         (("apex", "transformer_engine"), "optimizer", "Transformer Engine FusedAdam", "transformer-engine 9.1"),
