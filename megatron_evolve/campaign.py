@@ -72,6 +72,10 @@ class Training(Frozen):
         default=False,
         description="rows end to end in place of padded ones, as many as fit in the room of micro_rows whole rows",
     )
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="what the backward pass computes again instead of keeping it: nothing, expert layers, all layers",
+    )
     experts: Literal["auto", "eager", "triton", "reference"] = Field(
         default="auto", description="maths of the routed experts; auto takes the fused kernels where a GPU is"
     )
@@ -92,7 +96,9 @@ class Training(Frozen):
         layout = ("--layout", ",".join(sizes)) if sizes else ()
         micro_rows = ("--micro-rows", str(self.micro_rows)) if self.micro_rows else ()
         packed = ("--packed",) if self.packed else ()
-        return (*layout, *micro_rows, *packed, *(("--experts", self.experts) if self.experts != "auto" else ()))
+        recompute = ("--recompute", self.recompute) if self.recompute != "none" else ()
+        experts = ("--experts", self.experts) if self.experts != "auto" else ()
+        return (*layout, *micro_rows, *packed, *recompute, *experts)
 
 
 class LaunchSpec(Frozen):

@@ -161,6 +161,8 @@ def training_job(placement: Placement, settings: Settings) -> Job:
         sequence_length=recipe.sequence_length,
         batch_size=recipe.batch_size,
         micro_batch=max(1, min(own, training.micro_rows or own)),
+        recompute=training.recompute,
+        recompute_norms=False,
         **({"adapter": recipe.adapter} if recipe.adapter else {}),
     )
 

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 ALONE = Layout()
+# What `recompute` of a training run means in Megatron's words: nothing, expert layers, or every layer from its input.
+# Norms could be computed again with Transformer Engine's alone (see `layer_spec.RecomputableStack`).
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 @dataclass(frozen=True)

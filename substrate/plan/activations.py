@@ -56,8 +56,9 @@ class Activations:
         whole = source + norm + inner
         if job.recompute == "full":
             return Kept(source, whole - source, working)
-        if job.recompute == "selective":  # norms are computed again by Transformer Engine's modules only
-            lost = (norm if self.fused and letter != "M" else 0.0) + (inner if letter == "E" else 0.0)
+        if job.recompute == "selective":
+            norms = self.fused and job.recompute_norms and letter != "M"
+            lost = (norm if norms else 0.0) + (inner if letter == "E" else 0.0)
             return Kept(whole - lost, lost, working)
         return Kept(whole, 0.0, working)
 

@@ -21,7 +21,11 @@ class Job(Frozen):
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
         description="activations computed again in the backward pass: none, those of expert layers (Megatron's module "
-        "moe, and layernorm where Transformer Engine has it), or all but each layer's input",
+        "moe, and layernorm), or all but each layer's input",
+    )
+    recompute_norms: bool = Field(
+        default=True,
+        description="of selective recompute: norms too, which Megatron 0.19 does with Transformer Engine's",
     )
     precision: Literal["bf16", "float32"] = Field(default="bf16", description="of weights and activations")
     optimizer_state: Literal["full", "reduced"] = Field(

@@ -99,11 +99,6 @@ CASES = {  # by number of processes
     3: (Case("pp=3", 24, 4, 96), Case("pp=3,vp=2", 24, 4, 96)),
     4: (Case("tp=2,ep=2", 16, 8, 96), Case("pp=2", 16, 4, 96), Case("tp=2,pp=2", 16, 4, 96)),
 }
-RECOMPUTE = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
 
 
 def main() -> None:
@@ -237,7 +232,7 @@ def _trainer(case: Case, layout: Layout, ranks: int) -> Any:
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
     chunks = build.build_chunks(
-        case.model, seed=2, finalize_model_grads_func=finalize_model_grads, **RECOMPUTE[case.recompute]
+        case.model, seed=2, finalize_model_grads_func=finalize_model_grads, **build.RECOMPUTE[case.recompute]
     )
     if case.mode == "lora":
         from megatron_evolve.substrate.model.lora import add_lora

@@ -76,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layout", default="", metavar="SIZES", help="as tp=2,ep=2; what is left is data parallel")
     parser.add_argument("--micro-rows", type=int, metavar="N", help="most rows that a rank computes at once")
     parser.add_argument("--packed", action="store_true", help="rows end to end in place of padded ones")
+    parser.add_argument(
+        "--recompute",
+        default="none",
+        choices=("none", "selective", "full"),
+        help="computed again in the backward pass: nothing, expert layers, or all layers",
+    )
     parser.add_argument("--experts", default="auto", metavar="BACKEND", help="auto, eager, triton or reference")
     return parser
 
@@ -102,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     runtime = build.start(arguments.seed, layout)
     try:
-        chunks = open_chunks(arguments.substrate, substrate, arguments.experts)
+        chunks = open_chunks(arguments.substrate, substrate, arguments.experts, arguments.recompute)
         tokenizer = read_tokenizer(arguments.substrate)
         packer = Packer(settings.mix, substrate.construction, tokenizer, settings.recipe, arguments.seed, excluded)
         how = {"save_every": arguments.save_every, "micro_rows": arguments.micro_rows, "packed": arguments.packed}

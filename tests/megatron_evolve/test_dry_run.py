@@ -36,7 +36,7 @@ NODE, CLUSTER = load_site(find_site("h100-node")), load_site(find_site("h100-slu
 COUNTS = {
     "nemotron3-nano-lora": (8, (8, 4 * (3 + 7 + 2), 3), (8 * 3, 4 * 12 * 3, 3 + 8 + 3), (16, 65)),
     "nemotron3-super-lora": (16, (8, 4 * (3 + 7 + 2), 3), (8 * 3, 4 * 12 * 3, 3 + 8 + 3), (16, 65)),
-    "nemotron3-ultra-infrastructure": (64, (8, 2 * (2 + 3 + 1), 2), (8 * 3, 2 * 6 * 3, 2 + 8), (8, 16)),
+    "nemotron3-ultra-infrastructure": (32, (8, 2 * (2 + 3 + 1), 2), (8 * 3, 2 * 6 * 3, 2 + 8), (8, 16)),
 }
 
 
@@ -119,10 +119,11 @@ def test_the_script_for_a_run_by_hand_starts_the_same_ranks(told: dict[str, dict
 
 
 def test_several_nodes_start_their_ranks_with_srun(told: dict[str, dict[str, Any]]) -> None:
-    for name, nodes in (("nemotron3-super-lora", 2), ("nemotron3-ultra-infrastructure", 8)):
+    for name, nodes, minutes in (("nemotron3-super-lora", 2, 360), ("nemotron3-ultra-infrastructure", 4, 600)):
         train = step(told[name], "train")
-        for line in (f"--nodes={nodes}", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=360"):
+        for line in (f"--nodes={nodes}", "--ntasks-per-node=8", "--gpus-per-node=8", f"--time={minutes}"):
             assert f"#SBATCH {line}\n" in train["script"]
+        assert (" --recompute selective" in train["script"]) == ("ultra" in name)
         assert "exec srun " in train["script"] and "torch.distributed.run" not in train["argv"]
         assert any("does not submit" in note for note in told[name]["notes"])
     served = step(told["nemotron3-super-lora"], "score on dev")["script"]
@@ -184,20 +185,20 @@ def test_another_size_under_the_name_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "training", "says"),
     [
-        ("nemotron3-nano-lora", {"layout": Layout(tp=2)}, "does not fit 8 GPUs of 80GB .* needs 82.1 GB of 80"),
+        ("nemotron3-nano-lora", {"layout": Layout()}, "does not fit 8 GPUs of 80GB .* needs 95.8 GB of 80"),
         ("nemotron3-nano-lora", {"layout": Layout(ep=8, etp=2), "ranks": 16}, "this one machine has 8"),
         ("nemotron3-super-lora", {"layout": Layout(ep=8), "ranks": 24}, "must be a multiple of the 24 data-parallel"),
         ("nemotron3-super-lora", {"layout": Layout(ep=4), "ranks": 12}, "must fill whole nodes of 8 GPUs; .* has 12"),
-        # Ultra on half of its GPUs, and on a quarter, which no layout fits.
+        # Ultra in a layout that needs its recompute, without it; and on half of its GPUs, which no layout fits.
         (
             "nemotron3-ultra-infrastructure",
-            {"layout": Layout(tp=8, pp=2, ep=16), "ranks": 32},
+            {"layout": Layout(tp=8, pp=2, ep=16), "recompute": "none"},
             r"needs 8\d\.\d GB of 80",
         ),
         (
             "nemotron3-ultra-infrastructure",
             {"layout": Layout(tp=8, pp=2, ep=8), "ranks": 16},
-            r"needs 1\d\d\.\d GB of 80",
+            r"needs 91\.\d GB of 80",
         ),
     ],
 )

@@ -60,7 +60,8 @@ def model_of(case: dict[str, Any], weights: Path) -> list[Any]:
     from megatron_evolve.substrate.model.weights import load_part
 
     dtype = torch.bfloat16 if case.get("bf16") else torch.float32
-    chunks = build.build_chunks(architecture_of(case), seed=3, params_dtype=dtype)
+    fields = {"params_dtype": dtype, **build.RECOMPUTE[case.get("recompute", "none")]}
+    chunks = build.build_chunks(architecture_of(case), seed=3, **fields)
     load_part(chunks, [weights])
     if case["adapter"]:
         for chunk in chunks:
