@@ -253,6 +253,7 @@ def prepared(architecture: Any, mode: str, experts: str, rows: int, length: int)
     import numpy as np
     import torch
 
+    from megatron_evolve.substrate import operations
     from megatron_evolve.substrate.model import build
     from megatron_evolve.substrate.model.lora import add_lora
     from megatron_evolve.substrate.packing import Batch
@@ -260,7 +261,8 @@ def prepared(architecture: Any, mode: str, experts: str, rows: int, length: int)
     from megatron_evolve.substrate.recipe import Recipe
     from megatron_evolve.substrate.train.step import Trainer
 
-    job = Job(mode=mode, sequence_length=length, micro_batch=rows, batch_size=rows)
+    scan = operations.mamba_scan(operations.machine(torch.cuda.is_available())).path
+    job = Job(mode=mode, sequence_length=length, micro_batch=rows, batch_size=rows, scan=scan)
     adapter = job.adapter if mode == "lora" else None
     recipe = Recipe(adapter=adapter, lr=1e-4, batch_size=rows, steps=STEPS, warmup_steps=1, sequence_length=length)
     (model,) = build.build_chunks(architecture, seed=1, experts=experts, params_dtype=torch.bfloat16)

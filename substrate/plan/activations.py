@@ -97,25 +97,27 @@ class Activations:
         inner, heads, state = a.mamba_inner_size, a.mamba_num_heads, a.mamba_state_dim
         projected = sum(a.mamba_projection_parts)
         adapters = 2 * self._adapted("mamba") * self.T * self.x
-        if self.fused:
+        if self.fused and self.job.scan == "mamba-ssm":
             kept = self.T * ((projected + 2 * inner) * self.x + 4 * a.mamba_num_groups) / tp
             return kept + adapters, self.T * (projected + 2 * inner) * self.x / tp
         chunks = ceil(self.length / a.mamba_chunk_size)
         chunk = ceil(self.length / chunks)
         several = chunks > 1
-        a_token = (
-            projected
-            + 2 * a.mamba_conv_size  # sum and silu of the convolution
-            + 2 * a.mamba_num_groups * state  # B and C in chunks
+        scan = (  # numbers a token, all in float32
+            2 * a.mamba_num_groups * state  # B and C in chunks
             + heads * (3 + 2 * chunk + state)  # step twice, exponent; decay and mixing; B for each head
-            + (7 + self.trained) * inner  # inside chunks 3, gate 2, norm 1 or 2, output 1
-            + a.mamba_num_groups
+            + 3 * inner
         )
         if several:
-            a_token += heads * (1 + state) + inner  # exponent, C for each head, and what earlier chunks add
+            scan += heads * (1 + state) + inner  # exponent, C for each head, and what earlier chunks add
         states = self.rows * (2 * chunks if several else 1) * heads * a.mamba_head_dim * state
-        kept = (self.T * a_token + states) * self.x / tp
-        return kept + adapters, self.T * 4 * inner * self.x / tp
+        if self.fused:  # the convolution's input and sum in float32; its output, and the norm's inputs and output
+            a_token = 4 * (2 * a.mamba_conv_size + scan) + (a.mamba_conv_size + 3 * inner) * self.x
+        else:  # projection, sum and silu of the convolution; gate 2, norm 1 or 2, output 1, and a scale for each group
+            around = projected + 2 * a.mamba_conv_size + (4 + self.trained) * inner + a.mamba_num_groups
+            a_token = 4 * (around + scan)
+        working = self.T * 4 * inner * (7 if self.fused else 4) / tp  # casts of bf16 make copies, too
+        return (self.T * a_token + 4 * states) / tp + adapters, working
 
     def _attention(self) -> tuple[float, float]:
         a, tp = self.a, self.layout.tp

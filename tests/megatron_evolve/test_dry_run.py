@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_evolve import preflight as preflight_module
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.campaign import SHIPPED, Campaign
 from megatron_evolve.candidate import candidate, run_seed
@@ -21,14 +22,16 @@ from megatron_evolve.document import load_yaml
 from megatron_evolve.dry_run import dry_run
 from megatron_evolve.launch.job import Job, Resources
 from megatron_evolve.loop import Session, launcher_of, run_campaign
-from megatron_evolve.preflight import preflight
+from megatron_evolve.preflight import check_campaign, preflight
 from megatron_evolve.site import Site, chosen_site, find_site, load_site
 from megatron_evolve.substrate.exchange import imported_default
 from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.manifest import Construction, sealed, write_manifest
 from megatron_evolve.substrate.model.architecture import PRESETS
+from megatron_evolve.substrate.operations import Machine
 from tests.megatron_evolve import tiny
 
+BOTH = {"mamba_ssm": "2.3", "causal_conv1d": "1.6"}
 REAL = ("nemotron3-nano-lora", "nemotron3-super-lora", "nemotron3-ultra-infrastructure")
 NODE, CLUSTER = load_site(find_site("h100-node")), load_site(find_site("h100-slurm"))
 
@@ -207,6 +210,14 @@ def test_layouts_that_do_not_fit(name: str, training: dict[str, Any], says: str,
         preflight(real(name, **training), NODE if "nano" in name else CLUSTER, tmp_path)
 
 
+def test_a_site_without_mamba_ssm_is_planned_with_what_its_scan_keeps(tmp_path: Path) -> None:
+    bare = NODE.replace(mamba_scan="pytorch")
+    with pytest.raises(ValueError, match=r"needs 9\d\.\d GB of 80: activations"):
+        preflight(real("nemotron3-nano-lora"), bare, tmp_path)
+    again = preflight(real("nemotron3-nano-lora", recompute="full"), bare, tmp_path)
+    assert again.plan.fits and again.job.scan == "pytorch" and again.job.recompute == "full"
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_the_same_layout_on_half_the_gpus_is_refused_as_it_is_read(name: str) -> None:
     with pytest.raises(ValueError, match="runs on a multiple of"):
@@ -269,7 +280,20 @@ def test_the_run_itself_refuses_what_cannot_work_yet_and_writes_nothing(tmp_path
     if len(gpu_names()) < 8:
         assert "the driver of this machine lists" in refused("nemotron3-nano-lora", NODE)
     else:
-        assert "substrate import-hf DIR --name nemotron3-nano" in refused("nemotron3-nano-lora", NODE)
+        said = refused("nemotron3-nano-lora", NODE)
+        assert "import-hf DIR --name nemotron3-nano" in said or "plans memory for Mamba layers on mamba-ssm" in said
+
+
+def test_a_machine_without_the_scan_that_memory_was_planned_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    campaign = real("nemotron3-nano-lora")
+    campaign = campaign.replace(launch=campaign.launch.replace(cores=64))
+    monkeypatch.setattr(preflight_module, "gpu_names", lambda: ["NVIDIA H100"] * 8)
+    for packages, says in (({}, "on this machine mamba-ssm and causal-conv1d not installed"), (BOTH, "import-hf DIR")):
+        monkeypatch.setattr(preflight_module, "machine", lambda gpu, packages=packages: Machine(gpu, packages))
+        with pytest.raises(ValueError, match=says):
+            check_campaign(campaign, NODE, tmp_path, new=True)
 
 
 def test_the_launcher_gives_the_gpus_that_the_controller_may_see(
