@@ -41,9 +41,10 @@ from torch import Tensor
 
 from megatron_evolve.kernels.backend import backend
 from megatron_evolve.substrate import operations
-from megatron_evolve.substrate.model import latent
+from megatron_evolve.substrate.model import latent, mamba
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.model.attention import CausalAttention
+from megatron_evolve.substrate.model.convolution import FLA, fla_causal_conv
 from megatron_evolve.substrate.model.experts import GroupedExperts
 from megatron_evolve.substrate.model.mamba_ssm import GatedRMSNorm, conv_and_scan
 from megatron_evolve.substrate.model.packed import expect_packed
@@ -65,12 +66,16 @@ class RMSNorm(torch.nn.RMSNorm):
 class ClampedMambaMixer(MambaMixer):
     """MambaMixer that also passes on `dt_min` and the norm's epsilon, which Megatron leaves at 0 and 1e-5.
 
-    With `form` "triton", gate and norm after the PyTorch scan are one kernel. mamba-ssm's scan applies the gate itself,
-    and under context parallelism heads are dealt out anew between gate and norm: there they stay two.
+    With `form` "triton", gate and norm after the PyTorch scan are one kernel, and `convolution` may be another's.
+    mamba-ssm's scan applies the gate itself, and under context parallelism heads are dealt out anew between gate and
+    norm: there they stay two.
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, dt_clamp: float, form: str, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *args: Any, dt_clamp: float, form: str, convolution: str, **kwargs: Any
+    ) -> None:
         super().__init__(config, *args, **kwargs)
+        self.convolution = convolution
         self.dt_limit = (dt_clamp, float("inf"))
         self.norm.eps = config.layernorm_epsilon
         if form == "triton" and isinstance(self.norm, GatedRMSNorm) and config.context_parallel_size == 1:
@@ -94,7 +99,10 @@ class ClampedMambaMixer(MambaMixer):
         }
         if getattr(self.norm, "fused", None) is not None:
             sequence_LB = None if packed is None else packed.seq_idx.t()
-            return self.norm(*conv_and_scan(zxBCdt, *weights, sequence_LB=sequence_LB, **shapes))
+            conv = partial(mamba.causal_conv, sequence_LB=sequence_LB)
+            if self.convolution == FLA:
+                conv = partial(fla_causal_conv, packed=packed)
+            return self.norm(*conv_and_scan(zxBCdt, *weights, conv=conv, sequence_LB=sequence_LB, **shapes))
         y = mamba_mixer.mamba_split_conv1d_scan_combined(
             zxBCdt.transpose(0, 1),
             *weights,
@@ -152,6 +160,7 @@ def _mamba_layer(architecture: Architecture, form: str) -> ModuleSpec:
         params={
             "dt_clamp": architecture.dt_min,
             "form": form,
+            "convolution": operations.convolution(operations.machine(torch.cuda.is_available())).path,
             "d_conv": architecture.mamba_conv_kernel,
             "chunk_size": architecture.mamba_chunk_size,
         },

@@ -4,6 +4,7 @@ Megatron imports three names from that package and refuses to build a mixer with
 device, unless the package can serve: its kernels need a GPU and the package causal-conv1d.
 """
 
+import functools
 import sys
 import types
 from collections.abc import Callable
@@ -74,9 +75,9 @@ def mamba_split_conv1d_scan_combined(
         )
     sequence = None if seq_idx is None else seq_idx.t()
     given = (zxbcdt.transpose(0, 1), conv1d_weight, conv1d_bias, dt_bias, A, D)
-    y, z = conv_and_scan(
-        *given, chunk_size=chunk_size, sequence_LB=sequence, dt_limit=dt_limit, headdim=headdim, ngroups=ngroups
-    )
+    shapes = {"chunk_size": chunk_size, "dt_limit": dt_limit, "headdim": headdim, "ngroups": ngroups}
+    conv = functools.partial(mamba.causal_conv, sequence_LB=sequence)
+    y, z = conv_and_scan(*given, conv=conv, sequence_LB=sequence, **shapes)
     return (y * F.silu(z)).transpose(0, 1)
 
 
@@ -88,17 +89,21 @@ def conv_and_scan(
     A: Tensor,
     D: Tensor,
     *,
+    conv: Callable[[Tensor, Tensor, Tensor], Tensor],
     chunk_size: int,
     sequence_LB: Tensor | None,
     dt_limit: tuple[float, float],
     headdim: int,
     ngroups: int,
 ) -> tuple[Tensor, Tensor]:
-    """Projected input (L, B, z+x+B+C+dt) to the scan's output and its gate, neither applied: both (L, B, H P)."""
+    """Projected input (L, B, z+x+B+C+dt) to the scan's output and its gate, not applied: both (L, B, H P).
+
+    `conv` is called with input (L, B, C), taps (C, K) and bias (C,), and knows its sequences itself.
+    """
     inner = D.shape[0] * headdim
     state = (conv1d_weight.shape[0] - inner) // 2
     z, xBC, dt = zxBCdt_LBC.split([inner, inner + 2 * state, D.shape[0]], dim=-1)
-    x, B, C = mamba.causal_conv(xBC, conv1d_weight, conv1d_bias, sequence_LB).split([inner, state, state], dim=-1)
+    x, B, C = conv(xBC, conv1d_weight, conv1d_bias).split([inner, state, state], dim=-1)
     y, _ = mamba.chunked_scan(
         x.unflatten(-1, (-1, headdim)),
         mamba.step_size(dt, dt_bias, dt_limit),
