@@ -22,6 +22,7 @@ from megatron_evolve.document import load_yaml
 from megatron_evolve.dry_run import dry_run
 from megatron_evolve.launch.job import Job, Resources
 from megatron_evolve.loop import Session, launcher_of, run_campaign
+from megatron_evolve.placement import Placement
 from megatron_evolve.preflight import check_campaign, preflight
 from megatron_evolve.site import Site, chosen_site, find_site, load_site
 from megatron_evolve.substrate.exchange import imported_default
@@ -154,6 +155,20 @@ def imported(store: Path, **shapes: Any) -> str:
     folder.mkdir(parents=True)
     write_manifest(folder, frozen)
     return frozen.digest
+
+
+def test_a_job_is_told_of_threads_by_where_it_runs(told: dict[str, dict[str, Any]]) -> None:
+    """On GPUs Megatron may compile, and a rank has its site's cores; what only asks a server has one, as on cores."""
+    alone = "export OMP_NUM_THREADS=1\nexport TORCHDYNAMO_DISABLE=1\n"
+    for name in REAL:
+        for what in ("train", "score on dev"):
+            script = step(told[name], what)["script"]
+            on_gpus = what == "train" or "ultra" not in name
+            assert ("OMP_NUM_THREADS=8" in script, "TORCHDYNAMO_DISABLE" in script) == (on_gpus, not on_gpus)
+    assert alone in step(told["nemotron3-ultra-infrastructure"], "score on dev")["script"]
+    demo = Campaign.parse(load_yaml(SHIPPED / "demo.yaml"), where="demo")
+    assert Placement.of(demo, Site()).environment(trains=True) == {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    assert Placement.of(demo, NODE.replace(cores_per_gpu=4)).environment(trains=True) == {"OMP_NUM_THREADS": "4"}
 
 
 def test_an_imported_substrate_gives_the_real_names(tmp_path: Path) -> None:
