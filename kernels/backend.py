@@ -15,6 +15,9 @@ from types import ModuleType
 
 MODULES = {"reference": "reference", "eager": "eager", "triton": "fused"}
 AUTO = "auto"
+# Of logits that `chunked_loss` holds at once; here, where a plan of memory reads it without torch. Plain PyTorch makes
+# copies of them.
+LOSS_CHUNK_BYTES = {"eager": 2**26, "triton": 2**28}
 
 
 def resolved(name: str) -> str:

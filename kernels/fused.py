@@ -4,7 +4,9 @@
 """
 
 from megatron_evolve.kernels.experts import grouped_experts, routed_experts
+from megatron_evolve.kernels.gated_norm import gated_rms_norm
 from megatron_evolve.kernels.grouped_linear import grouped_linear
+from megatron_evolve.kernels.linear_cross_entropy import linear_cross_entropy
 from megatron_evolve.kernels.permute import permute, unpermute
 from megatron_evolve.kernels.reference import GroupedLora, RoutePlan
 from megatron_evolve.kernels.route_plan import route_plan
@@ -13,8 +15,10 @@ from megatron_evolve.kernels.router import router, router_from_tokens
 __all__ = [
     "GroupedLora",
     "RoutePlan",
+    "gated_rms_norm",
     "grouped_experts",
     "grouped_linear",
+    "linear_cross_entropy",
     "permute",
     "route_plan",
     "routed_experts",

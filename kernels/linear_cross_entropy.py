@@ -1,16 +1,9 @@
-"""The frozen head and the loss together, without ever holding all logits.
+"""The frozen head and the loss together in Triton: the passes over logits between the products of `chunked_loss`.
 
-    loss[t] = log sum_v exp(W_v x_t) - W_target x_t             dx[t] = dloss[t] sum_v (softmax_v - [v = target]) W_v
+    maximum, sum of exp(logit - maximum), target's logit        one pass, a program a row
+    softmax - [v = target]                                      one pass, in place of the logits
 
-8,192 tokens of 131,072 logits are 2 GiB in bfloat16, and the unfused loss makes 4 GiB more in float32. Tokens go
-through in chunks of 256 MiB of logits instead: a product, one pass for each row's maximum and sum, one that turns the
-logits into their own gradient in place, and a second product for dx. Since loss[t] depends on x_t alone, dx is ready
-in the forward pass up to its factor dloss[t]. The two products are dense and large, so the vendor's library does them.
-
-The head may be cut over the ranks of `group` by vocabulary: maxima, sums and target logits are then reduced over it,
-T numbers each, and dx once. A frozen head gets no gradient: with adapters that is a third of the products less.
-
-Letters: T tokens, C tokens of a chunk, V vocabulary (of this rank), H model width.
+Letters: C tokens of a chunk, V vocabulary (of this rank), T tokens, H model width.
 """
 
 import torch
@@ -18,11 +11,10 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megatron_evolve.kernels.chunked_loss import Form, chunked_loss
 from megatron_evolve.kernels.precision import check, narrow
 
-CHUNK_BYTES = 2**28
 BLOCK = 4096  # logits at a time: 16 a thread in 8 warps
 
 
@@ -57,49 +49,21 @@ def _gradient(logits_CV, target_C, max_C, sum_C, V, first_entry, BV: tl.constexp
     tl.store(at, narrow(share, logits_CV.dtype.element_ty), mask=v < V)
 
 
-def _chunk(x_CH: Tensor, W_VH: Tensor, target_C: Tensor, first_entry: int, group, want_dx: bool):
-    """Loss of a chunk of tokens, and this rank's part of its dx for dloss = 1."""
-    logits_CV = x_CH @ W_VH.t()
+def _row_statistics(logits_CV: Tensor, target_C: Tensor, first_entry: int) -> tuple[Tensor, Tensor, Tensor]:
     C, V = logits_CV.shape
-    max_C, sum_C, chosen_C = torch.empty(3, C, dtype=torch.float32, device=x_CH.device)
+    max_C, sum_C, chosen_C = torch.empty(3, C, dtype=torch.float32, device=logits_CV.device)
     _statistics[(C,)](logits_CV, target_C, max_C, sum_C, chosen_C, V, first_entry, BV=BLOCK, num_warps=8)
-    if group is not None:
-        own_C = max_C.clone()
-        dist.all_reduce(max_C, dist.ReduceOp.MAX, group)
-        sum_C.mul_(torch.exp(own_C - max_C))
-        dist.all_reduce(sum_C, group=group)
-        dist.all_reduce(chosen_C, group=group)
-    dx_CH = None
-    if want_dx:
-        grid = (C, triton.cdiv(V, BLOCK))
-        _gradient[grid](logits_CV, target_C, max_C, sum_C, V, first_entry, BV=BLOCK, num_warps=8)
-        dx_CH = logits_CV @ W_VH
-    # in this order: beside a maximum of 1e4 the logarithm would lose all but three digits
-    return (max_C - chosen_C) + torch.log(sum_C), dx_CH
+    return max_C, sum_C, chosen_C
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TH, W_VH, target_T, first_entry, group):
-        rows = max(1, CHUNK_BYTES // (len(W_VH) * x_TH.element_size()))
-        want_dx = ctx.needs_input_grad[0]
-        loss_T = torch.empty(len(x_TH), dtype=torch.float32, device=x_TH.device)
-        dx_TH = torch.empty_like(x_TH) if want_dx else None
-        for start in range(0, len(x_TH), rows):
-            here = slice(start, start + rows)
-            loss_T[here], dx_CH = _chunk(x_TH[here], W_VH, target_T[here], first_entry, group, want_dx)
-            if want_dx:
-                dx_TH[here] = dx_CH
-        if want_dx and group is not None:
-            dist.all_reduce(dx_TH, group=group)
-        ctx.save_for_backward(dx_TH)
-        return loss_T
+def _in_place(logits_CV: Tensor, target_C: Tensor, max_C: Tensor, sum_C: Tensor, first_entry: int) -> Tensor:
+    C, V = logits_CV.shape
+    grid = (C, triton.cdiv(V, BLOCK))
+    _gradient[grid](logits_CV, target_C, max_C, sum_C, V, first_entry, BV=BLOCK, num_warps=8)
+    return logits_CV
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss_T):
-        (dx_TH,) = ctx.saved_tensors
-        return (dx_TH * dloss_T.unsqueeze(-1)).to(dx_TH.dtype), None, None, None, None
+
+FORM = Form("triton", _row_statistics, _in_place)
 
 
 def linear_cross_entropy(
@@ -111,9 +75,4 @@ def linear_cross_entropy(
     Raises ValueError for a head that wants a gradient.
     """
     check(x_TH, "x")
-    if W_VH.requires_grad:
-        raise ValueError(
-            "the head of linear_cross_entropy must be frozen; got a W that wants a gradient: train it through logits, "
-            "or detach it"
-        )
-    return _LinearCrossEntropy.apply(x_TH.contiguous(), W_VH, target_T.contiguous(), first_entry, group)
+    return chunked_loss(x_TH, W_VH, target_T, first_entry, group, FORM)

@@ -72,6 +72,10 @@ class Training(Frozen):
         default=False,
         description="rows end to end in place of padded ones, as many as fit in the room of micro_rows whole rows",
     )
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="what the backward pass computes again instead of keeping it: nothing, expert layers, all layers",
+    )
     experts: Literal["auto", "eager", "triton", "reference"] = Field(
         default="auto", description="maths of the routed experts; auto takes the fused kernels where a GPU is"
     )
@@ -95,8 +99,10 @@ class Training(Frozen):
         sizes = [f"{name}={size}" for name, size in self.layout if size > 1]
         layout = ("--layout", ",".join(sizes)) if sizes else ()
         micro_rows = ("--micro-rows", str(self.micro_rows)) if self.micro_rows else ()
+        recompute = ("--recompute", self.recompute) if self.recompute != "none" else ()
         flags = [f"--{name}" for name in ("packed", "tensorboard") if getattr(self, name)]
-        return (*layout, *micro_rows, *flags, *(("--experts", self.experts) if self.experts != "auto" else ()))
+        experts = ("--experts", self.experts) if self.experts != "auto" else ()
+        return (*layout, *micro_rows, *flags, *recompute, *experts)
 
 
 class LaunchSpec(Frozen):

@@ -333,6 +333,7 @@ def substrate_plan(
     recompute: Annotated[str, typer.Option(help="none, selective or full")] = "none",
     optimizer_state: Annotated[str, typer.Option(help="full, or reduced: half precision")] = "full",
     offload: Annotated[float, typer.Option(help="share of the optimizer's state in host memory")] = 0.0,
+    scan: Annotated[str, typer.Option(help="of Mamba layers: mamba-ssm, or pytorch without it")] = "mamba-ssm",
     transformer_engine: Annotated[bool, typer.Option("--te", help="it is there: try context parallelism")] = False,
     layout: Annotated[str | None, typer.Option(help="only this one, as in `tp=2,ep=8`")] = None,
     as_json: Json = False,
@@ -342,7 +343,7 @@ def substrate_plan(
 
     def answer() -> None:
         job = {"mode": mode, "sequence_length": seq, "micro_batch": micro_batch, "batch_size": batch_size}
-        job |= {"recompute": recompute, "optimizer_state": optimizer_state, "offload": offload}
+        job |= {"recompute": recompute, "optimizer_state": optimizer_state, "offload": offload, "scan": scan}
         plan = make_plan(preset, gpus, gpu_memory, job, layout, transformer_engine)
         emit(plan) if as_json else show_plan(plan)
 

@@ -21,6 +21,7 @@ OPTIONAL = {
     "transformer-engine": "Adam and context parallelism on NVIDIA GPUs: pip install 'megatron-evolve[te]'",
     "mamba-ssm": "CUDA kernels of the Mamba-2 scan: pip install 'megatron-evolve[ssm]'",
     "causal-conv1d": "CUDA kernel of Mamba's convolution: pip install 'megatron-evolve[ssm]'",
+    "fla-core": "Triton kernel of Mamba's convolution where mamba-ssm is not: pip install 'megatron-evolve[fla]'",
     "nemo-toolkit": "prompt formats of real checkpoints: pip install 'megatron-evolve[nemo]'",
     "openai": "the judge's engine openai, a language model as proposer: pip install 'megatron-evolve[llm]'",
     "vllm": "a server that the judge's engine openai can start; where its CUDA is, in this environment or on the path",

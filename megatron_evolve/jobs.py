@@ -113,7 +113,7 @@ class Ground:
             run_dir=run_dir,
             time_limit_s=self.time_limit_s,
             done_file=RESULT_FILE if stage == "train" else SCORES_FILE,
-            env={"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **self.env},
+            env={**self.placement.environment(trains=stage == "train"), **self.env},
             resources=self.placement.resources(trains=stage == "train"),
             stall_s=self.placement.site.stall_seconds,
             start_s=self.placement.site.start_seconds,

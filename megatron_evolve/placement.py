@@ -59,6 +59,17 @@ class Placement:
         cores = gpus * self.site.cores_per_gpu or ranks
         return Resources(cores=cores, gpus=gpus, tasks=1 if self.site.launcher == "local" else ranks)
 
+    def environment(self, *, trains: bool) -> dict[str, str]:
+        """What the processes of a job are told about threads and compiling.
+
+        On cores, ranks fill them, one each; compiling Megatron's elementwise functions there takes seconds a process
+        and gained nothing. On GPUs a rank has cores of its own, and what is compiled (squared ReLU of shared experts,
+        the router's counts) is one pass over memory in place of several.
+        """
+        if not self.resources(trains=trains).gpus:
+            return {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+        return {"OMP_NUM_THREADS": str(self.site.cores_per_gpu)}
+
     @property
     def rank_starter(self) -> tuple[str, ...]:
         """Python's arguments before the trainer's module."""

@@ -22,6 +22,7 @@ from megatron_evolve.substrate.exchange import imported_default
 from megatron_evolve.substrate.frozen import nearest
 from megatron_evolve.substrate.manifest import MANIFEST, Substrate, read_manifest
 from megatron_evolve.substrate.model.architecture import Architecture, architecture
+from megatron_evolve.substrate.operations import machine, mamba_scan
 from megatron_evolve.substrate.plan.flops import token_flops
 from megatron_evolve.substrate.plan.job import GIB, Job, memory_bytes
 from megatron_evolve.substrate.plan.ranking import Candidate, assess
@@ -137,6 +138,12 @@ def _check_machine(campaign: Campaign, site: Site, placement: Placement) -> None
             f"the site has {site.gpus_per_node} GPUs a node, the driver of this machine lists {len(gpu_names())}: run "
             "this on such a node, or see what would run with --dry-run"
         )
+    here = mamba_scan(machine(True))
+    if site.gpus_per_node and site.mamba_scan == "mamba-ssm" and here.path != "mamba-ssm":
+        raise ValueError(
+            f"the site plans memory for Mamba layers on mamba-ssm, and on this machine {here.why}: install what is "
+            "missing, or write `mamba_scan: pytorch` into the site and see whether the campaign fits"
+        )
     wanted = max(placement.resources(trains=trains).cores for trains in (True, False))
     if wanted > cores_here(campaign):
         raise ValueError(
@@ -185,6 +192,9 @@ def training_job(placement: Placement, settings: Settings) -> Job:
         sequence_length=recipe.sequence_length,
         batch_size=recipe.batch_size,
         micro_batch=max(1, min(own, training.micro_rows or own)),
+        recompute=training.recompute,
+        recompute_norms=False,
+        scan=placement.site.mamba_scan,
         **({"adapter": recipe.adapter} if recipe.adapter else {}),
     )
 

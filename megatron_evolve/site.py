@@ -144,6 +144,10 @@ class Site(Frozen):
     gpus_per_node: int = Field(default=0, ge=0, le=1024, description="GPUs of a node; 0: ranks compute on its cores")
     gpu_memory: str = Field(default="80GB", description="of one GPU, as on its label")
     cores_per_gpu: int = Field(default=8, ge=1, description="cores that a job takes for each of its GPUs")
+    mamba_scan: Literal["mamba-ssm", "pytorch"] = Field(
+        default="mamba-ssm",
+        description="what Mamba layers run on there, as `doctor` says; pytorch keeps seven times their activations",
+    )
     peak_tflops: float = Field(
         default=989.0, gt=0, description="10^12 dense bfloat16 operations a second of one GPU, for the estimate alone"
     )

@@ -19,7 +19,7 @@ PACKAGES = {
     "transformer_engine": "transformer-engine",
     "mamba_ssm": "mamba-ssm",
     "causal_conv1d": "causal-conv1d",
-    "fla": "flash-linear-attention",
+    "fla": "fla-core",
     "apex": "apex",
     "nvidia_resiliency_ext": "nvidia-resiliency-ext",
 }
@@ -102,12 +102,36 @@ def experts(here: Machine) -> Choice:
     return Choice("eager", here.lacks("triton"))
 
 
+def loss(here: Machine) -> Choice:
+    """Output table and loss together where the table is frozen (`model.head`); the experts' setting decides both."""
+    taken = experts(here)
+    return Choice(taken.path, "in chunks of logits over a frozen output table; a trained one takes Megatron's own")
+
+
+def gated_norm(here: Machine) -> Choice:
+    """What follows the scan of Mamba layers: gate and norm in one pass, or two where mamba-ssm's scan gates."""
+    scan, taken = mamba_scan(here), experts(here)
+    if scan.path == "mamba-ssm":
+        return Choice("mamba-ssm", "its scan applies the gate, its norm follows")
+    if taken.path == "triton":
+        return Choice("triton", "gate and norm in one kernel after the PyTorch scan")
+    return Choice("pytorch", taken.why)
+
+
 def mamba_scan(here: Machine) -> Choice:
-    """Scan, convolution and gated norm of Mamba layers: mamba-ssm's scan calls causal-conv1d, so both or neither."""
+    """The scan of Mamba layers: mamba-ssm's calls causal-conv1d, so both or neither."""
     if here.has("mamba_ssm", "causal_conv1d"):
         return Choice("mamba-ssm", f"{here.names('mamba_ssm', 'causal_conv1d')} installed, and a GPU is there")
-    other = f"; {here.names('fla')} is not used" if "fla" in here.versions else ""
-    return Choice("pytorch", here.lacks("mamba_ssm", "causal_conv1d") + other)
+    return Choice("pytorch", here.lacks("mamba_ssm", "causal_conv1d"))
+
+
+def convolution(here: Machine) -> Choice:
+    """The convolution before the scan; flash-linear-attention's where this package's own kernels follow the scan."""
+    if mamba_scan(here).path == "mamba-ssm":
+        return Choice("causal-conv1d", "mamba-ssm's scan calls it")
+    if here.has("triton", "fla"):
+        return Choice("flash-linear-attention", f"{here.names('fla')}'s Triton kernel before the PyTorch scan")
+    return Choice("pytorch", here.lacks("triton", "fla"))
 
 
 def attention(here: Machine) -> Choice:
@@ -123,8 +147,19 @@ def context_parallel(here: Machine) -> Choice:
 
 
 def norm(here: Machine) -> Choice:
-    """Norms and linear layers."""
-    return Choice("pytorch", "Megatron's own layers, which adapters are made for; Transformer Engine's are not used")
+    """Norms between layers."""
+    why = "torch's, one kernel on a GPU too"
+    if "transformer_engine" in here.versions:
+        why += "; Transformer Engine's were never run by this project, which had no such machine, and are not used"
+    return Choice("pytorch", why)
+
+
+def linear(here: Machine) -> Choice:
+    """Dense matrix products outside the experts."""
+    why = "Megatron's own layers, which adapters are made for"
+    if "transformer_engine" in here.versions:
+        why += "; Transformer Engine's take none here, and their 8-bit arithmetic is refused by the experts"
+    return Choice("pytorch", why)
 
 
 def optimizer(here: Machine) -> Choice:
@@ -138,16 +173,25 @@ def optimizer(here: Machine) -> Choice:
 
 def restarts(here: Machine) -> Choice:
     """Who starts a lost run again."""
-    there = "nvidia_resiliency_ext" in here.versions
-    return Choice("launcher", f"{here.names('nvidia_resiliency_ext')} is not used" if there else "from its checkpoint")
+    why = "from its last resume checkpoint, in a process of its own"
+    if "nvidia_resiliency_ext" in here.versions:
+        why += (
+            f"; {here.names('nvidia_resiliency_ext')} is not used: it restarts ranks inside a job, by a launcher in "
+            "torchrun's place or by NCCL, and the controller counts each attempt as a job"
+        )
+    return Choice("launcher", why)
 
 
 OPERATIONS = {
     "experts": experts,
+    "loss": loss,
     "mamba scan": mamba_scan,
+    "convolution": convolution,
+    "gated norm": gated_norm,
     "attention": attention,
     "context parallel": context_parallel,
     "norm": norm,
+    "linear": linear,
     "optimizer": optimizer,
     "restarts": restarts,
 }

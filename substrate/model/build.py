@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_evolve.kernels.backend import AUTO
+from megatron_evolve.kernels.backend import AUTO, resolved
 from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.ranks import place_in
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 ALONE = Layout()
+# What `recompute` of a training run means in Megatron's words: nothing, expert layers, or every layer from its input.
+# Norms could be computed again with Transformer Engine's alone (see `layer_spec.RecomputableStack`).
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -205,25 +212,27 @@ def build_model(architecture: Architecture, *, seed: int, **fields: Any) -> "Hyb
 def build_chunks(architecture: Architecture, *, seed: int, experts: str = AUTO, **fields: Any) -> "list[HybridModel]":
     """This rank's part of a new `HybridModel`, one chunk per virtual pipeline stage, in order of the layers.
 
-    Same architecture, layout and seed, same bits. `experts` names the backend of the routed experts' maths
-    (`kernels.backend`), `fields` are added to the configuration or replace, by Megatron's
-    names (see `transformer_config`). The layers are cut as `Layout.stages` says; raises ValueError if they cannot be.
+    Same architecture, layout and seed, same bits. `experts` names the backend of the maths (`kernels.backend`): of the
+    routed experts, and with them of router, gated norm and loss. `fields` are added to the configuration or replace, by
+    Megatron's names (see `transformer_config`). The layers are cut as `Layout.stages` says; raises ValueError if they
+    cannot be.
     """
     from megatron.core import parallel_state
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
 
+    from megatron_evolve.substrate.model.head import LossModel
     from megatron_evolve.substrate.model.layer_spec import hybrid_stack_spec
 
-    layout = running_layout()
+    layout, form = running_layout(), resolved(experts)
     stages = layout.stages(architecture.pattern)
     seed_generators(seed)
     chunks = []
     for number in range(layout.vp):
         virtual = number if layout.vp > 1 else None
         where = {"ignore_virtual": False, "vp_stage": virtual}
-        chunk = HybridModel(
+        chunk = LossModel(
+            form=form,
             config=transformer_config(architecture, **fields),
-            hybrid_stack_spec=hybrid_stack_spec(architecture, experts),
+            hybrid_stack_spec=hybrid_stack_spec(architecture, form),
             vocab_size=architecture.vocab_size,
             max_sequence_length=architecture.max_sequence_length,
             hybrid_layer_pattern="|".join(stages) + f"/{architecture.mtp_pattern}" * architecture.mtp_depths,

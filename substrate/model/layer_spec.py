@@ -39,12 +39,14 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from megatron_evolve.kernels.backend import resolved
+from megatron_evolve.kernels.backend import backend
 from megatron_evolve.substrate import operations
-from megatron_evolve.substrate.model import latent
+from megatron_evolve.substrate.model import latent, mamba
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.model.attention import CausalAttention
+from megatron_evolve.substrate.model.convolution import FLA, fla_causal_conv
 from megatron_evolve.substrate.model.experts import GroupedExperts
+from megatron_evolve.substrate.model.mamba_ssm import GatedRMSNorm, conv_and_scan
 from megatron_evolve.substrate.model.packed import expect_packed
 from megatron_evolve.substrate.model.router import FusedRouter
 
@@ -62,30 +64,52 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class ClampedMambaMixer(MambaMixer):
-    """MambaMixer that also passes on `dt_min` and the norm's epsilon, which Megatron leaves at 0 and 1e-5."""
+    """MambaMixer that also passes on `dt_min` and the norm's epsilon, which Megatron leaves at 0 and 1e-5.
 
-    def __init__(self, config: TransformerConfig, *args: Any, dt_clamp: float, **kwargs: Any) -> None:
+    With `form` "triton", gate and norm after the PyTorch scan are one kernel, and `convolution` may be another's.
+    mamba-ssm's scan applies the gate itself, and under context parallelism heads are dealt out anew between gate and
+    norm: there they stay two.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, dt_clamp: float, form: str, convolution: str, **kwargs: Any
+    ) -> None:
         super().__init__(config, *args, **kwargs)
+        self.convolution = convolution
         self.dt_limit = (dt_clamp, float("inf"))
         self.norm.eps = config.layernorm_epsilon
+        if form == "triton" and isinstance(self.norm, GatedRMSNorm) and config.context_parallel_size == 1:
+            self.norm.fused = backend(form).gated_rms_norm
 
     def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Tensor:
         """Projected input (L, B, z+x+B+C+dt) to normed output (L, B, inner), both of this rank."""
         packed = expect_packed(packed_seq_params, *zxBCdt.shape[:2])
-        y = mamba_mixer.mamba_split_conv1d_scan_combined(
-            zxBCdt.transpose(0, 1),
+        weights = (
             self.cp.get_conv1d_weight().squeeze(1),
             self.cp.get_conv1d_bias(),
             self.cp.get_dt_bias().float(),
             -torch.exp(self.cp.get_A_log().float()),
-            D=self.cp.get_D(),
-            chunk_size=self.chunk_size,
+            self.cp.get_D(),
+        )
+        shapes = {
+            "chunk_size": self.chunk_size,
+            "dt_limit": self.dt_limit,
+            "headdim": self.headdim,
+            "ngroups": self.cp.ngroups_local_tpcp,
+        }
+        if getattr(self.norm, "fused", None) is not None:
+            sequence_LB = None if packed is None else packed.seq_idx.t()
+            conv = partial(mamba.causal_conv, sequence_LB=sequence_LB)
+            if self.convolution == FLA:
+                conv = partial(fla_causal_conv, packed=packed)
+            return self.norm(*conv_and_scan(zxBCdt, *weights, conv=conv, sequence_LB=sequence_LB, **shapes))
+        y = mamba_mixer.mamba_split_conv1d_scan_combined(
+            zxBCdt.transpose(0, 1),
+            *weights,
             seq_idx=None if packed is None else packed.seq_idx,
-            dt_limit=self.dt_limit,
             activation=self.activation,
-            headdim=self.headdim,
-            ngroups=self.cp.ngroups_local_tpcp,
             norm_before_gate=self.norm_before_gate,
+            **shapes,
         )
         return self.norm(self.cp.post_conv_ssm(y.transpose(0, 1), packed_seq_params))
 
@@ -113,8 +137,8 @@ class RecomputableStack(HybridStack):
         return super().forward(hidden_states, *args, **kwargs)
 
 
-def hybrid_stack_spec(architecture: Architecture, experts: str) -> ModuleSpec:
-    """The spec that `HybridModel` builds its layers from. `experts` is the backend of the routed experts' maths."""
+def hybrid_stack_spec(architecture: Architecture, form: str) -> ModuleSpec:
+    """The spec that `HybridModel` builds its layers from. `form` is the backend of the maths (`kernels.backend`)."""
     # Megatron names its final norm and latent projections itself, outside the spec, and means Transformer Engine's.
     hybrid_block.TENorm = RMSNorm
     latent.install()
@@ -122,19 +146,21 @@ def hybrid_stack_spec(architecture: Architecture, experts: str) -> ModuleSpec:
     return ModuleSpec(
         module=RecomputableStack,
         submodules=HybridStackSubmodules(
-            mamba_layer=_mamba_layer(architecture),
+            mamba_layer=_mamba_layer(architecture, form),
             **({"attention_layer": _attention_layer()} if attends else {}),
-            moe_layer=_moe_layer(experts),
+            moe_layer=_moe_layer(form),
             mtp_block_spec=_prediction_heads(),
         ),
     )
 
 
-def _mamba_layer(architecture: Architecture) -> ModuleSpec:
+def _mamba_layer(architecture: Architecture, form: str) -> ModuleSpec:
     mixer = ModuleSpec(
         module=ClampedMambaMixer,
         params={
             "dt_clamp": architecture.dt_min,
+            "form": form,
+            "convolution": operations.convolution(operations.machine(torch.cuda.is_available())).path,
             "d_conv": architecture.mamba_conv_kernel,
             "chunk_size": architecture.mamba_chunk_size,
         },
@@ -177,12 +203,12 @@ def _attention_layer() -> ModuleSpec:
     )
 
 
-def _moe_layer(backend: str) -> ModuleSpec:
+def _moe_layer(form: str) -> ModuleSpec:
     shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     experts = MoESubmodules(
-        experts=partial(GroupedExperts, backend=backend),
+        experts=partial(GroupedExperts, backend=form),
         shared_experts=partial(SharedExpertMLP, submodules=shared),
-        router=FusedRouter if resolved(backend) == "triton" else TopKRouter,  # fused with the experts, or not
+        router=FusedRouter if form == "triton" else TopKRouter,  # fused with the experts, or not
     )
     return ModuleSpec(
         module=MoETransformerLayer,

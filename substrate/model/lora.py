@@ -37,6 +37,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_evolve.substrate.model.experts import ExpertWeights
+from megatron_evolve.substrate.model.head import OutputTable
 
 KINDS = {
     "attention": ("self_attention.linear_qkv", "self_attention.linear_proj"),
@@ -217,7 +218,7 @@ def _check(name: str, layer: torch.nn.Module) -> None:
                 f"expert adapters need expert tensor parallel size 1; {name} is split: use expert parallelism"
             )
         return
-    if type(layer) not in (ColumnParallelLinear, RowParallelLinear) or layer.weight is None:
+    if type(layer) not in (ColumnParallelLinear, RowParallelLinear, OutputTable) or layer.weight is None:
         raise ValueError(
             f"an adapter needs a ColumnParallelLinear or RowParallelLinear that holds its own weight; {name} is a "
             f"{type(layer).__name__}: build the model without Transformer Engine and with untied embeddings"

@@ -4,8 +4,10 @@ Megatron imports three names from that package and refuses to build a mixer with
 device, unless the package can serve: its kernels need a GPU and the package causal-conv1d.
 """
 
+import functools
 import sys
 import types
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +36,15 @@ class GatedRMSNorm(nn.Module):
             )
         self.eps = eps
         self.group_size = group_size or hidden_size
+        self.fused: Callable[..., Tensor] | None = None  # `gated_rms_norm` of `kernels`, where gate and norm are one
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """x (..., hidden), gate z likewise or None."""
+        if z is not None and self.fused is not None:
+            width = len(self.weight)
+            rows = x.reshape(-1, width), z.reshape(-1, width)
+            return self.fused(*rows, self.weight, width // self.group_size, self.eps).view(x.shape)
         return mamba.group_rms_norm(x if z is None else x * F.silu(z), self.weight, self.eps, self.group_size)
 
 
@@ -67,10 +74,36 @@ def mamba_split_conv1d_scan_combined(
             "install mamba-ssm"
         )
     sequence = None if seq_idx is None else seq_idx.t()
+    given = (zxbcdt.transpose(0, 1), conv1d_weight, conv1d_bias, dt_bias, A, D)
+    shapes = {"chunk_size": chunk_size, "dt_limit": dt_limit, "headdim": headdim, "ngroups": ngroups}
+    conv = functools.partial(mamba.causal_conv, sequence_LB=sequence)
+    y, z = conv_and_scan(*given, conv=conv, sequence_LB=sequence, **shapes)
+    return (y * F.silu(z)).transpose(0, 1)
+
+
+def conv_and_scan(
+    zxBCdt_LBC: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    *,
+    conv: Callable[[Tensor, Tensor, Tensor], Tensor],
+    chunk_size: int,
+    sequence_LB: Tensor | None,
+    dt_limit: tuple[float, float],
+    headdim: int,
+    ngroups: int,
+) -> tuple[Tensor, Tensor]:
+    """Projected input (L, B, z+x+B+C+dt) to the scan's output and its gate, not applied: both (L, B, H P).
+
+    `conv` is called with input (L, B, C), taps (C, K) and bias (C,), and knows its sequences itself.
+    """
     inner = D.shape[0] * headdim
     state = (conv1d_weight.shape[0] - inner) // 2
-    z, xBC, dt = zxbcdt.transpose(0, 1).split([inner, inner + 2 * state, D.shape[0]], dim=-1)
-    x, B, C = mamba.causal_conv(xBC, conv1d_weight, conv1d_bias, sequence).split([inner, state, state], dim=-1)
+    z, xBC, dt = zxBCdt_LBC.split([inner, inner + 2 * state, D.shape[0]], dim=-1)
+    x, B, C = conv(xBC, conv1d_weight, conv1d_bias).split([inner, state, state], dim=-1)
     y, _ = mamba.chunked_scan(
         x.unflatten(-1, (-1, headdim)),
         mamba.step_size(dt, dt_bias, dt_limit),
@@ -79,9 +112,9 @@ def mamba_split_conv1d_scan_combined(
         C.unflatten(-1, (ngroups, -1)),
         D,
         chunk_size,
-        sequence_LB=sequence,
+        sequence_LB=sequence_LB,
     )
-    return (y.flatten(2) * F.silu(z)).transpose(0, 1)
+    return y.flatten(2), z
 
 
 def mamba_chunk_scan_combined(*_args: object, **_kwargs: object) -> Tensor:

@@ -41,6 +41,11 @@ class PackedSequences(PackedSeqParams):
         )
 
     @cached_property
+    def ends(self) -> Tensor:
+        """`cu_seqlens_q` on the host, int64 (S + 1,)."""
+        return torch.tensor([0, *accumulate(self.lengths)])
+
+    @cached_property
     def batches(self) -> tuple[tuple[Tensor, ...], Tensor]:
         """The row as right-padded batches of sequences of like length, for attention.
 

@@ -12,6 +12,7 @@ this rank's experts.
 from dataclasses import dataclass
 from math import ceil
 
+from megatron_evolve.kernels.backend import LOSS_CHUNK_BYTES
 from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.plan.job import Job
@@ -55,20 +56,28 @@ class Activations:
         whole = source + norm + inner
         if job.recompute == "full":
             return Kept(source, whole - source, working)
-        if job.recompute == "selective":  # norms are computed again by Transformer Engine's modules only
-            lost = (norm if self.fused and letter != "M" else 0.0) + (inner if letter == "E" else 0.0)
+        if job.recompute == "selective":
+            norms = self.fused and job.recompute_norms and letter != "M"
+            lost = (norm if norms else 0.0) + (inner if letter == "E" else 0.0)
             return Kept(whole - lost, lost, working)
         return Kept(whole, 0.0, working)
 
     def head(self, depths: int) -> Kept:
-        """Final norm, output table and loss, with logits of the next token and of `depths` further ones."""
+        """Final norm, output table and loss, of the next token and of `depths` further ones."""
         a = self.a
-        logits = self.T * a.vocab_size / self.layout.tp
+        states = self.S * a.hidden_size * self.x
+        entries = a.vocab_size / self.layout.tp
+        further = depths * 2 * states  # input of the projection of state and embedding
+        if not self.trained and "output" not in self.targets:  # no logits but a chunk's: see `model.head`
+            chunk = min(self.T * entries * self.x, LOSS_CHUNK_BYTES["triton" if self.fused else "eager"])
+            kept = (1 + depths) * (self._norm() - states + self.T * (a.hidden_size * self.x + 12))
+            passes = 1 if self.fused else 2  # PyTorch's sum of exponentials takes a copy
+            return Kept(kept + further, 0.0, passes * chunk + self.T * a.hidden_size * self.x)
+        logits = self.T * entries
         kept = (1 + depths) * (logits * 4 + self._norm() + self.T * 8)
-        kept += depths * 2 * self.S * a.hidden_size * self.x  # input of the projection of state and embedding
         copies = logits * self.x if self.fused else 0.0  # the product in bf16 beside its float32 copy
-        table = a.vocab_size * a.hidden_size / self.layout.tp * self.x if self.trained and not self.fused else 0.0
-        return Kept(kept, 0.0, copies + table + self.T * a.hidden_size * self.x)
+        table = entries * a.hidden_size * self.x if self.trained and not self.fused else 0.0
+        return Kept(kept + further, 0.0, copies + table + self.T * a.hidden_size * self.x)
 
     def boundary(self) -> float:
         """What a pipeline stage receives and sends for one micro-batch."""
@@ -88,25 +97,27 @@ class Activations:
         inner, heads, state = a.mamba_inner_size, a.mamba_num_heads, a.mamba_state_dim
         projected = sum(a.mamba_projection_parts)
         adapters = 2 * self._adapted("mamba") * self.T * self.x
-        if self.fused:
+        if self.fused and self.job.scan == "mamba-ssm":
             kept = self.T * ((projected + 2 * inner) * self.x + 4 * a.mamba_num_groups) / tp
             return kept + adapters, self.T * (projected + 2 * inner) * self.x / tp
         chunks = ceil(self.length / a.mamba_chunk_size)
         chunk = ceil(self.length / chunks)
         several = chunks > 1
-        a_token = (
-            projected
-            + 2 * a.mamba_conv_size  # sum and silu of the convolution
-            + 2 * a.mamba_num_groups * state  # B and C in chunks
+        scan = (  # numbers a token, all in float32
+            2 * a.mamba_num_groups * state  # B and C in chunks
             + heads * (3 + 2 * chunk + state)  # step twice, exponent; decay and mixing; B for each head
-            + (7 + self.trained) * inner  # inside chunks 3, gate 2, norm 1 or 2, output 1
-            + a.mamba_num_groups
+            + 3 * inner
         )
         if several:
-            a_token += heads * (1 + state) + inner  # exponent, C for each head, and what earlier chunks add
+            scan += heads * (1 + state) + inner  # exponent, C for each head, and what earlier chunks add
         states = self.rows * (2 * chunks if several else 1) * heads * a.mamba_head_dim * state
-        kept = (self.T * a_token + states) * self.x / tp
-        return kept + adapters, self.T * 4 * inner * self.x / tp
+        if self.fused:  # the convolution's input and sum in float32; its output, and the norm's inputs and output
+            a_token = 4 * (2 * a.mamba_conv_size + scan) + (a.mamba_conv_size + 3 * inner) * self.x
+        else:  # projection, sum and silu of the convolution; gate 2, norm 1 or 2, output 1, and a scale for each group
+            around = projected + 2 * a.mamba_conv_size + (4 + self.trained) * inner + a.mamba_num_groups
+            a_token = 4 * (around + scan)
+        working = self.T * 4 * inner * (7 if self.fused else 4) / tp  # casts of bf16 make copies, too
+        return (self.T * a_token + 4 * states) / tp + adapters, working
 
     def _attention(self) -> tuple[float, float]:
         a, tp = self.a, self.layout.tp

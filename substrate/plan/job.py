@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 class Job(Frozen):
-    """One way of training. bf16 is a GPU with fused kernels, float32 the PyTorch path that a CPU runs."""
+    """One way of training. bf16 is a GPU with fused kernels, `scan` apart; float32 the PyTorch path that a CPU runs."""
 
     mode: Literal["sft", "lora"] = Field(description="all weights, or adapters over frozen ones")
     sequence_length: int = Field(ge=1, description="tokens a row")
@@ -21,7 +21,15 @@ class Job(Frozen):
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
         description="activations computed again in the backward pass: none, those of expert layers (Megatron's module "
-        "moe, and layernorm where Transformer Engine has it), or all but each layer's input",
+        "moe, and layernorm), or all but each layer's input",
+    )
+    recompute_norms: bool = Field(
+        default=True,
+        description="of selective recompute: norms too, which Megatron 0.19 does with Transformer Engine's",
+    )
+    scan: Literal["mamba-ssm", "pytorch"] = Field(
+        default="mamba-ssm",
+        description="what Mamba layers run on in bf16, as `doctor` says of a machine; float32 always runs on pytorch",
     )
     precision: Literal["bf16", "float32"] = Field(default="bf16", description="of weights and activations")
     optimizer_state: Literal["full", "reduced"] = Field(

@@ -5,7 +5,8 @@
 
 One JSON line a case: the bytes that `memory.peak` plans for the fullest rank, and those that torch.profiler saw
 allocated at the peak of the second step, the first having made the optimizer's state. The model is built inside the
-profile, so weights, gradient buffers and moments are counted too. For a machine without a GPU.
+profile, so weights, gradient buffers and moments are counted too. For a machine without a GPU; the case in bfloat16 has
+the fused gated norm and wants TRITON_INTERPRET=1.
 """
 
 import contextlib
@@ -45,6 +46,22 @@ MODEL = Architecture.model_validate(
 FURTHER = Architecture.model_validate(
     MODEL.model_dump() | {"name": "nano-measured-further", "latent_size": 64, "mtp_pattern": "*E", "mtp_depths": 2}
 )
+WORDY = MODEL.with_vocab(131_072)  # a table of the real sizes: all logits would be 403 MB
+# The PyTorch scan in proportions of the real sizes: heads of 64, states and chunks of 128.
+SCAN = Architecture.model_validate(
+    MODEL.model_dump()
+    | {
+        "name": "nano-measured-scan",
+        "pattern": "MMM",
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 64,
+        "mamba_state_dim": 128,
+        "mamba_num_groups": 2,
+        "mamba_chunk_size": 128,
+        "max_sequence_length": 512,
+    }
+)
+ADAPTED = (("attention", "*"), ("mamba", "M"), ("experts", "E"), ("shared", "E"))
 STEP = "measured step"
 
 
@@ -59,6 +76,7 @@ class Case:
     mode: str = "sft"
     recompute: str = "none"
     model: Architecture = MODEL
+    precision: str = "float32"
 
     @property
     def job(self) -> Job:
@@ -69,8 +87,11 @@ class Case:
             micro_batch=self.micro_batch,
             batch_size=self.batch,
             recompute=self.recompute,
-            precision="float32",
-            adapter=Adapter(rank=8, alpha=8),
+            precision=self.precision,
+            scan="pytorch",
+            adapter=Adapter(
+                rank=8, alpha=8, targets=[kind for kind, letter in ADAPTED if letter in self.model.pattern]
+            ),
         )
 
 
@@ -84,6 +105,10 @@ CASES = {  # by number of processes
         Case("", 8, 8, 96, recompute="selective"),
         Case("", 8, 8, 96, model=FURTHER),
         Case("", 8, 8, 96, mode="lora", model=FURTHER),
+        Case("", 8, 8, 96, mode="lora", model=WORDY),
+        Case("", 1, 1, 512, mode="lora", model=SCAN),
+        Case("", 1, 1, 512, model=SCAN, recompute="full"),
+        Case("", 1, 1, 256, model=SCAN, precision="bf16"),
     ),
     2: (
         Case("", 16, 8, 96),
@@ -96,11 +121,6 @@ CASES = {  # by number of processes
     ),
     3: (Case("pp=3", 24, 4, 96), Case("pp=3,vp=2", 24, 4, 96)),
     4: (Case("tp=2,ep=2", 16, 8, 96), Case("pp=2", 16, 4, 96), Case("tp=2,pp=2", 16, 4, 96)),
-}
-RECOMPUTE = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 
 
@@ -134,6 +154,7 @@ def compare(case: Case, ranks: int) -> dict[str, Any]:
         "layout": str(layout),
         "mode": case.mode,
         "recompute": case.recompute,
+        "precision": case.precision,
         "rows": case.batch,
         "micro_batch": case.micro_batch,
         "sequence_length": case.sequence_length,
@@ -234,8 +255,15 @@ def _trainer(case: Case, layout: Layout, ranks: int) -> Any:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
+    bf16 = case.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
     chunks = build.build_chunks(
-        case.model, seed=2, finalize_model_grads_func=finalize_model_grads, **RECOMPUTE[case.recompute]
+        case.model,
+        seed=2,
+        experts="triton" if bf16 else "eager",  # the interpreter's kernels keep what compiled ones keep
+        finalize_model_grads_func=finalize_model_grads,
+        params_dtype=dtype,
+        **build.RECOMPUTE[case.recompute],
     )
     if case.mode == "lora":
         from megatron_evolve.substrate.model.lora import add_lora
@@ -245,7 +273,9 @@ def _trainer(case: Case, layout: Layout, ranks: int) -> Any:
             add_lora(chunk, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=0)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     model = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
-    settings = OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0, use_distributed_optimizer=True)
+    settings = OptimizerConfig(
+        optimizer="adam", lr=1e-3, clip_grad=1.0, use_distributed_optimizer=True, bf16=bf16, params_dtype=dtype
+    )
     optimizer = get_megatron_optimizer(settings, model, use_gloo_process_groups=False)
     micro_batches = case.job.micro_batches(layout.data_parallel(ranks))
     shape = (micro_batches, case.micro_batch, case.sequence_length)

@@ -18,17 +18,21 @@ WEIGHTS_FILE = "weights.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def open_chunks(folder: Path, substrate: Substrate, experts: str = "auto") -> "list[HybridModel]":
+def open_chunks(
+    folder: Path, substrate: Substrate, experts: str = "auto", recompute: str = "none"
+) -> "list[HybridModel]":
     """This rank's part of the model with the substrate's own weights, in the layout of the running process group.
 
-    It computes in the dtype in which the weights are stored. `experts` names the backend of the routed experts' maths.
+    It computes in the dtype in which the weights are stored. `experts` names the backend of the maths, `recompute` what
+    a backward pass computes again (`build.RECOMPUTE`).
     """
     from megatron_evolve.substrate.model import build
     from megatron_evolve.substrate.model.architecture import Architecture
     from megatron_evolve.substrate.model.weights import load_part, stored_dtype
 
     architecture, paths = Architecture.model_validate(substrate.architecture), substrate.weight_paths(folder)
-    chunks = build.build_chunks(architecture, seed=0, experts=experts, params_dtype=stored_dtype(paths))
+    fields = {"params_dtype": stored_dtype(paths), **build.RECOMPUTE[recompute]}
+    chunks = build.build_chunks(architecture, seed=0, experts=experts, **fields)
     load_part(chunks, paths)
     return chunks
 

@@ -36,6 +36,7 @@ from megatron_evolve.substrate.manifest import Substrate, verify
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.packing import Packer, read_excluded
 from megatron_evolve.substrate.ranks import place_in
+from megatron_evolve.substrate.recipe import Recipe
 from megatron_evolve.substrate.settings import Settings
 from megatron_evolve.substrate.train.checkpoint import Kind, save_checkpoint, streamed
 from megatron_evolve.substrate.train.fit import RESUME_FOLDER, Fit, fit
@@ -87,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-rows", type=int, metavar="N", help="most rows that a rank computes at once")
     parser.add_argument("--packed", action="store_true", help="rows end to end in place of padded ones")
     parser.add_argument("--tensorboard", action="store_true", help="also write event files for TensorBoard")
+    parser.add_argument(
+        "--recompute",
+        default="none",
+        choices=("none", "selective", "full"),
+        help="computed again in the backward pass: nothing, expert layers, or all layers",
+    )
     parser.add_argument("--experts", default="auto", metavar="BACKEND", help="auto, eager, triton or reference")
     return parser
 
@@ -113,7 +120,7 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
     runtime = build.start(arguments.seed, layout)
     try:
-        chunks = open_chunks(arguments.substrate, substrate, arguments.experts)
+        chunks = open_chunks(arguments.substrate, substrate, arguments.experts, arguments.recompute)
         tokenizer = read_tokenizer(arguments.substrate)
         packer = Packer(settings.mix, substrate.construction, tokenizer, settings.recipe, arguments.seed, excluded)
         how = {name: getattr(arguments, name) for name in ("save_every", "micro_rows", "packed", "tensorboard")}
@@ -123,13 +130,27 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
         build.stop()
     if runtime.rank == 0:
         check_fence()
-        taken = {"experts": resolved(arguments.experts), "optimizer": optimizer_taken(settings.recipe)}
+        taken = _taken(resolved(arguments.experts), settings.recipe, layout)
         write_json(arguments.out / RESULT_FILE, {**result_of(fitted, identity), **taken})
         shutil.rmtree(arguments.out / RESUME_FOLDER, ignore_errors=True)
         log.info(
             "%s after %d steps in %.1f s", "diverged" if fitted.diverged else "trained", fitted.steps, fitted.seconds
         )
     return 0
+
+
+def _taken(form: str, recipe: Recipe, layout: Layout) -> dict[str, str]:
+    """Which implementation each operation ran on; a loss of `logits` is Megatron's own."""
+    from megatron_evolve.substrate.model.mamba_ssm import package_serves
+
+    frozen = recipe.adapter is not None and "output" not in recipe.adapter.targets  # the output table
+    ours = "triton" if form == "triton" and layout.cp == 1 else "pytorch"
+    return {
+        "experts": form,
+        "loss": form if frozen and form != "reference" else "logits",
+        "gated_norm": "mamba-ssm" if package_serves() else ours,
+        "optimizer": optimizer_taken(recipe),
+    }
 
 
 def _is_done(out: Path, identity: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_evolve import preflight as preflight_module
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.campaign import SHIPPED, Campaign
 from megatron_evolve.candidate import candidate, run_seed
@@ -21,14 +22,17 @@ from megatron_evolve.document import load_yaml
 from megatron_evolve.dry_run import dry_run
 from megatron_evolve.launch.job import Job, Resources
 from megatron_evolve.loop import Session, launcher_of, run_campaign
-from megatron_evolve.preflight import preflight
+from megatron_evolve.placement import Placement
+from megatron_evolve.preflight import check_campaign, preflight
 from megatron_evolve.site import Site, chosen_site, find_site, load_site
 from megatron_evolve.substrate.exchange import imported_default
 from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.manifest import Construction, sealed, write_manifest
 from megatron_evolve.substrate.model.architecture import PRESETS
+from megatron_evolve.substrate.operations import Machine
 from tests.megatron_evolve import tiny
 
+BOTH = {"mamba_ssm": "2.3", "causal_conv1d": "1.6"}
 REAL = ("nemotron3-nano-lora", "nemotron3-super-lora", "nemotron3-ultra-infrastructure")
 NODE, CLUSTER = load_site(find_site("h100-node")), load_site(find_site("h100-slurm"))
 
@@ -36,7 +40,7 @@ NODE, CLUSTER = load_site(find_site("h100-node")), load_site(find_site("h100-slu
 COUNTS = {
     "nemotron3-nano-lora": (8, (8, 4 * (3 + 7 + 2), 3), (8 * 3, 4 * 12 * 3, 3 + 8 + 3), (16, 65)),
     "nemotron3-super-lora": (16, (8, 4 * (3 + 7 + 2), 3), (8 * 3, 4 * 12 * 3, 3 + 8 + 3), (16, 65)),
-    "nemotron3-ultra-infrastructure": (64, (8, 2 * (2 + 3 + 1), 2), (8 * 3, 2 * 6 * 3, 2 + 8), (8, 16)),
+    "nemotron3-ultra-infrastructure": (32, (8, 2 * (2 + 3 + 1), 2), (8 * 3, 2 * 6 * 3, 2 + 8), (8, 16)),
 }
 
 
@@ -119,10 +123,11 @@ def test_the_script_for_a_run_by_hand_starts_the_same_ranks(told: dict[str, dict
 
 
 def test_several_nodes_start_their_ranks_with_srun(told: dict[str, dict[str, Any]]) -> None:
-    for name, nodes in (("nemotron3-super-lora", 2), ("nemotron3-ultra-infrastructure", 8)):
+    for name, nodes, minutes in (("nemotron3-super-lora", 2, 360), ("nemotron3-ultra-infrastructure", 4, 600)):
         train = step(told[name], "train")
-        for line in (f"--nodes={nodes}", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=362"):
+        for line in (f"--nodes={nodes}", "--ntasks-per-node=8", "--gpus-per-node=8", f"--time={minutes + 2}"):
             assert f"#SBATCH {line}\n" in train["script"]
+        assert (" --recompute selective" in train["script"]) == ("ultra" in name)
         assert "\n    srun --kill-on-bad-exit=1 " in train["script"] and "torch.distributed.run" not in train["argv"]
         assert shlex.join(train["argv"]) in train["script"]
     served = step(told["nemotron3-super-lora"], "score on dev")["script"]
@@ -150,6 +155,20 @@ def imported(store: Path, **shapes: Any) -> str:
     folder.mkdir(parents=True)
     write_manifest(folder, frozen)
     return frozen.digest
+
+
+def test_a_job_is_told_of_threads_by_where_it_runs(told: dict[str, dict[str, Any]]) -> None:
+    """On GPUs Megatron may compile, and a rank has its site's cores; what only asks a server has one, as on cores."""
+    alone = "export OMP_NUM_THREADS=1\nexport TORCHDYNAMO_DISABLE=1\n"
+    for name in REAL:
+        for what in ("train", "score on dev"):
+            script = step(told[name], what)["script"]
+            on_gpus = what == "train" or "ultra" not in name
+            assert ("OMP_NUM_THREADS=8" in script, "TORCHDYNAMO_DISABLE" in script) == (on_gpus, not on_gpus)
+    assert alone in step(told["nemotron3-ultra-infrastructure"], "score on dev")["script"]
+    demo = Campaign.parse(load_yaml(SHIPPED / "demo.yaml"), where="demo")
+    assert Placement.of(demo, Site()).environment(trains=True) == {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    assert Placement.of(demo, NODE.replace(cores_per_gpu=4)).environment(trains=True) == {"OMP_NUM_THREADS": "4"}
 
 
 def test_an_imported_substrate_gives_the_real_names(tmp_path: Path) -> None:
@@ -184,26 +203,34 @@ def test_another_size_under_the_name_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "training", "says"),
     [
-        ("nemotron3-nano-lora", {"layout": Layout(tp=2)}, "does not fit 8 GPUs of 80GB .* needs 82.1 GB of 80"),
+        ("nemotron3-nano-lora", {"layout": Layout()}, "does not fit 8 GPUs of 80GB .* needs 95.8 GB of 80"),
         ("nemotron3-nano-lora", {"layout": Layout(ep=8, etp=2), "ranks": 16}, "this one machine has 8"),
         ("nemotron3-super-lora", {"layout": Layout(ep=8), "ranks": 24}, "must be a multiple of the 24 data-parallel"),
         ("nemotron3-super-lora", {"layout": Layout(ep=4), "ranks": 12}, "must fill whole nodes of 8 GPUs; .* has 12"),
-        # Ultra on half of its GPUs, and on a quarter, which no layout fits.
+        # Ultra in a layout that needs its recompute, without it; and on half of its GPUs, which no layout fits.
         (
             "nemotron3-ultra-infrastructure",
-            {"layout": Layout(tp=8, pp=2, ep=16), "ranks": 32},
+            {"layout": Layout(tp=8, pp=2, ep=16), "recompute": "none"},
             r"needs 8\d\.\d GB of 80",
         ),
         (
             "nemotron3-ultra-infrastructure",
             {"layout": Layout(tp=8, pp=2, ep=8), "ranks": 16},
-            r"needs 1\d\d\.\d GB of 80",
+            r"needs 91\.\d GB of 80",
         ),
     ],
 )
 def test_layouts_that_do_not_fit(name: str, training: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=says):
         preflight(real(name, **training), NODE if "nano" in name else CLUSTER, tmp_path)
+
+
+def test_a_site_without_mamba_ssm_is_planned_with_what_its_scan_keeps(tmp_path: Path) -> None:
+    bare = NODE.replace(mamba_scan="pytorch")
+    with pytest.raises(ValueError, match=r"needs 9\d\.\d GB of 80: activations"):
+        preflight(real("nemotron3-nano-lora"), bare, tmp_path)
+    again = preflight(real("nemotron3-nano-lora", recompute="full"), bare, tmp_path)
+    assert again.plan.fits and again.job.scan == "pytorch" and again.job.recompute == "full"
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -273,7 +300,20 @@ def test_the_run_itself_refuses_what_cannot_work_and_writes_nothing(
     if len(gpu_names()) < 8:
         assert "the driver of this machine lists" in refused("nemotron3-nano-lora", NODE)
     else:
-        assert "substrate import-hf DIR --name nemotron3-nano" in refused("nemotron3-nano-lora", NODE)
+        said = refused("nemotron3-nano-lora", NODE)
+        assert "import-hf DIR --name nemotron3-nano" in said or "plans memory for Mamba layers on mamba-ssm" in said
+
+
+def test_a_machine_without_the_scan_that_memory_was_planned_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    campaign = real("nemotron3-nano-lora")
+    campaign = campaign.replace(launch=campaign.launch.replace(cores=64))
+    monkeypatch.setattr(preflight_module, "gpu_names", lambda: ["NVIDIA H100"] * 8)
+    for packages, says in (({}, "on this machine mamba-ssm and causal-conv1d not installed"), (BOTH, "import-hf DIR")):
+        monkeypatch.setattr(preflight_module, "machine", lambda gpu, packages=packages: Machine(gpu, packages))
+        with pytest.raises(ValueError, match=says):
+            check_campaign(campaign, NODE, tmp_path, new=True)
 
 
 def test_the_launcher_gives_the_gpus_that_the_controller_may_see(

@@ -3,7 +3,8 @@
     python feature_program.py WEIGHTS FOLDER CASES.json
 
 Latent experts, prediction heads, and rows of packed sequences, one row a micro-batch. The last rank, which has the
-losses in every layout, writes for each case its steps: main loss, loss of each depth, gradient norm.
+losses in every layout, writes for each case its steps: main loss, loss of each depth, gradient norm. In a `frozen` case
+the output table is not trained, so that its losses are made without logits.
 """
 
 import json
@@ -25,7 +26,7 @@ LENGTHS = [[5, 1, 40, 2], [16, 31, 1], [48], [24, 24]]
 STEPS = 4
 
 
-def steps_of(weights: Path) -> list[list[float]]:
+def steps_of(weights: Path, frozen: bool) -> list[list[float]]:
     import torch
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -38,6 +39,9 @@ def steps_of(weights: Path) -> list[list[float]]:
 
     model = build.build_model(ARCHITECTURE, seed=2, finalize_model_grads_func=finalize_model_grads)
     load_part([model], [weights])
+    if frozen and model.post_process:
+        model.output_layer.requires_grad_(False)
+        assert model.fuses
     model = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
     settings = OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0, use_distributed_optimizer=True)
     optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
@@ -79,7 +83,7 @@ def main(weights: str, folder: str, cases: str) -> None:
     for name, case in json.loads(Path(cases).read_text()).items():
         os.environ["MASTER_PORT"] = str(case["port"])
         build.start(1, Layout.from_text(case["layout"]))
-        found[name] = steps_of(Path(weights))
+        found[name] = steps_of(Path(weights), case.get("frozen", False))
         build.stop()
     if os.environ.get("RANK") == "1" or "RANK" not in os.environ:
         Path(folder, f"{os.environ.get('WORLD_SIZE', '1')}.json").write_text(json.dumps(found))

@@ -43,8 +43,9 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
 
 
 def adapter_of(case: dict[str, Any]) -> Adapter:
-    attends = "*" in architecture_of(case).pattern
-    return ADAPTER.replace(targets=tuple(name for name in ADAPTER.targets if attends or name != "attention"))
+    left_out = [] if "*" in architecture_of(case).pattern else ["attention"]
+    left_out += ["output"] if case.get("frozen_table") else []  # then its losses are made without logits
+    return ADAPTER.replace(targets=tuple(name for name in ADAPTER.targets if name not in left_out))
 
 
 def architecture_of(case: dict[str, Any]) -> Architecture:
@@ -59,7 +60,8 @@ def model_of(case: dict[str, Any], weights: Path) -> list[Any]:
     from megatron_evolve.substrate.model.weights import load_part
 
     dtype = torch.bfloat16 if case.get("bf16") else torch.float32
-    chunks = build.build_chunks(architecture_of(case), seed=3, params_dtype=dtype)
+    fields = {"params_dtype": dtype, **build.RECOMPUTE[case.get("recompute", "none")]}
+    chunks = build.build_chunks(architecture_of(case), seed=3, **fields)
     load_part(chunks, [weights])
     if case["adapter"]:
         for chunk in chunks:

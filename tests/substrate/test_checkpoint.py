@@ -116,6 +116,7 @@ def test_a_run_leaves_a_checkpoint_and_its_result_last(substrate, tmp_path, monk
     result = json.loads((folder / "result.json").read_text())
     assert result["ending"] == "trained" and result["diverged"] is None and result["chosen_step"] == 8
     assert sum(result["rows"].values()) == 8 * 16 and result["checkpoint"] == "checkpoint"
+    assert (result["loss"], result["gated_norm"]) == ("logits", "pytorch")
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint", "metrics.jsonl", "result.json"]
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(8))
     before = (folder / "result.json").stat().st_mtime_ns
@@ -130,7 +131,8 @@ def test_a_packed_run_has_the_losses_of_a_padded_one_and_says_that_it_is_another
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("padded", "packed")]
     for one, other in zip(*(map(json.loads, text) for text in lines), strict=True):
         assert other == pytest.approx(one, rel=1e-5)  # of nothing but numbers, the tokens of a step among them
-    assert json.loads((tmp_path / "packed" / "result.json").read_text())["packed"]
+    result = json.loads((tmp_path / "packed" / "result.json").read_text())
+    assert result["packed"] and result["loss"] == "eager"  # over the frozen output table
     assert run.main([*padded, "--packed"]) == run.main(packed) == 1
     assert capsys.readouterr().err.count("the result of another run (packed differ)") == 2
 

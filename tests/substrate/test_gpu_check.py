@@ -72,6 +72,32 @@ def test_a_wrong_layer_is_seen(megatron, tmp_path, monkeypatch):
     assert not any(name.startswith(("layer 0", "layer 1")) for name in wrong)
 
 
+def test_the_fused_form_is_put_in_and_taken_out(megatron):
+    from megatron_evolve.kernels import eager, fused
+    from megatron_evolve.substrate.model.experts import GroupedExperts
+    from megatron_evolve.substrate.model.mamba_ssm import GatedRMSNorm
+
+    model = build.build_model(ARCHITECTURE, seed=1, experts="eager")
+    kinds = {kind: [m for m in model.modules() if isinstance(m, kind)] for kind in (GroupedExperts, GatedRMSNorm)}
+    assert all(kinds.values())
+    for name, form in (("triton", fused), ("eager", eager)):
+        gpu_check.take_form(model, name)
+        assert model.linear_cross_entropy is form.linear_cross_entropy
+        assert all(module.compute is form.grouped_experts for module in kinds[GroupedExperts])
+        norm = fused.gated_rms_norm if name == "triton" else None
+        assert all(module.fused is norm for module in kinds[GatedRMSNorm])
+
+
+def test_no_training_begins_after_its_time_and_the_unknown_ones_come_first(monkeypatch):
+    monkeypatch.setattr(gpu_check, "trained", lambda architecture, mode, experts: {"steps": mode, "experts": experts})
+    clock = iter([0.0, 99.0, 101.0, 131.0])
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: next(clock))
+    rows = list(gpu_check.trainings(ARCHITECTURE, 100.0))
+    assert [(row["steps"], row["experts"]) for row in rows] == list(gpu_check.TRAININGS)
+    assert rows[0]["steps"] == "sft" and [row.get("reason") for row in rows[:2]] == [None, None]
+    assert rows[2]["reason"] == "not begun: 1 s after the last second given" and "31 s" in rows[3]["reason"]
+
+
 @pytest.mark.slow
 def test_steps_are_told_with_their_plan(megatron):
     row = gpu_check.trained(ARCHITECTURE, "lora", "eager", rows=2, length=32)

@@ -67,7 +67,7 @@ def test_a_pack_is_its_sequences(
 
 def _conv_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     conv = mamba.causal_conv
-    monkeypatch.setattr(mamba, "causal_conv", lambda x, weight, bias, sequence: conv(x, weight, bias))
+    monkeypatch.setattr(mamba, "causal_conv", lambda x, weight, bias, sequence_LB: conv(x, weight, bias))
 
 
 def _state_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,14 +27,18 @@ def test_without_a_gpu_every_operation_is_plain_pytorch_whatever_is_installed() 
         paths = {name: choice.path for name, choice in found.items()}
         assert paths == {
             "experts": "eager",
+            "loss": "eager",
             "mamba scan": "pytorch",
+            "convolution": "pytorch",
+            "gated norm": "pytorch",
             "attention": "pytorch",
             "context parallel": operations.REFUSED,
             "norm": "pytorch",
+            "linear": "pytorch",
             "optimizer": "torch AdamW",
             "restarts": "launcher",
         }
-        for name in ("experts", "mamba scan", "context parallel", "optimizer"):
+        for name in ("experts", "mamba scan", "convolution", "gated norm", "context parallel", "optimizer"):
             assert found[name].why.startswith(NO_GPU), name
 
 
@@ -45,19 +49,27 @@ def test_without_a_gpu_every_operation_is_plain_pytorch_whatever_is_installed() 
         (("triton",), "experts", "triton", "fused kernels"),
         ((), "mamba scan", "pytorch", "mamba-ssm and causal-conv1d not installed"),
         (("mamba_ssm",), "mamba scan", "pytorch", "causal-conv1d not installed"),
-        (
-            ("causal_conv1d", "fla"),
-            "mamba scan",
-            "pytorch",
-            "mamba-ssm not installed; flash-linear-attention 9.1 is not",
-        ),
+        (("causal_conv1d", "fla"), "mamba scan", "pytorch", "mamba-ssm not installed"),
+        (("mamba_ssm", "causal_conv1d", "triton", "fla"), "convolution", "causal-conv1d", "mamba-ssm's scan calls it"),
+        (("triton", "fla"), "convolution", "flash-linear-attention", "fla-core 9.1's Triton kernel"),
+        (("causal_conv1d", "fla"), "convolution", "pytorch", "triton not installed"),
+        (("triton",), "convolution", "pytorch", "fla-core not installed"),
+        ((), "norm", "pytorch", "torch's, one kernel on a GPU too"),
+        (("transformer_engine",), "norm", "pytorch", "Transformer Engine's were never run"),
+        ((), "linear", "pytorch", "Megatron's own layers, which adapters are made for"),
+        (("transformer_engine",), "linear", "pytorch", "Transformer Engine's take none here"),
         (("mamba_ssm", "causal_conv1d"), "mamba scan", "mamba-ssm", "mamba-ssm 9.1 and causal-conv1d 9.1 installed"),
+        ((), "loss", "eager", "in chunks of logits over a frozen output table"),
+        (("triton",), "loss", "triton", "a trained one takes Megatron's own"),
+        ((), "gated norm", "pytorch", "triton not installed"),
+        (("triton",), "gated norm", "triton", "one kernel after the PyTorch scan"),
+        (("triton", "mamba_ssm", "causal_conv1d"), "gated norm", "mamba-ssm", "its scan applies the gate"),
         ((), "optimizer", "torch AdamW", "transformer-engine and apex not installed"),
         (("apex",), "optimizer", "Apex FusedAdam", "Megatron takes it without Transformer Engine; apex 9.1"),
         (("apex", "transformer_engine"), "optimizer", "Transformer Engine FusedAdam", "transformer-engine 9.1"),
         ((), "context parallel", "refused", "transformer-engine not installed"),
         (("transformer_engine",), "context parallel", "transformer-engine", "transformer-engine 9.1 installed"),
-        (("nvidia_resiliency_ext",), "restarts", "launcher", "nvidia-resiliency-ext 9.1 is not used"),
+        (("nvidia_resiliency_ext",), "restarts", "launcher", "nvidia-resiliency-ext 9.1 is not used: it"),
     ],
 )
 def test_on_a_gpu_the_packages_decide(modules: tuple[str, ...], operation: str, path: str, why: str) -> None:

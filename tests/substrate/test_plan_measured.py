@@ -23,14 +23,14 @@ def measure(processes: int) -> list[dict[str, Any]]:
         capture_output=True,
         text=True,
         timeout=900,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize(("processes", "cases"), [(1, 8), (2, 7)])
+@pytest.mark.parametrize(("processes", "cases"), [(1, 12), (2, 7)])
 def test_plan_is_within_a_tenth_of_every_measured_peak(processes: int, cases: int) -> None:
     rows = measure(processes)
     assert len(rows) == cases

@@ -20,6 +20,7 @@ CASE = {"architecture": {"pattern": "MEME"}}
 SPREAD = {
     "context, data": {**CASE, "layout": "cp=2"},
     "context, data" + LORA: {**CASE, "layout": "cp=2", "adapter": True},
+    "context, data, frozen table" + LORA: {**CASE, "layout": "cp=2", "adapter": True, "frozen_table": True},
     "tensor, context": {**CASE, "layout": "tp=2,cp=2"},
     "context, expert": {**CASE, "layout": "cp=2,ep=4"},
 }
@@ -36,7 +37,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
             parameter.mul_(6 if parameter.dim() == 2 else 1)
     weights = save_weights(model, folder / "weights.safetensors")
     build.stop()
-    alone = {"alone": {**CASE, "layout": ""}, "alone" + LORA: {**CASE, "layout": "", "adapter": True}}
+    adapted = {**CASE, "layout": "", "adapter": True}
+    alone = {
+        "alone": {**CASE, "layout": ""},
+        "alone" + LORA: adapted,
+        "alone, frozen table" + LORA: {**adapted, "frozen_table": True},
+    }
     return run(1, alone, weights, folder / "1") | run(4, SPREAD, weights, folder / "4")
 
 
@@ -44,7 +50,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 @pytest.mark.skipif(torch.cuda.is_available(), reason="checks what is supplied where no GPU is present")
 @pytest.mark.parametrize("name", SPREAD)
 def test_rows_split_over_ranks_train_as_one_process_does(name: str, measured: dict[str, Any]) -> None:
-    assert_same(measured[name], measured["alone" + LORA if name.endswith(LORA) else "alone"])
+    alone = next(kind for kind in (", frozen table" + LORA, LORA, "") if name.endswith(kind))
+    assert_same(measured[name], measured[f"alone{alone}"])
 
 
 @pytest.fixture

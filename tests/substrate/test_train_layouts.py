@@ -71,6 +71,12 @@ PACKED = {  # rows end to end, in packs of 1 or 8 rows' room; ranks cut their ow
     },
     3: {"virtual stages, packed": {"layout": "pp=3,vp=2", "packed": True, "micro_rows": 8}},
 }
+RECOMPUTED = {
+    2: {
+        "tensor and sequence, recomputed": {"layout": "tp=2", "recompute": "full"},
+        "pipeline, recomputed" + LORA: {"layout": "pp=2", "micro_rows": 4, "recompute": "selective", "adapter": True},
+    },
+}
 SAVED = {"tensor and sequence", "tensor and sequence" + LORA, "expert", "tensor, bf16"}  # after half of the steps
 RESUMED = {  # where what those cases saved is gone on with
     2: {
@@ -163,7 +169,8 @@ def measured(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     folder = tmp_path_factory.mktemp("measured")
     found = {}
     for ranks, layouts in LAYOUTS.items():
-        cases = both(layouts) | BF16.get(ranks, {}) | RESUMED.get(ranks, {}) | PACKED.get(ranks, {})
+        more = (kind.get(ranks, {}) for kind in (BF16, RESUMED, PACKED, RECOMPUTED))
+        cases = {**both(layouts), **{name: case for kind in more for name, case in kind.items()}}
         cases = {name: {**case, "save": str(folder / name)} if name in SAVED else case for name, case in cases.items()}
         for case in cases.values():
             if "restore" in case:
@@ -188,6 +195,11 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("ranks", "name"), ALL, ids=[name for _, name in ALL])
 def test_every_layout_trains_as_one_process_does(ranks: int, name: str, measured: dict[str, Any]) -> None:
     assert len(measured[name]["steps"]) == 4
+    assert_same(measured[name], measured["alone" + LORA if name.endswith(LORA) else "alone"])
+
+
+@pytest.mark.parametrize("name", [name for cases in RECOMPUTED.values() for name in cases])
+def test_what_is_computed_again_trains_the_same(name: str, measured: dict[str, Any]) -> None:
     assert_same(measured[name], measured["alone" + LORA if name.endswith(LORA) else "alone"])
 
 
