@@ -12,6 +12,7 @@ Json = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
 def add_judge_commands(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
     app.command("simulate")(simulate)
+    app.command("compare")(compare)
     app.command("calibrate")(calibrate)
     app.command("verify-eval")(verify_eval)
 
@@ -42,6 +43,32 @@ def simulate(
         plan = Plan(Constitution(anchor_seeds=anchors), origin_seeds=origin, items=items)
         found = run(scenarios or [], noise, campaigns, seed, plan, shared)
         typer.echo("\n".join(json.dumps(one) for one in found) if as_json else table(found))
+
+    guarded(answer, as_json)
+
+
+def compare(
+    dir: Annotated[Path, typer.Option("--dir", help="folder of the attempt; it is resumed")],
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="surfaces that follow from the code's digest; run once, after tuning")
+    ] = False,
+    surfaces: Annotated[int, typer.Option(help="simulated landscapes, two campaigns on each", min=2)] = 100,
+    methods: Annotated[list[str] | None, typer.Option("--method", help="by name; all of them otherwise")] = None,
+    as_json: Json = False,
+) -> None:
+    """This policy against other ways to spend the same runs, on simulated surfaces: what each truly gains outside."""
+    from megatron_evolve.cli import guarded
+
+    def answer() -> None:
+        from megatron_evolve.contest.protocol import run_attempt
+        from megatron_evolve.contest.table import figures, page, plot
+        from megatron_evolve.launch.rundir import write_whole
+
+        rows = run_attempt(dir, "held-out" if held_out else "development", surfaces, methods or ())
+        found = figures(rows)
+        write_whole(dir / "contest.md", page(found))
+        write_whole(dir / "contest.svg", plot(found))
+        typer.echo("\n".join(json.dumps(one) for one in found) if as_json else page(found))
 
     guarded(answer, as_json)
 

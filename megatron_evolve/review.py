@@ -10,15 +10,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from megatron_evolve.constitution import Constitution
 from megatron_evolve.eval.paired import (
+    Answers,
+    Contrast,
     Estimate,
     RunItems,
+    contrast,
+    difference,
     effect,
+    estimate,
     minimum_detectable_effect,
     probability_better,
 )
-from megatron_evolve.eval.score import ItemRows, split_scores
+from megatron_evolve.eval.score import ItemRows, Score, overall_score
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool, SeedVariance
 from megatron_evolve.evidence import (
     CandidateEvidence,
@@ -71,7 +78,7 @@ def _a_half_mean(facts: RoundFacts, name: str, weights: Weights) -> float | None
 
 
 def _overall(run: RunFacts, split: str, weights: Weights) -> float:
-    return split_scores(run.rows(split), weights.of(split)).overall.mean
+    return overall_score(run.rows(split), weights.of(split)).mean
 
 
 def review(
@@ -95,7 +102,8 @@ def review(
     rule = rule_of(constitution, sorted(weights.external) if weights.external else ())
     verdicts = judge(rounds, rule, pool) if facts.has_anchor else unjudged(rule)
     means = a_half_means(facts, weights)
-    reviewed = [_candidate(facts, name, weights, pool) for name in _names(facts)]
+    compared = Comparisons(facts, weights, pool)
+    reviewed = [_candidate(compared, name) for name in _names(facts)]
     return Evidence(
         round=facts.number,
         substrate=facts.substrate,
@@ -106,7 +114,7 @@ def review(
         selected=min(means, key=lambda name: (-means[name], name)) if means else None,
         candidates=(*reviewed, *_refused(facts)),
         noise=_noise(facts, reviewed, weights, pool),
-        minimum_detectable_effect=_detectable(facts, weights, pool),
+        minimum_detectable_effect=_detectable(compared),
         verdicts=tuple(verdict.to_dict() for verdict in verdicts),
         looks=dict(looks),
         replicates=tuple(one.to_dict() for one in replicates),
@@ -157,6 +165,69 @@ def _scored_on_all(facts: RoundFacts, name: str, splits: Sequence[str]) -> list[
     return [run for run in facts.scored(name, splits[0]) if all(run.has(split) for split in splits)]
 
 
+# --- comparisons -----------------------------------------------------------------------------------------------------
+
+
+class Comparisons:
+    """A round's candidates against its anchor: each contrast and each seed variance is worked out once."""
+
+    def __init__(self, facts: RoundFacts, weights: Weights, pool: SeedPool) -> None:
+        self.facts, self.weights, self.pool = facts, weights, pool
+        self._contrasts: dict[tuple[str, str], Contrast | None] = {}
+        self._seeds: dict[tuple[str, str | None], SeedVariance | None] = {}
+
+    def estimate(self, name: str, split: str, domain: str | None = None) -> Estimate | None:
+        """Candidate minus anchor; none where one of the two has no score, or the split does not ask the domain."""
+        known = (name, split)
+        if known not in self._contrasts:
+            self._contrasts[known] = self._contrast(name, split)
+        found = self._contrasts[known]
+        if found is None or (domain is not None and domain not in self.weights.of(split)):
+            return None
+        return estimate([(1.0, found, _only(self.weights.of(split), domain))], self._seeds_of(split, domain))
+
+    def effect(self, name: str, split: str, domain: str | None = None) -> EffectValue | None:
+        """The estimate as evidence keeps it."""
+        found = self.estimate(name, split, domain)
+        # Where no item tells the two sides apart there is no variance, so no interval and no number.
+        if found is None or not found.item_variance:
+            return None
+        return EffectValue(
+            mean=found.mean,
+            se=found.se,
+            low=found.lower(INTERVAL_ALPHA),
+            high=found.upper(INTERVAL_ALPHA),
+            p_better=min(1.0, max(0.0, probability_better(found))),
+        )
+
+    def _contrast(self, name: str, split: str) -> Contrast | None:
+        mine, anchors = (_scored_on_all(self.facts, one, SPLITS[split]) for one in (name, self.facts.anchor))
+        if not mine or not anchors:
+            return None
+        answers = Answers.of([run.items(SPLITS[split]) for run in (*mine, *anchors)])
+        coefficients = difference({name: [run.seed for run in mine]}, 1.0)
+        coefficients |= difference({self.facts.anchor: [run.seed for run in anchors]}, -1.0)
+        return contrast([(answers, coefficients)])
+
+    def _seeds_of(self, split: str, domain: str | None) -> SeedVariance | None:
+        side = "dev" if split.startswith("dev") else "external"
+        if (side, domain) not in self._seeds:
+            self._seeds[side, domain] = seeds_of(self.pool, self.weights, split, domain)
+        return self._seeds[side, domain]
+
+
+def _only(weights: Mapping[str, float], domain: str | None) -> Mapping[str, float]:
+    return weights if domain is None else {name: float(name == domain) for name in weights}
+
+
+def seeds_of(pool: SeedPool, weights: Weights, split: str, domain: str | None = None) -> SeedVariance | None:
+    """Pooled variance between seeds of a split's score, overall or in one domain; none while nothing was run twice."""
+    dev, external = _only(weights.dev, domain), _only(weights.external, domain)
+    if split.startswith("dev"):
+        return pool.variance(1.0, dev, 0.0, external)
+    return pool.variance(0.0, dev, 1.0, external)
+
+
 # --- one candidate ---------------------------------------------------------------------------------------------------
 
 
@@ -164,10 +235,11 @@ def _names(facts: RoundFacts) -> list[str]:
     return list(dict.fromkeys([facts.anchor, *(one.candidate for one in facts.proposals)]))
 
 
-def _candidate(facts: RoundFacts, name: str, weights: Weights, pool: SeedPool) -> CandidateEvidence:
+def _candidate(compared: Comparisons, name: str) -> CandidateEvidence:
+    facts, weights = compared.facts, compared.weights
     proposal = next((one for one in facts.proposals if one.candidate == name), None)
     anchor = name == facts.anchor
-    effects = {} if anchor else {split: _effect(facts, name, split, weights, pool) for split in SPLITS}
+    effects = {} if anchor else {split: compared.effect(name, split) for split in SPLITS}
     return CandidateEvidence(
         id=name,
         axis="anchor" if proposal is None else proposal.axis,
@@ -179,9 +251,7 @@ def _candidate(facts: RoundFacts, name: str, weights: Weights, pool: SeedPool) -
         external=_score(facts, name, "external", weights.external),
         effects={split: found for split, found in effects.items() if found is not None},
         confirmed=not anchor and _confirmed(facts, name, weights),
-        domains={
-            domain: _domain(facts, name, domain, weights, pool) for domain in sorted({*weights.dev, *weights.external})
-        },
+        domains={domain: _domain(compared, name, domain) for domain in sorted({*weights.dev, *weights.external})},
     )
 
 
@@ -202,7 +272,7 @@ def _run_record(run: RunFacts, weights: Weights) -> RunRecord:
     scores = {}
     for split in ("dev-a", "dev-b", "external-a", "external-b"):
         if run.has(split):
-            overall = split_scores(run.rows(split), weights.of(split)).overall
+            overall = overall_score(run.rows(split), weights.of(split))
             scores[split] = ScoreValue(mean=overall.mean, se=overall.se, n=overall.n)
     return RunRecord(
         seed=run.seed,
@@ -218,7 +288,7 @@ def _score(facts: RoundFacts, name: str, split: str, weights: Mapping[str, float
     runs = _scored_on_all(facts, name, SPLITS[split])
     if not runs:
         return None
-    scores = [split_scores(_joined(run, SPLITS[split]), weights).overall for run in runs]
+    scores = [_joined_score(run, SPLITS[split], weights) for run in runs]
     return ScoreValue(
         mean=statistics.fmean(score.mean for score in scores),
         se=statistics.fmean(score.se for score in scores),
@@ -226,56 +296,14 @@ def _score(facts: RoundFacts, name: str, split: str, weights: Mapping[str, float
     )
 
 
-def _joined(run: RunFacts, splits: Sequence[str]) -> ItemRows:
-    """The rows of some splits as if they were one."""
+def _joined_score(run: RunFacts, splits: Sequence[str], weights: Mapping[str, float]) -> Score:
+    """The score over some splits as if they were one."""
     rows = [run.rows(split) for split in splits]
-    columns = {name: [value for part in rows for value in getattr(part, name).tolist()] for name in vars(rows[0])}
-    return ItemRows(**{**columns, "split": [splits[0]] * len(columns["split"])})
-
-
-def _effect(
-    facts: RoundFacts, name: str, split: str, weights: Weights, pool: SeedPool, domain: str | None = None
-) -> EffectValue | None:
-    found = _estimate(facts, name, split, weights, pool, domain)
-    # Where no item tells the two sides apart there is no variance, so no interval and no number.
-    if found is None or not found.item_variance:
-        return None
-    return EffectValue(
-        mean=found.mean,
-        se=found.se,
-        low=found.lower(INTERVAL_ALPHA),
-        high=found.upper(INTERVAL_ALPHA),
-        p_better=min(1.0, max(0.0, probability_better(found))),
-    )
-
-
-def _estimate(
-    facts: RoundFacts, name: str, split: str, weights: Weights, pool: SeedPool, domain: str | None = None
-) -> Estimate | None:
-    mine, anchors = (_scored_on_all(facts, one, SPLITS[split]) for one in (name, facts.anchor))
-    if not mine or not anchors:
-        return None
-    weight = _only(weights.of(split), domain)
-    if domain is not None and domain not in weights.of(split):
-        return None
-    return effect(
-        [run.items(SPLITS[split]) for run in mine],
-        [run.items(SPLITS[split]) for run in anchors],
-        weight,
-        seeds_of(pool, weights, split, domain),
-    )
-
-
-def _only(weights: Mapping[str, float], domain: str | None) -> Mapping[str, float]:
-    return weights if domain is None else {name: float(name == domain) for name in weights}
-
-
-def seeds_of(pool: SeedPool, weights: Weights, split: str, domain: str | None = None) -> SeedVariance | None:
-    """Pooled variance between seeds of a split's score, overall or in one domain; none while nothing was run twice."""
-    dev, external = _only(weights.dev, domain), _only(weights.external, domain)
-    if split.startswith("dev"):
-        return pool.variance(1.0, dev, 0.0, external)
-    return pool.variance(0.0, dev, 1.0, external)
+    if len(rows) == 1:
+        return overall_score(rows[0], weights)
+    columns = {name: np.concatenate([getattr(part, name) for part in rows]) for name in vars(rows[0])}
+    columns["split"] = np.full(len(columns["split"]), splits[0])
+    return overall_score(ItemRows(**columns), weights)
 
 
 def _confirmed(facts: RoundFacts, name: str, weights: Weights) -> bool:
@@ -288,13 +316,13 @@ def _confirmed(facts: RoundFacts, name: str, weights: Weights) -> bool:
     return effect(items, [run.items((split,)) for run in anchors], weights.of(split)).mean > 0
 
 
-def _domain(facts: RoundFacts, name: str, domain: str, weights: Weights, pool: SeedPool) -> DomainEffect:
-    anchor = name == facts.anchor
+def _domain(compared: Comparisons, name: str, domain: str) -> DomainEffect:
+    facts, anchor = compared.facts, name == compared.facts.anchor
     return DomainEffect(
         dev=_domain_score(facts, name, "dev-b", domain),
         external=_domain_score(facts, name, "external", domain),
-        dev_effect=None if anchor else _effect(facts, name, "dev-b", weights, pool, domain),
-        external_effect=None if anchor else _effect(facts, name, "external", weights, pool, domain),
+        dev_effect=None if anchor else compared.effect(name, "dev-b", domain),
+        external_effect=None if anchor else compared.effect(name, "external", domain),
     )
 
 
@@ -330,11 +358,11 @@ def _noise(facts: RoundFacts, reviewed: Sequence[CandidateEvidence], weights: We
     )
 
 
-def _detectable(facts: RoundFacts, weights: Weights, pool: SeedPool) -> dict[str, float]:
+def _detectable(compared: Comparisons) -> dict[str, float]:
     """Smallest true effect of a typical explorer that this round would have seen (one-sided 5 %, 80 % power)."""
     found: dict[str, Any] = {}
     for split in SPLITS:
-        estimates = [_estimate(facts, name, split, weights, pool) for name in facts.explorers]
+        estimates = [compared.estimate(name, split) for name in compared.facts.explorers]
         sizes = [minimum_detectable_effect(one, MDE_ALPHA) for one in estimates if one and one.item_variance]
         if sizes:
             found[split] = statistics.median(sizes)
