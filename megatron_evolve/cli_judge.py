@@ -30,6 +30,9 @@ def simulate(
     anchors: Annotated[int, typer.Option(help="runs of the anchor in every round", min=1, max=64)] = 3,
     origin: Annotated[int, typer.Option(help="runs of the origin that were frozen with the judge", min=2)] = 8,
     shared: Annotated[float, typer.Option(help="share of flips common to all explorers", min=0, max=1)] = 0.0,
+    worlds: Annotated[
+        bool, typer.Option("--worlds", help="the world matrix in place of scenarios, with the demo's 1,200 items")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Thousands of campaigns whose truth is known: false alarms, power, time to detect. JSON: one object a line."""
@@ -40,6 +43,12 @@ def simulate(
         from megatron_evolve.simulate import Plan, table
         from megatron_evolve.simulate import simulate as run
 
+        if worlds:
+            from megatron_evolve.simulate.worlds import page, simulate_worlds
+
+            found = simulate_worlds(campaigns, seed, noise)
+            typer.echo("\n".join(json.dumps(one) for one in found) if as_json else page(found))
+            return
         plan = Plan(Constitution(anchor_seeds=anchors), origin_seeds=origin, items=items)
         found = run(scenarios or [], noise, campaigns, seed, plan, shared)
         typer.echo("\n".join(json.dumps(one) for one in found) if as_json else table(found))
