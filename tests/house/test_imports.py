@@ -56,6 +56,7 @@ TORCH_FREE_FILES = [
             "freeze",
             "probes",
             "reported",
+            "hook",
         ]
     ),
     *(
