@@ -10,6 +10,7 @@ from typing import Any
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.candidate import Candidate, candidate, run_seed
+from megatron_evolve.comparisons import INTERVAL_ALPHA, Weights, seeds_of
 from megatron_evolve.desk import STOPPED, Desk, Stopped
 from megatron_evolve.eval.looks import Look
 from megatron_evolve.eval.paired import RunItems, effect, probability_better
@@ -20,7 +21,6 @@ from megatron_evolve.jobs import FINAL_STAGE, ROWS_FILE, Ground, Run, Stage, dri
 from megatron_evolve.origin import ORIGIN_ROUND, Origin
 from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.prepare import origin_ground
-from megatron_evolve.review import INTERVAL_ALPHA, Weights, seeds_of
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
 from megatron_evolve.survey import closing_folder, survey, survey_stages
@@ -32,7 +32,7 @@ def close_campaign(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     if closed is not None:
         return closed.data
     final = None
-    if desk.campaign.judge.external is not None:
+    if desk.campaign.judge.target_suite is not None:
         final = desk.ledger.once("final", "", lambda: final_comparison(desk, policy))
         desk.ledger.once("survey", "", lambda: final_survey(desk, policy))
     said = finding(desk.campaign, desk.all_evidence(), final)

@@ -15,11 +15,13 @@ from megatron_evolve.candidate import candidate_id, run_seed
 from megatron_evolve.delta import Delta, canonical_change
 from megatron_evolve.eval.paired import RunItems
 from megatron_evolve.eval.score import ItemRows, comparison_of, read_rows
+from megatron_evolve.launch.rundir import read_json
 from megatron_evolve.ledger import Event
 from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.substrate.settings import Settings
 
 STAGE_OF_SPLIT = {"dev-a": "dev", "dev-b": "dev", "external-a": "external-a", "external-b": "external-b"}
+REPORTED_FILE = "reported.json"
 MAX_REPLICATES = 1024
 
 
@@ -43,6 +45,15 @@ class RunFacts:
         if stage not in self._rows:
             self._rows[stage] = read_rows(self.folder / stage / "scores.parquet")
         return self._rows[stage].of_split(split)
+
+    @cached_property
+    def reported(self) -> dict[str, Any] | None:
+        """What a target that shows no item told of this run (score, items, step); none if it was not asked."""
+        for stage in ("external-a", "external-b"):
+            path = self.folder / stage / REPORTED_FILE
+            if self.has(stage) and path.exists():
+                return read_json(path)
+        return None
 
     def comparison(self, split: str) -> str:
         """The comparison key of its score on one split."""

@@ -7,30 +7,24 @@ per-item answers; nothing here knows what any family or axis is called.
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from megatron_evolve.constitution import Constitution
-from megatron_evolve.eval.paired import (
-    Answers,
-    Contrast,
-    Estimate,
-    RunItems,
-    contrast,
-    difference,
-    effect,
-    estimate,
-    minimum_detectable_effect,
-    probability_better,
+from megatron_evolve.comparisons import (
+    SPLITS,
+    Comparisons,
+    Weights,
+    scored_on_all,
+    seeds_of,
 )
+from megatron_evolve.constitution import Constitution
+from megatron_evolve.eval.paired import RunItems, effect, minimum_detectable_effect
 from megatron_evolve.eval.score import ItemRows, Score, overall_score
-from megatron_evolve.eval.seeds import RunReplicates, SeedPool, SeedVariance
+from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.evidence import (
     CandidateEvidence,
     DomainEffect,
-    EffectValue,
     Evidence,
     Noise,
     RunRecord,
@@ -40,29 +34,11 @@ from megatron_evolve.facts import RoundFacts, RunFacts
 from megatron_evolve.gap import OVERALL, GapTest, rule_of
 from megatron_evolve.origin import Origin
 from megatron_evolve.policy import SearchPolicy
+from megatron_evolve.released import released_mean, released_value, told_contrast, told_runs, told_scores
 from megatron_evolve.verdict import Verdict, judge
 from megatron_evolve.window import RoundItems
 
-SPLITS: dict[str, tuple[str, ...]] = {
-    "dev-a": ("dev-a",),
-    "dev-b": ("dev-b",),
-    "external-a": ("external-a",),
-    "external-b": ("external-b",),
-    "external": ("external-a", "external-b"),
-}
-INTERVAL_ALPHA = 0.025
 MDE_ALPHA = 0.05
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weight of each family's accuracy in the dev and in the external score."""
-
-    dev: Mapping[str, float]
-    external: Mapping[str, float]
-
-    def of(self, split: str) -> Mapping[str, float]:
-        return self.dev if split.startswith("dev") else self.external
 
 
 def a_half_means(facts: RoundFacts, weights: Weights) -> dict[str, float]:
@@ -72,6 +48,8 @@ def a_half_means(facts: RoundFacts, weights: Weights) -> dict[str, float]:
 
 
 def _a_half_mean(facts: RoundFacts, name: str, weights: Weights) -> float | None:
+    if facts.policy.objective == "external" and weights.told_alone:
+        return released_mean(facts, name, told_runs(facts, name)[: facts.policy.replicates.explorer])
     split = "dev-a" if facts.policy.objective == "dev" else "external-a"
     runs = facts.first(name, split)
     return statistics.fmean(_overall(run, split, weights) for run in runs) if runs else None
@@ -99,7 +77,7 @@ def review(
     rounds = [round_items(one, weights, judged_origin) for one in window if one.has_anchor]
     replicates = rounds[-1].replicates() if facts.has_anchor else ()
     pool = SeedPool((*origin.pooled(), *(RunReplicates.from_dict(one) for one in earlier), *replicates))
-    rule = rule_of(constitution, sorted(weights.external) if weights.external else ())
+    rule = rule_of(constitution, () if weights.told_alone else sorted(weights.external))
     verdicts = judge(rounds, rule, pool) if facts.has_anchor else unjudged(rule)
     means = a_half_means(facts, weights)
     compared = Comparisons(facts, weights, pool)
@@ -154,78 +132,13 @@ def round_items(facts: RoundFacts, weights: Weights, origin: str | None = None) 
         anchor=facts.anchor,
         dev_a={name: mean for name, mean in means.items() if mean is not None},
         dev_b=[run.items(("dev-b",)) for name in names for run in facts.scored(name, "dev-b")],
-        external=[run.items(splits) for name in names for run in _scored_on_all(facts, name, splits)],
+        external=told_scores(facts, names)
+        if weights.told_alone
+        else [run.items(splits) for name in names for run in scored_on_all(facts, name, splits)],
         dev_weights=weights.dev,
         external_weights=weights.external,
         origin=origin if answered else None,
     )
-
-
-def _scored_on_all(facts: RoundFacts, name: str, splits: Sequence[str]) -> list[RunFacts]:
-    return [run for run in facts.scored(name, splits[0]) if all(run.has(split) for split in splits)]
-
-
-# --- comparisons -----------------------------------------------------------------------------------------------------
-
-
-class Comparisons:
-    """A round's candidates against its anchor: each contrast and each seed variance is worked out once."""
-
-    def __init__(self, facts: RoundFacts, weights: Weights, pool: SeedPool) -> None:
-        self.facts, self.weights, self.pool = facts, weights, pool
-        self._contrasts: dict[tuple[str, str], Contrast | None] = {}
-        self._seeds: dict[tuple[str, str | None], SeedVariance | None] = {}
-
-    def estimate(self, name: str, split: str, domain: str | None = None) -> Estimate | None:
-        """Candidate minus anchor; none where one of the two has no score, or the split does not ask the domain."""
-        known = (name, split)
-        if known not in self._contrasts:
-            self._contrasts[known] = self._contrast(name, split)
-        found = self._contrasts[known]
-        if found is None or (domain is not None and domain not in self.weights.of(split)):
-            return None
-        return estimate([(1.0, found, _only(self.weights.of(split), domain))], self._seeds_of(split, domain))
-
-    def effect(self, name: str, split: str, domain: str | None = None) -> EffectValue | None:
-        """The estimate as evidence keeps it."""
-        found = self.estimate(name, split, domain)
-        # Where no item tells the two sides apart there is no variance, so no interval and no number.
-        if found is None or not found.item_variance:
-            return None
-        return EffectValue(
-            mean=found.mean,
-            se=found.se,
-            low=found.lower(INTERVAL_ALPHA),
-            high=found.upper(INTERVAL_ALPHA),
-            p_better=min(1.0, max(0.0, probability_better(found))),
-        )
-
-    def _contrast(self, name: str, split: str) -> Contrast | None:
-        mine, anchors = (_scored_on_all(self.facts, one, SPLITS[split]) for one in (name, self.facts.anchor))
-        if not mine or not anchors:
-            return None
-        answers = Answers.of([run.items(SPLITS[split]) for run in (*mine, *anchors)])
-        coefficients = difference({name: [run.seed for run in mine]}, 1.0)
-        coefficients |= difference({self.facts.anchor: [run.seed for run in anchors]}, -1.0)
-        return contrast([(answers, coefficients)])
-
-    def _seeds_of(self, split: str, domain: str | None) -> SeedVariance | None:
-        side = "dev" if split.startswith("dev") else "external"
-        if (side, domain) not in self._seeds:
-            self._seeds[side, domain] = seeds_of(self.pool, self.weights, split, domain)
-        return self._seeds[side, domain]
-
-
-def _only(weights: Mapping[str, float], domain: str | None) -> Mapping[str, float]:
-    return weights if domain is None else {name: float(name == domain) for name in weights}
-
-
-def seeds_of(pool: SeedPool, weights: Weights, split: str, domain: str | None = None) -> SeedVariance | None:
-    """Pooled variance between seeds of a split's score, overall or in one domain; none while nothing was run twice."""
-    dev, external = _only(weights.dev, domain), _only(weights.external, domain)
-    if split.startswith("dev"):
-        return pool.variance(1.0, dev, 0.0, external)
-    return pool.variance(0.0, dev, 1.0, external)
 
 
 # --- one candidate ---------------------------------------------------------------------------------------------------
@@ -239,7 +152,7 @@ def _candidate(compared: Comparisons, name: str) -> CandidateEvidence:
     facts, weights = compared.facts, compared.weights
     proposal = next((one for one in facts.proposals if one.candidate == name), None)
     anchor = name == facts.anchor
-    effects = {} if anchor else {split: compared.effect(name, split) for split in SPLITS}
+    effects = {} if anchor else {split: compared.effect(name, split) for split in weights.splits}
     return CandidateEvidence(
         id=name,
         axis="anchor" if proposal is None else proposal.axis,
@@ -248,10 +161,10 @@ def _candidate(compared: Comparisons, name: str) -> CandidateEvidence:
         hypothesis="" if proposal is None else proposal.hypothesis,
         runs=tuple(_run_record(run, weights) for run in facts.runs.get(name, ())),
         dev=_score(facts, name, "dev-b", weights.dev),
-        external=_score(facts, name, "external", weights.external),
+        external=_outside(facts, name, weights),
         effects={split: found for split, found in effects.items() if found is not None},
         confirmed=not anchor and _confirmed(facts, name, weights),
-        domains={domain: _domain(compared, name, domain) for domain in sorted({*weights.dev, *weights.external})},
+        domains={domain: _domain(compared, name, domain) for domain in weights.domains},
     )
 
 
@@ -271,7 +184,7 @@ def _run_record(run: RunFacts, weights: Weights) -> RunRecord:
     failed = next((end for end in run.ends.values() if end["outcome"] != "finished"), None)
     scores = {}
     for split in ("dev-a", "dev-b", "external-a", "external-b"):
-        if run.has(split):
+        if run.has(split) and split in weights.splits:
             overall = overall_score(run.rows(split), weights.of(split))
             scores[split] = ScoreValue(mean=overall.mean, se=overall.se, n=overall.n)
     return RunRecord(
@@ -285,7 +198,7 @@ def _run_record(run: RunFacts, weights: Weights) -> RunRecord:
 
 def _score(facts: RoundFacts, name: str, split: str, weights: Mapping[str, float]) -> ScoreValue | None:
     """Mean over a candidate's runs; the standard error is the items', as one run's would be."""
-    runs = _scored_on_all(facts, name, SPLITS[split])
+    runs = scored_on_all(facts, name, SPLITS[split])
     if not runs:
         return None
     scores = [_joined_score(run, SPLITS[split], weights) for run in runs]
@@ -294,6 +207,10 @@ def _score(facts: RoundFacts, name: str, split: str, weights: Mapping[str, float
         se=statistics.fmean(score.se for score in scores),
         n=scores[0].n,
     )
+
+
+def _outside(facts: RoundFacts, name: str, weights: Weights) -> ScoreValue | None:
+    return released_value(facts, name) if weights.told_alone else _score(facts, name, "external", weights.external)
 
 
 def _joined_score(run: RunFacts, splits: Sequence[str], weights: Mapping[str, float]) -> Score:
@@ -308,6 +225,9 @@ def _joined_score(run: RunFacts, splits: Sequence[str], weights: Mapping[str, fl
 
 def _confirmed(facts: RoundFacts, name: str, weights: Weights) -> bool:
     """Whether the later seeds alone, without the run that was selected on, are above the anchor on the B half."""
+    if facts.policy.objective == "external" and weights.told_alone:
+        later = told_contrast(facts, name, told_runs(facts, name)[facts.policy.replicates.explorer :])
+        return later is not None and float(later.means_F[0]) > 0
     split = "dev-b" if facts.policy.objective == "dev" else "external-b"
     later, anchors = facts.scored(name, split)[facts.policy.replicates.explorer :], facts.scored(facts.anchor, split)
     if not later or not anchors:
@@ -320,14 +240,14 @@ def _domain(compared: Comparisons, name: str, domain: str) -> DomainEffect:
     facts, anchor = compared.facts, name == compared.facts.anchor
     return DomainEffect(
         dev=_domain_score(facts, name, "dev-b", domain),
-        external=_domain_score(facts, name, "external", domain),
+        external=None if compared.weights.told_alone else _domain_score(facts, name, "external", domain),
         dev_effect=None if anchor else compared.effect(name, "dev-b", domain),
         external_effect=None if anchor else compared.effect(name, "external", domain),
     )
 
 
 def _domain_score(facts: RoundFacts, name: str, split: str, domain: str) -> ScoreValue | None:
-    runs = _scored_on_all(facts, name, SPLITS[split])
+    runs = scored_on_all(facts, name, SPLITS[split])
     shares, count = [], 0
     for run in runs:
         answers = run.items(SPLITS[split])
@@ -361,7 +281,7 @@ def _noise(facts: RoundFacts, reviewed: Sequence[CandidateEvidence], weights: We
 def _detectable(compared: Comparisons) -> dict[str, float]:
     """Smallest true effect of a typical explorer that this round would have seen (one-sided 5 %, 80 % power)."""
     found: dict[str, Any] = {}
-    for split in SPLITS:
+    for split in compared.weights.splits:
         estimates = [compared.estimate(name, split) for name in compared.facts.explorers]
         sizes = [minimum_detectable_effect(one, MDE_ALPHA) for one in estimates if one and one.item_variance]
         if sizes:

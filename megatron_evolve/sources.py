@@ -5,8 +5,9 @@ from pathlib import Path
 from megatron_evolve.substrate.digest import digest_file, digest_of
 
 # What turns a round's answers into the next round: evidence, verdict, policy.
-POLICY = ("axes.py", "constitution.py", "dead_ends.py", "delta.py", "edits.py", "evidence.py", "facts.py", "gap.py")
-POLICY += ("meta.py", "policy.py", "promotion.py", "reading.py", "review.py", "stance.py", "verdict.py", "window.py")
+POLICY = ("axes.py", "comparisons.py", "constitution.py", "dead_ends.py", "delta.py", "edits.py", "evidence.py")
+POLICY += ("facts.py", "gap.py", "meta.py", "policy.py", "promotion.py", "reading.py", "released.py", "review.py")
+POLICY += ("stance.py", "verdict.py", "window.py")
 STATISTICS = ("paired.py", "reported.py", "score.py", "seeds.py")
 
 

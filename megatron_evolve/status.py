@@ -39,9 +39,20 @@ def status(root: Path) -> dict[str, Any]:
 
 
 def state_of(events: list[Event]) -> str:
-    """`preparing`, `running` or `closed`; `running` means not closed, whether or not a controller lives."""
-    kinds = {event.kind for event in events}
-    return "closed" if "campaign-closed" in kinds else "running"
+    """`preparing`, `running`, `awaiting external scores` or `closed`.
+
+    `running` means not closed, whether or not a controller lives.
+    """
+    if any(event.kind == "campaign-closed" for event in events):
+        return "closed"
+    return "awaiting external scores" if awaited(events) else "running"
+
+
+def awaited(events: list[Event]) -> list[str]:
+    """Runs (round/candidate/seed/stage) whose external score somebody has yet to bring, in order of asking."""
+    asked = [key for event in events if event.kind == "external-awaited" for key in event.data["runs"]]
+    scored = {event.key for event in events if event.kind == "ended"}
+    return [key for key in asked if key not in scored]
 
 
 def opened_rounds(events: list[Event]) -> list[int]:

@@ -18,6 +18,8 @@ from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.campaign import find_campaign, load_campaign, plan_of
 from megatron_evolve.site import chosen_site
 
+AWAITING_STATUS = 66  # EX_NOINPUT: the same command goes on once the scores it names were submitted
+
 STAGE_WORDS = {"train": "trained", "dev": "scored on dev", "external-a": "asked outside", "external-b": "asked outside"}
 
 
@@ -77,7 +79,7 @@ def run_in_terminal(
 ) -> None:
     """Runs a campaign to its report, with progress on stderr (or on the terminal) and the answer on stdout."""
     from megatron_evolve.cli import emit
-    from megatron_evolve.desk import Stopped, Unavailable
+    from megatron_evolve.desk import Awaiting, Stopped, Unavailable
     from megatron_evolve.loop import Session, run_campaign
     from megatron_evolve.prepare import default_store
     from megatron_evolve.report import write_report
@@ -98,6 +100,9 @@ def run_in_terminal(
     except (Stopped, Unavailable) as pause:
         console.print(f"[yellow]{pause}[/]")
         sys.exit(75)  # EX_TEMPFAIL: the same command goes on
+    except Awaiting as pause:
+        console.print(f"[yellow]{pause}[/]")
+        sys.exit(AWAITING_STATUS)
     own = time.process_time()
     path = write_report(folder, None)
     found = status(folder)

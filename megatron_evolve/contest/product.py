@@ -16,6 +16,7 @@ import numpy as np
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.campaign import Campaign, find_campaign, load_campaign
 from megatron_evolve.candidate import candidate_id
+from megatron_evolve.comparisons import Weights
 from megatron_evolve.contest.laboratory import Laboratory, Sheet, Spent, Trained
 from megatron_evolve.contest.surface import ORIGIN, SCORING_SECONDS, STYLES
 from megatron_evolve.delta import canonical_change
@@ -28,7 +29,7 @@ from megatron_evolve.meta import initial_policy, next_policy
 from megatron_evolve.origin import Origin
 from megatron_evolve.policy import DomainState, Replicates, SearchPolicy
 from megatron_evolve.proposals import Setback, brief_of
-from megatron_evolve.review import Weights, a_half_means, first_pooled, review
+from megatron_evolve.review import a_half_means, first_pooled, review
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
 from megatron_evolve.workers.propose import propose

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron_evolve.comparisons import SPLITS, Comparisons, Weights
 from megatron_evolve.contest.product import DrawnRun, ProductCampaign
 from megatron_evolve.eval.paired import Answers, Contrast
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.evidence import CandidateEvidence, DomainEffect, Evidence, Noise, ScoreValue
 from megatron_evolve.facts import RoundFacts, RunFacts
 from megatron_evolve.gap import OVERALL, decide, look_at, rule_of, scope_of
-from megatron_evolve.review import SPLITS, Comparisons, Weights, a_half_means
+from megatron_evolve.review import a_half_means
 from megatron_evolve.verdict import Verdict
 from megatron_evolve.window import Pair
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_evolve.cli import app
+from megatron_evolve.comparisons import SPLITS, Comparisons, seeds_of
 from megatron_evolve.contest import protocol
 from megatron_evolve.contest.laboratory import Laboratory, Spent
 from megatron_evolve.contest.moves import Mutation
@@ -22,7 +23,6 @@ from megatron_evolve.edits import check_edits
 from megatron_evolve.eval.paired import effect
 from megatron_evolve.eval.seeds import SeedPool
 from megatron_evolve.meta import next_policy
-from megatron_evolve.review import SPLITS, Comparisons, seeds_of
 from megatron_evolve.substrate.settings import write, write_all
 
 RIVALS = [name for name in METHODS if name not in (PRODUCT, "no anchor", "no dead ends", "no replicates")]
