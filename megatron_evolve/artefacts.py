@@ -28,6 +28,7 @@ class CampaignFolder:
     stop_file = property(lambda self: self.root / "stop")
     report = property(lambda self: self.root / "report.html")
     closing = property(lambda self: self.root / "closing")
+    open_final = property(lambda self: self.root / "external" / "open-final.json")  # an operator's word
 
     def round(self, number: int) -> Path:
         """Folder of a round."""

@@ -162,6 +162,11 @@ class Campaign(Frozen):
     constitution: Constitution = Field(default=Constitution())
     search: SearchSpec = Field(default=SearchSpec())
     worker: tuple[str, ...] | None = Field(default=None, description="argv of the proposer; none: the default program")
+    open_final: Literal["at-end", "by-operator"] = Field(
+        default="at-end",
+        description="when the sealed half is opened, once, which closes the campaign: after the last round, or when an "
+        "operator says so (`external open-final`)",
+    )
     launch: LaunchSpec = Field(default=LaunchSpec())
 
     @model_validator(mode="after")

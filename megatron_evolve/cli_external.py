@@ -63,6 +63,24 @@ def submit_score(
     guarded(answer, as_json)
 
 
+@external_app.command("open-final")
+def open_sealed_half(
+    dir: Annotated[Path, typer.Argument(help="a campaign's folder", show_default=False)],
+    by: Annotated[str, typer.Option(help="who says so; kept in the ledger")] = "operator",
+    as_json: Json = False,
+) -> None:
+    """Let the campaign open its sealed half, once, when it goes on; that closes it."""
+    from megatron_evolve.cli import guarded
+
+    def answer() -> None:
+        from megatron_evolve.external import open_final
+
+        found = open_final(dir, by)
+        typer.echo(json.dumps(found) if as_json else "the sealed half is opened when the campaign goes on")
+
+    guarded(answer, as_json)
+
+
 @external_app.command("again")
 def ask_once_more(
     candidate: Who,

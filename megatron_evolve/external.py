@@ -229,6 +229,19 @@ def ask_again(root: Path, who: str, reason: str) -> dict[str, Any]:
     return {**one, "state": "asked again", "reason": reason}
 
 
+def open_final(root: Path, who: str) -> dict[str, Any]:
+    """Keeps an operator's word that the sealed half be opened. Raises ValueError before the last round is closed."""
+    record = open_record(root)
+    if record.data("final-awaited") is None:
+        raise ValueError(
+            f"the campaign in {root} does not wait for its sealed half: it opens once, after the last round, where the "
+            "campaign says `open_final: by-operator`"
+        )
+    order = {"by": who}
+    _write_once(record.folder.open_final, order)
+    return order
+
+
 def _target(target: ExternalScores | None, root: Path) -> ExternalScores:
     if target is None:
         raise ValueError(

@@ -39,13 +39,16 @@ def status(root: Path) -> dict[str, Any]:
 
 
 def state_of(events: list[Event]) -> str:
-    """`preparing`, `running`, `awaiting external scores` or `closed`.
+    """`preparing`, `running`, `awaiting external scores`, `awaiting the sealed half` or `closed`.
 
     `running` means not closed, whether or not a controller lives.
     """
     if any(event.kind == "campaign-closed" for event in events):
         return "closed"
-    return "awaiting external scores" if awaited(events) else "running"
+    if awaited(events):
+        return "awaiting external scores"
+    kinds = {event.kind for event in events}
+    return "awaiting the sealed half" if "final-awaited" in kinds and "final-opened" not in kinds else "running"
 
 
 def awaited(events: list[Event]) -> list[str]:

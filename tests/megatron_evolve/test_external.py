@@ -17,6 +17,7 @@ from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.audit import verify_campaign
 from megatron_evolve.campaign import Campaign, ExternalScores, find_campaign, load_campaign
 from megatron_evolve.candidate import candidate
+from megatron_evolve.closing import await_opening
 from megatron_evolve.comparisons import Weights
 from megatron_evolve.contest.laboratory import Laboratory
 from megatron_evolve.contest.product import SUBSTRATE, DrawnRound, ProductCampaign, Variant
@@ -31,6 +32,7 @@ from megatron_evolve.ledger import Ledger
 from megatron_evolve.meta import next_policy
 from megatron_evolve.released import released
 from megatron_evolve.review import a_half_means, review
+from megatron_evolve.status import state_of
 from tests.megatron_evolve.tiny import command, events
 
 TARGET = {"kind": "reported", "items": 400, "step": 0.0025}
@@ -98,6 +100,7 @@ class Table:
     ledger: Ledger
     ground: Ground
     stopped: bool = False
+    campaign: Campaign | None = None
 
     def stop(self) -> bool:
         return self.stopped
@@ -191,6 +194,32 @@ def test_a_score_that_is_awaited_pauses_and_says_so_once(table):
             ask(table, target)
     (event,) = table.ledger.of_kind("external-awaited")
     assert event.data["runs"] == [f"{RUN.key}/external-b"]
+
+
+# --- the sealed half ---
+
+
+def test_the_sealed_half_waits_for_an_operators_word(table):
+    table.campaign = load_campaign(find_campaign("demo")).replace(open_final="by-operator")
+    for _ in range(2):
+        with pytest.raises(Awaiting, match="open-final"):
+            await_opening(table)
+    assert state_of(table.ledger.events) == "awaiting the sealed half"
+    order = table.ground.folder.open_final
+    order.parent.mkdir(parents=True)
+    order.write_text(json.dumps({"by": "somebody"}))
+    for _ in range(2):
+        await_opening(table)
+    (event,) = table.ledger.of_kind("final-opened")
+    assert event.data == {"by": "somebody"} and state_of(table.ledger.events) == "running"
+    order.unlink()
+    await_opening(table)  # the ledger has it: it opened once
+
+
+def test_by_default_it_opens_after_the_last_round(table):
+    table.campaign = load_campaign(find_campaign("demo"))
+    await_opening(table)
+    assert table.ledger.events == []
 
 
 # --- exact for verdicts, released for selection ---
