@@ -31,7 +31,7 @@ from megatron_evolve.evidence import (
     ScoreValue,
 )
 from megatron_evolve.facts import RoundFacts, RunFacts
-from megatron_evolve.gap import OVERALL, GapTest, rule_of
+from megatron_evolve.gap import OVERALL, GapTest, holm_levels, rule_of
 from megatron_evolve.origin import Origin
 from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.released import released_mean, released_value, told_contrast, told_runs, told_scores
@@ -39,6 +39,7 @@ from megatron_evolve.verdict import Verdict, judge
 from megatron_evolve.window import RoundItems
 
 MDE_ALPHA = 0.05
+CLAIM_ALPHA = 0.05
 
 
 def a_half_means(facts: RoundFacts, weights: Weights) -> dict[str, float]:
@@ -81,7 +82,8 @@ def review(
     verdicts = judge(rounds, rule, pool) if facts.has_anchor else unjudged(rule)
     means = a_half_means(facts, weights)
     compared = Comparisons(facts, weights, pool)
-    reviewed = [_candidate(compared, name) for name in _names(facts)]
+    gains = claimed_gains(compared)
+    reviewed = [_candidate(compared, name).replace(gain=name in gains) for name in _names(facts)]
     return Evidence(
         round=facts.number,
         substrate=facts.substrate,
@@ -142,6 +144,17 @@ def round_items(facts: RoundFacts, weights: Weights, origin: str | None = None) 
 
 
 # --- one candidate ---------------------------------------------------------------------------------------------------
+
+
+def claimed_gains(compared: Comparisons) -> set[str]:
+    """Explorers that may be said to gain on the objective: Holm at 5 % over all that were judged in this round."""
+    facts = compared.facts
+    split = "dev-b" if facts.policy.objective == "dev" else "external-b"
+    split = split if split in compared.weights.splits else "external"
+    found = {name: compared.estimate(name, split) for name in facts.explorers if name != facts.anchor}
+    p = {name: float(one.p_above()) for name, one in found.items() if one is not None and one.item_variance}
+    levels = holm_levels(np.array(list(p.values())), CLAIM_ALPHA) if p else ()
+    return {name for (name, value), level in zip(p.items(), levels, strict=True) if value <= level}
 
 
 def _names(facts: RoundFacts) -> list[str]:

@@ -23,6 +23,7 @@ from megatron_evolve.edits import check_edits
 from megatron_evolve.eval.paired import effect
 from megatron_evolve.eval.seeds import SeedPool
 from megatron_evolve.meta import next_policy
+from megatron_evolve.review import round_items
 from megatron_evolve.substrate.settings import write, write_all
 
 RIVALS = [name for name in METHODS if name not in (PRODUCT, "no anchor", "no dead ends", "no replicates")]
@@ -130,6 +131,26 @@ def test_a_round_gives_the_reviewer_what_a_campaign_would():
             direct = effect(*sides, campaign.weights.of(split), seeds_of(pool, campaign.weights, split))
             mine = compared.estimate(name, split)
             assert (mine.mean, mine.se, mine.df) == (direct.mean, direct.se, direct.df)
+
+
+def test_only_what_holm_lets_through_is_called_a_gain():
+    """The oracle is statsmodels' Holm on the p-values of each explorer against the anchor."""
+    statsmodels = pytest.importorskip("statsmodels.stats.multitest", reason="statsmodels is the oracle")
+    seen = set()
+    for seed in range(3):
+        campaign = ProductCampaign(laboratory("no-shift", seed), Variant(), seed)
+        one = DrawnRound(campaign, campaign._first_policy())
+        one.run_candidates()
+        facts = one.facts()
+        pool = SeedPool((*campaign.origin.pooled(), *round_items(facts, campaign.weights).replicates()))
+        compared = Comparisons(facts, campaign.weights, pool)
+        evidence = campaign._evidence(facts, {})
+        p = [float(compared.estimate(name, "dev-b").p_above()) for name in facts.explorers]
+        reject = statsmodels.multipletests(p, 0.05, method="holm")[0]
+        claimed = {one.id for one in evidence.candidates if one.gain}
+        assert claimed == {name for name, yes in zip(facts.explorers, reject, strict=True) if yes}
+        seen |= {one.gain for one in evidence.candidates}
+    assert seen == {True, False}
 
 
 def test_without_an_anchor_both_sides_items_count():
