@@ -79,16 +79,15 @@ def _record(desk: Desk, target: ExternalScores, run: Run, stage: Stage, told: di
     path = desk.ground.stage_dir(run, stage) / REPORTED_FILE
     document = {"schema": "reported/1", "score": score, "items": target.items, "step": target.step, "by": told["by"]}
 
+    end = StageEnd(run, stage, "finished", "", cpu_seconds=0.0, seconds=0.0, attempts=1)
+
     def ended() -> dict[str, Any]:
         save_json(path, document)
-        end = StageEnd(run, stage, "finished", "", 0.0, 0.0, 1)
         facts = {name: getattr(end, name) for name in ("outcome", "reason", "cpu_seconds", "seconds", "attempts")}
         return {"end": facts, "files": {REPORTED_FILE: digest_file(path)}}
 
     desk.ledger.once("ended", f"{run.key}/{stage}", ended)
-    desk.on_progress(
-        "ended", {"round": run.round, "stage": stage, "end": StageEnd(run, stage, "finished", "", 0, 0, 1)}
-    )
+    desk.on_progress("ended", {"round": run.round, "stage": stage, "end": end})
 
 
 def checked(target: ExternalScores, score: Any, items: int | None, se: float | None = None) -> float:
