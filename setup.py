@@ -14,6 +14,7 @@ SUBFOLDERS = (
     "substrate/puzzles",
     "substrate/train",
     "eval/engines",
+    "megatron_evolve/contest",
     "megatron_evolve/report",
     "megatron_evolve/simulate",
     "megatron_evolve/workers",

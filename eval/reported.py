@@ -11,7 +11,6 @@ More rounds of the same items do not shrink the first part. It is an upper bound
 off for flips, which nobody sees.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,9 +25,12 @@ WHOLE_WEIGHT = {WHOLE: 1.0}
 
 @dataclass(frozen=True, eq=False)
 class ReportedScores:
-    """The score of each run, between 0 and 1. Stands where `Answers` does for a target whose items are seen."""
+    """The score of each run, between 0 and 1. Stands where `Answers` does for a target whose items are seen.
 
-    scores: Mapping[RunKey, float]
+    A score may be an array over campaigns, as the simulator's are.
+    """
+
+    scores: Mapping[RunKey, float | np.ndarray]
     items: int
     step: float = 0.0
     families = (WHOLE,)
@@ -37,7 +39,7 @@ class ReportedScores:
         if not self.scores:
             raise ValueError("expected the reported score of at least one run, got none: submit one")
         for (name, seed), score in self.scores.items():
-            if not 0 <= score <= 1:  # NaN included
+            if not np.all((np.asarray(score) >= 0) & (np.asarray(score) <= 1)):  # NaN included
                 raise ValueError(f"run {name}/{seed}: expected a score between 0 and 1, got {score}: enter it again")
         if self.items < 2 or not 0 <= self.step < 1:
             raise ValueError(
@@ -50,14 +52,14 @@ class ReportedScores:
         return tuple(self.scores)
 
     def family_means_RF(self) -> np.ndarray:
-        return np.array(list(self.scores.values()))[:, None]
+        return np.stack([np.asarray(score) for score in self.scores.values()], axis=-1)[..., None]
 
     def seeds_of(self, candidate: str) -> tuple[int, ...]:
         return tuple(seed for name, seed in self.scores if name == candidate)
 
     def replicates(self, candidate: str, seeds: Sequence[int]) -> Replicates:
         """These runs of one candidate, for the seed variance of their scores."""
-        means = np.array([[self.scores[candidate, seed]] for seed in seeds])
+        means = np.stack([np.asarray(self.scores[candidate, seed]) for seed in seeds], axis=-1)[..., None]
         return Replicates(candidate, tuple(seeds), self.families, means, np.zeros(1))
 
 
@@ -81,11 +83,11 @@ def reported_contrast(parts: Sequence[tuple[ReportedScores, Mapping[RunKey, floa
             side[0] += abs(coefficient)
             side[1] += abs(coefficient) * score
             totals[key] = totals.get(key, 0.0) + coefficient
-    items = math.fsum(weight * total * (1 - total / weight) / first.items for weight, total in sides.values() if weight)
+    items = sum(weight * total * (1 - total / weight) / first.items for weight, total in sides.values() if weight)
     return Contrast(
         first.families,
-        np.array([mean]),
-        np.array([items + rounding]),
+        np.stack([mean], axis=-1),
+        np.stack([items + rounding], axis=-1),
         np.array([first.items - 1.0]),
         first.items,
         totals,

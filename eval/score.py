@@ -152,9 +152,7 @@ class SplitScores(Frozen):
 
 def split_scores(rows: ItemRows, weights: Mapping[str, float]) -> SplitScores:
     """Scores of the rows of one split. Raises ValueError for no rows, several splits or a family without a weight."""
-    splits = np.unique(rows.split)
-    if len(splits) != 1:
-        raise ValueError(f"expected the rows of one split, got {', '.join(splits) or 'none'}: choose one with of_split")
+    split = _only_split(rows)
     names, codes = np.unique(rows.family, return_inverse=True)
     counts = np.bincount(codes)
     w = weight_vector(weights, names.tolist())
@@ -162,7 +160,7 @@ def split_scores(rows: ItemRows, weights: Mapping[str, float]) -> SplitScores:
     # Weights unlike the counts cost precision: the variance is that of this many equally weighted items (Kish 1965).
     effective = float(1 / (w**2 / counts).sum())
     return SplitScores(
-        split=str(splits[0]),
+        split=split,
         overall=overall,
         interval=wilson(overall.mean, effective),
         exact=_weighted(rows.exact, codes, counts, w),
@@ -175,6 +173,20 @@ def split_scores(rows: ItemRows, weights: Mapping[str, float]) -> SplitScores:
         missing_box_rate=float(1 - rows.boxed.mean()),
         tokens_per_item=float(rows.num_tokens.mean()),
     )
+
+
+def overall_score(rows: ItemRows, weights: Mapping[str, float]) -> Score:
+    """`split_scores(rows, weights).overall` and no more of it."""
+    _only_split(rows)
+    names, codes = np.unique(rows.family, return_inverse=True)
+    return _weighted(rows.correct, codes, np.bincount(codes), weight_vector(weights, names.tolist()))
+
+
+def _only_split(rows: ItemRows) -> str:
+    splits = np.unique(rows.split)
+    if len(splits) != 1:
+        raise ValueError(f"expected the rows of one split, got {', '.join(splits) or 'none'}: choose one with of_split")
+    return str(splits[0])
 
 
 def _weighted(right: np.ndarray, codes: np.ndarray, counts: np.ndarray, w: np.ndarray) -> Score:

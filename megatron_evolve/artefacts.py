@@ -31,6 +31,7 @@ class CampaignFolder:
     report = property(lambda self: self.root / "report.html")
     closing = property(lambda self: self.root / "closing")
     pruned = property(lambda self: self.root / "pruned.jsonl")  # what was removed to free its space
+    open_final = property(lambda self: self.root / "external" / "open-final.json")  # an operator's word
 
     def round(self, number: int) -> Path:
         """Folder of a round."""

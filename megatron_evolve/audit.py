@@ -14,6 +14,7 @@ from megatron_evolve.artefacts import CampaignFolder, check_digest, load_json, l
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.candidate import candidate, candidate_id
 from megatron_evolve.closing import closing_runs, compare, finding, sealed_answers, surveyed
+from megatron_evolve.comparisons import Weights, score_weights
 from megatron_evolve.delta import Delta
 from megatron_evolve.document import load_yaml
 from megatron_evolve.eval.freeze import SUITES_FILE
@@ -30,7 +31,7 @@ from megatron_evolve.policy import Edit, SearchPolicy, kept_policy
 from megatron_evolve.prepare import judge_process
 from megatron_evolve.proposals import Setback, assigned_axes, brief_of, first_failure
 from megatron_evolve.prune import pruned_weights
-from megatron_evolve.review import Weights, first_pooled, pooled_rounds, review
+from megatron_evolve.review import first_pooled, pooled_rounds, review
 from megatron_evolve.sources import decision_sources
 from megatron_evolve.substrate.digest import digest_file, digest_of
 from megatron_evolve.substrate.manifest import Substrate, public_view, verify
@@ -73,7 +74,7 @@ class Record:
     @property
     def weights(self) -> Weights:
         """Weight of each family in the dev and in the external score."""
-        return Weights(**self.suites["weights"])
+        return score_weights(self.suites, self.campaign)
 
     def policy(self, number: int) -> SearchPolicy:
         """A round's policy, digest checked."""

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from megatron_evolve.audit import Record, open_record
+from megatron_evolve.comparisons import Weights, seeds_of
 from megatron_evolve.eval.paired import RunItems, effect, probability_better, wilson
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.facts import RunFacts
 from megatron_evolve.origin import EXTERNAL_SPLITS
 from megatron_evolve.prepare import origin_ground
-from megatron_evolve.review import Weights, seeds_of
 from megatron_evolve.simulate.campaigns import run_campaigns
 from megatron_evolve.simulate.draw import Plan, of_families
 from megatron_evolve.simulate.noise import Noise
@@ -63,7 +63,7 @@ def calibrate(root: Path, campaigns: int, seed: int) -> dict[str, Any]:
     rules = record.campaign.constitution
     replicates = record.campaign.search.replicates
     sides = Sides(replicates.explorer + replicates.confirm_seeds, rules.anchor_seeds)
-    splits = {"dev": ("dev-b",)} | ({"external": EXTERNAL_SPLITS} if record.campaign.judge.external else {})
+    splits = {"dev": ("dev-b",)} | ({"external": EXTERNAL_SPLITS} if record.campaign.judge.target_suite else {})
     noise = measured_noise(record)
     return {
         "schema": "calibrate/1",

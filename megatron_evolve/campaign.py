@@ -6,7 +6,7 @@ that counts.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -44,14 +44,53 @@ class ExternalCsv(Frozen):
     sealed: float = Field(default=0.5, gt=0, lt=1, description="share of the rows kept for the end")
 
 
+class ExternalScores(Frozen):
+    """An external target that tells one number a run, as a leaderboard does, and shows no item.
+
+    All its runs answer the same items in every round, so what selection and the next policy may read of it is released:
+    a difference within its standard error as none, one beyond it rounded. Verdicts are computed on the exact numbers.
+    """
+
+    kind: Literal["reported", "command"] = Field(
+        description="who brings the scores: an operator (`external submit`, for which the campaign waits), or a program"
+    )
+    items: int = Field(ge=2, description="how many items the number is a mean over, as its publisher says")
+    step: float = Field(default=0.0, ge=0, lt=1, description="what it is rounded to; 0 where it is not")
+    command: tuple[str, ...] = Field(
+        default=(), description="argv of the program; the run's folder follows, one JSON object is printed"
+    )
+    timeout_s: float = Field(default=600.0, gt=0, description="after which the program is stopped and its reply lost")
+
+    @model_validator(mode="after")
+    def _command_where_it_is_called(self) -> "ExternalScores":
+        if (self.kind == "command") != bool(self.command):
+            raise ValueError(
+                "an external target of kind `command` has its argv in `command`, and one of kind `reported` has none: "
+                f"got kind {self.kind} and {list(self.command)}"
+            )
+        return self
+
+
 class JudgeSpec(Frozen):
     """What a score means in this campaign."""
 
     dev: GeneratedSuite
-    external: GeneratedSuite | ExternalCsv | None = Field(description="none: every verdict stays UNRESOLVED")
+    external: Annotated[GeneratedSuite | ExternalCsv | ExternalScores, Field(discriminator="kind")] | None = Field(
+        description="none: every verdict stays UNRESOLVED"
+    )
     engine: EngineSettings = Field(default=MegatronSettings(), description="how completions are decoded")
     secret: str = Field(min_length=16, description="seeds every draw of items; keep it from workers")
     origin_seeds: int = Field(default=8, ge=8, le=64, description="seeds of the substrate's own recipe, scored once")
+
+    @property
+    def target_suite(self) -> GeneratedSuite | ExternalCsv | None:
+        """The external target whose items are asked here; none where there is no target or only its scores are told."""
+        return None if isinstance(self.external, ExternalScores) else self.external
+
+    @property
+    def told_scores(self) -> ExternalScores | None:
+        """The external target that tells scores alone."""
+        return self.external if isinstance(self.external, ExternalScores) else None
 
 
 class SearchSpec(Frozen):
@@ -133,6 +172,11 @@ class Campaign(Frozen):
     constitution: Constitution = Field(default=Constitution())
     search: SearchSpec = Field(default=SearchSpec())
     worker: tuple[str, ...] | None = Field(default=None, description="argv of the proposer; none: the default program")
+    open_final: Literal["at-end", "by-operator"] = Field(
+        default="at-end",
+        description="when the sealed half is opened, once, which closes the campaign: after the last round, or when an "
+        "operator says so (`external open-final`)",
+    )
     launch: LaunchSpec = Field(default=LaunchSpec())
 
     @model_validator(mode="after")
@@ -140,6 +184,16 @@ class Campaign(Frozen):
         if self.claim == "performance" and self.comparator is None:
             raise ValueError(
                 "a performance claim needs a comparator (`comparator: origin`); without one claim infrastructure"
+            )
+        if self.judge.told_scores and self.claim == "performance":
+            raise ValueError(
+                "a performance claim is measured on sealed items, and a target that tells scores alone has none: claim "
+                "infrastructure"
+            )
+        if self.judge.told_scores and "cumulative" in self.constitution.gap.estimands:
+            raise ValueError(
+                "the cumulative estimand asks the origin's frozen runs in every round, and a target that tells scores "
+                "alone is not asked for them: leave it out of constitution.gap.estimands"
             )
         return self
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from megatron_evolve.cli_bench import bench_app
+from megatron_evolve.cli_external import external_app
 from megatron_evolve.cli_judge import add_judge_commands
 from megatron_evolve.cli_watch import add_watch_commands
 
@@ -26,6 +27,7 @@ mix_app = typer.Typer(help="Data mixes.", no_args_is_help=True)
 app.add_typer(substrate_app, name="substrate")
 app.add_typer(mix_app, name="mix")
 app.add_typer(bench_app, name="bench")
+app.add_typer(external_app, name="external")
 add_judge_commands(app)
 add_watch_commands(app)
 

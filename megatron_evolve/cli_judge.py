@@ -12,6 +12,7 @@ Json = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
 def add_judge_commands(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
     app.command("simulate")(simulate)
+    app.command("compare")(compare)
     app.command("calibrate")(calibrate)
     app.command("verify-eval")(verify_eval)
 
@@ -29,6 +30,9 @@ def simulate(
     anchors: Annotated[int, typer.Option(help="runs of the anchor in every round", min=1, max=64)] = 3,
     origin: Annotated[int, typer.Option(help="runs of the origin that were frozen with the judge", min=2)] = 8,
     shared: Annotated[float, typer.Option(help="share of flips common to all explorers", min=0, max=1)] = 0.0,
+    worlds: Annotated[
+        bool, typer.Option("--worlds", help="the world matrix in place of scenarios, with the demo's 1,200 items")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Thousands of campaigns whose truth is known: false alarms, power, time to detect. JSON: one object a line."""
@@ -39,9 +43,41 @@ def simulate(
         from megatron_evolve.simulate import Plan, table
         from megatron_evolve.simulate import simulate as run
 
+        if worlds:
+            from megatron_evolve.simulate.worlds import page, simulate_worlds
+
+            found = simulate_worlds(campaigns, seed, noise)
+            typer.echo("\n".join(json.dumps(one) for one in found) if as_json else page(found))
+            return
         plan = Plan(Constitution(anchor_seeds=anchors), origin_seeds=origin, items=items)
         found = run(scenarios or [], noise, campaigns, seed, plan, shared)
         typer.echo("\n".join(json.dumps(one) for one in found) if as_json else table(found))
+
+    guarded(answer, as_json)
+
+
+def compare(
+    dir: Annotated[Path, typer.Option("--dir", help="folder of the attempt; it is resumed")],
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="surfaces that follow from the code's digest; run once, after tuning")
+    ] = False,
+    surfaces: Annotated[int, typer.Option(help="simulated landscapes, two campaigns on each", min=2)] = 100,
+    methods: Annotated[list[str] | None, typer.Option("--method", help="by name; all of them otherwise")] = None,
+    as_json: Json = False,
+) -> None:
+    """This policy against other ways to spend the same runs, on simulated surfaces: what each truly gains outside."""
+    from megatron_evolve.cli import guarded
+
+    def answer() -> None:
+        from megatron_evolve.contest.protocol import run_attempt
+        from megatron_evolve.contest.table import figures, page, plot
+        from megatron_evolve.launch.rundir import write_whole
+
+        rows = run_attempt(dir, "held-out" if held_out else "development", surfaces, methods or ())
+        found = figures(rows)
+        write_whole(dir / "contest.md", page(found))
+        write_whole(dir / "contest.svg", plot(found))
+        typer.echo("\n".join(json.dumps(one) for one in found) if as_json else page(found))
 
     guarded(answer, as_json)
 

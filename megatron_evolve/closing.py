@@ -10,17 +10,19 @@ from typing import Any
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.candidate import Candidate, candidate, run_seed
-from megatron_evolve.desk import Desk
+from megatron_evolve.comparisons import INTERVAL_ALPHA, Weights, seeds_of
+from megatron_evolve.desk import Awaiting, Desk
 from megatron_evolve.eval.looks import Look
 from megatron_evolve.eval.paired import RunItems, effect, probability_better
 from megatron_evolve.eval.score import comparison_of, read_rows
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.jobs import FINAL_STAGE, ROWS_FILE, Ground, Run, Stage, write_candidate
+from megatron_evolve.launch.rundir import read_json
 from megatron_evolve.origin import ORIGIN_ROUND, Origin
 from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.prepare import origin_ground
-from megatron_evolve.review import INTERVAL_ALPHA, Weights, pooled_rounds, seeds_of
+from megatron_evolve.review import pooled_rounds
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
 from megatron_evolve.survey import closing_folder, survey, survey_stages
@@ -32,13 +34,28 @@ def close_campaign(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     if closed is not None:
         return closed.data
     final = None
-    if desk.campaign.judge.external is not None and desk.account.spent is None:
+    if desk.campaign.judge.target_suite is not None and desk.account.spent is None:
+        await_opening(desk)
         final = desk.ledger.once("final", "", lambda: final_comparison(desk, policy))
         desk.ledger.once("survey", "", lambda: final_survey(desk, policy))
     spent = desk.ledger.find("budget-spent")
     said = finding(desk.campaign, desk.all_evidence(), final, spent.data if spent else None)
     statement = {"claim": desk.campaign.claim, "final": final, "finding": said}
     return desk.ledger.append("campaign-closed", "", statement).data
+
+
+def await_opening(desk: Desk) -> None:
+    """Returns once the sealed half may be opened. Raises Awaiting while an operator has yet to say so."""
+    if desk.campaign.open_final == "at-end" or desk.ledger.find("final-opened") is not None:
+        return
+    order = desk.ground.folder.open_final
+    if not order.exists():
+        desk.ledger.once("final-awaited", "", dict)
+        raise Awaiting(
+            "all rounds are closed and the sealed half is still sealed: open it, once, with `megatron-evolve external "
+            f"open-final {desk.ground.folder.root}`, and run the same command to close the campaign"
+        )
+    desk.ledger.once("final-opened", "", lambda: read_json(order))
 
 
 def final_comparison(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_evolve.budget import Account
 from megatron_evolve.campaign import Campaign
+from megatron_evolve.comparisons import Weights, score_weights
 from megatron_evolve.eval.looks import Look, Looks
 from megatron_evolve.eval.suite import Split
 from megatron_evolve.evidence import Evidence, kept_evidence
@@ -16,7 +17,6 @@ from megatron_evolve.ledger import Ledger
 from megatron_evolve.origin import Origin
 from megatron_evolve.policy import SearchPolicy, kept_policy
 from megatron_evolve.retries import Retries
-from megatron_evolve.review import Weights
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
 
@@ -26,6 +26,10 @@ STOPPED = "stopped as asked: everything finished is kept; run the same command t
 
 class Unavailable(Exception):
     """A proposer that cannot be reached now. The campaign waits; nothing falls back."""
+
+
+class Awaiting(Exception):
+    """External scores must come from outside before the campaign can go on."""
 
 
 class Stopped(Exception):
@@ -55,7 +59,7 @@ class Desk:
     @property
     def weights(self) -> Weights:
         """Weight of each family in the dev and in the external score."""
-        return Weights(**self.suites["weights"])
+        return score_weights(self.suites, self.campaign)
 
     def drive(
         self,
@@ -84,6 +88,7 @@ class Desk:
 
     def pay(self, number: int, name: str, keys: Sequence[str], split: Split) -> None:
         """Enters the look at one candidate's score. Its items are named by what draws them, so none is opened here."""
+        told = self.campaign.judge.told_scores if split.startswith("external") else None
         self.looks.pay(
             Look(
                 candidates=(name,),
@@ -92,7 +97,7 @@ class Desk:
                 split=split,
                 round=number,
                 item_set=digest_of({"judge": self.judge_digest, "split": split, "round": number}),
-                items=self.suites["items"][split],
+                items=told.items if told else self.suites["items"][split],
             )
         )
 

@@ -165,7 +165,7 @@ def _first_run(found: Preflight) -> Run:
 
 def _stages(campaign: Campaign) -> tuple[Stage, ...]:
     """What is asked of a run, in order: dev, the target's halves, and at the end the sealed rest."""
-    outside = ("external-a", "external-b", *survey_stages(campaign)) if campaign.judge.external else ()
+    outside = ("external-a", "external-b", *survey_stages(campaign)) if campaign.judge.target_suite else ()
     return ("dev", *outside)
 
 

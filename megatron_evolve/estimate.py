@@ -28,7 +28,7 @@ class Phase:
 def phases(campaign: Campaign) -> tuple[Phase, ...]:
     """The origin before round 1, the rounds, and the comparison at the end."""
     counts, rules = plan_of(campaign), campaign.constitution
-    outside = campaign.judge.external is not None
+    outside = campaign.judge.target_suite is not None
     a_run = 1 + 2 * outside  # dev, and each half of the target
     anchors, origins = rules.anchor_seeds, campaign.judge.origin_seeds
     asked_at_end = len(survey_stages(campaign)) * anchors + origins if outside else 0
@@ -112,11 +112,11 @@ def items_of(campaign: Campaign) -> dict[str, int | None]:
 
 
 def looks_a_round(campaign: Campaign) -> int:
-    """External looks that a round asks for: a candidate on each of two halves is two."""
+    """External looks that a round asks for: a candidate on each of two halves is two, where there are halves."""
     if campaign.judge.external is None:
         return 0
     asked = {"all": campaign.constitution.workers, "best": 2, "none": 0}[campaign.search.ask_external]
-    return 2 * asked
+    return asked if campaign.judge.told_scores else 2 * asked
 
 
 def _hours(a_run: float | None, runs: int) -> float | None:

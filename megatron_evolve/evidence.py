@@ -68,6 +68,11 @@ class CandidateEvidence(Frozen):
         default_factory=dict, description="by split: dev-a, dev-b, external-a, external-b, external (a and b together)"
     )
     confirmed: bool = Field(default=False, description="a second seed alone is above the anchor on the B half too")
+    gain: bool = Field(
+        default=False,
+        description="better than the anchor on the half that judges, by Holm over the round's explorers at 5 %: only "
+        "this may be called a gain",
+    )
     domains: dict[str, DomainEffect] = Field(default_factory=dict)
     refused: str = Field(default="", description="why the worker ended without a candidate that could run")
 

@@ -7,6 +7,8 @@ from megatron_evolve.evidence import Evidence
 from megatron_evolve.policy import Edit, SearchPolicy, struck
 from megatron_evolve.reading import authoritative_split, told_effect
 
+CLAIM = ", a gain by Holm over the round's explorers at 5 %"
+
 
 def explain(policy: SearchPolicy, evidence: Evidence, following: SearchPolicy, edits: tuple[Edit, ...]) -> str:
     """The argument of a round in plain sentences: what was searched, found, said, and done about it."""
@@ -42,7 +44,9 @@ def _told_candidates(evidence: Evidence) -> list[str]:
         if one.refused:
             told.append(f"{one.axis} had no candidate: {one.refused.rstrip('.')}.")
         elif effects:
-            told.append(f"{one.axis} moved {effects}{', confirmed by further seeds' * one.confirmed}.")
+            told.append(
+                f"{one.axis} moved {effects}{', confirmed by further seeds' * one.confirmed}{CLAIM * one.gain}."
+            )
         else:
             told.append(f"{one.axis} has no score ({runs or 'no run'}).")
     return told or ["No explorer ran."]

@@ -16,11 +16,13 @@ from megatron_evolve.candidate import candidate_id, run_seed
 from megatron_evolve.delta import Delta, canonical_change
 from megatron_evolve.eval.paired import RunItems
 from megatron_evolve.eval.score import SCORES_FILE, ItemRows, comparison_of, read_rows
+from megatron_evolve.launch.rundir import read_json
 from megatron_evolve.ledger import History
 from megatron_evolve.policy import SearchPolicy, kept_policy
 from megatron_evolve.substrate.settings import Settings
 
 STAGE_OF_SPLIT = {"dev-a": "dev", "dev-b": "dev", "external-a": "external-a", "external-b": "external-b"}
+REPORTED_FILE = "reported.json"
 MAX_REPLICATES = 1024
 
 
@@ -56,6 +58,15 @@ class RunFacts:
             whole = read_rows(self._kept(stage, "scores.parquet"))
             self._rows.update({one: whole.of_split(one) for one, its in STAGE_OF_SPLIT.items() if its == stage})
         return self._rows[split]
+
+    @cached_property
+    def reported(self) -> dict[str, Any] | None:
+        """What a target that shows no item told of this run (score, items, step); none if it was not asked."""
+        for stage in ("external-a", "external-b"):
+            path = self.folder / stage / REPORTED_FILE
+            if self.has(stage) and path.exists():
+                return read_json(path)
+        return None
 
     def comparison(self, split: str) -> str:
         """The comparison key of its score on one split."""

@@ -115,9 +115,11 @@ class Scope:
     seeds: tuple[SeedVariance, ...]
 
 
-def scope_of(domain: str, rounds: Sequence[RoundItems], rule: GapTest, pool: SeedPool) -> Scope | str:
-    """The scope's weights and noise; or why there is none."""
-    dev, external = rounds[-1].dev_weights, rounds[-1].external_weights
+def scope_of(
+    domain: str, weights: tuple[Mapping[str, float], Mapping[str, float]], rule: GapTest, pool: SeedPool
+) -> Scope | str:
+    """The scope's weights and noise, from the whole weights of dev and of the target; or why there is none."""
+    dev, external = weights
     if domain != OVERALL:
         if absent := [split for split, weights in (("dev", dev), ("external", external)) if domain not in weights]:
             return f"{' and '.join(absent)} asked nothing of {domain}, so it cannot be judged alone"
@@ -128,7 +130,8 @@ def scope_of(domain: str, rounds: Sequence[RoundItems], rule: GapTest, pool: See
     return Scope(domain, (dev, external), seeds)
 
 
-def _look(estimand: Estimand, pair: Pair, domain: str, scope: Scope | str, rule: GapTest) -> Look:
+def look_at(estimand: Estimand, pair: Pair, domain: str, scope: Scope | str, rule: GapTest) -> Look:
+    """One estimand in one scope, estimated; or why it cannot be."""
     if pair.missing or isinstance(scope, str):
         return Look(estimand, domain, pair, missing=pair.missing or scope, asked=False)
     dev, external = ((one, weights) for one, weights in zip((pair.dev, pair.external), scope.weights, strict=True))
@@ -150,8 +153,9 @@ def looks_at(rounds: Sequence[RoundItems], rule: GapTest, pool: SeedPool) -> lis
     found = []
     for domain in (OVERALL, *rule.domains):
         # Without a target there is nothing to weigh: no pair, no scope.
-        scope = "" if all(pair.missing for pair in pairs.values()) else scope_of(domain, rounds, rule, pool)
-        found.append((scope, [_look(estimand, pairs[estimand], domain, scope, rule) for estimand in rule.estimands]))
+        weights = rounds[-1].dev_weights, rounds[-1].external_weights
+        scope = "" if all(pair.missing for pair in pairs.values()) else scope_of(domain, weights, rule, pool)
+        found.append((scope, [look_at(estimand, pairs[estimand], domain, scope, rule) for estimand in rule.estimands]))
     return found
 
 

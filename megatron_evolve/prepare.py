@@ -218,7 +218,8 @@ def freeze(spec: JudgeSpec, substrate: Substrate, store: Path, *, packed: bool =
     folder = judge_folder(spec, substrate, store, packed=packed)
     make_folder(folder.parent)
     named = spec.model_dump(mode="json")
-    document = {name: named[name] for name in ("dev", "external", "secret")}
+    document = {name: named[name] for name in ("dev", "secret")}
+    document["external"] = named["external"] if spec.target_suite else None
     document["engine"] = {**named["engine"], "version": __version__}
     write_json(folder.parent / "spec.json", document)
     judge_process(*freezing(folder))
@@ -275,7 +276,7 @@ def score_origin(
     save_json(ground.folder.candidate(ORIGIN_ROUND, origin.id) / "candidate.json", origin)
     seeds = [run_seed(0, ORIGIN_ROUND, origin.id, index) for index in range(campaign.judge.origin_seeds)]
     runs = [Run(ORIGIN_ROUND, origin, seed) for seed in seeds]
-    stages = ("train", "dev", *(("external-a", "external-b") if campaign.judge.external else ()))
+    stages = ("train", "dev", *(("external-a", "external-b") if campaign.judge.target_suite else ()))
     following = dict(itertools.pairwise(stages))
     say("origin", {"runs": len(runs)})
     first = [(run, "train") for run in runs]
@@ -286,7 +287,7 @@ def score_origin(
         say("ended", {"round": ORIGIN_ROUND, "stage": end.stage, "end": end})
     if stop():
         raise Stopped(STOPPED)
-    save_json(judge_folder / ORIGIN_FILE, origin_document(ground, runs, bool(campaign.judge.external)))
+    save_json(judge_folder / ORIGIN_FILE, origin_document(ground, runs, bool(campaign.judge.target_suite)))
     judge_process("--attach", str(judge_folder), "--origin", ORIGIN_FILE)  # it reads the target's bytes again
 
 

@@ -7,56 +7,40 @@ per-item answers; nothing here knows what any family or axis is called.
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from megatron_evolve.constitution import Constitution
-from megatron_evolve.eval.paired import (
-    Estimate,
-    RunItems,
-    effect,
-    minimum_detectable_effect,
-    probability_better,
+import numpy as np
+
+from megatron_evolve.comparisons import (
+    SPLITS,
+    Comparisons,
+    Weights,
+    scored_on_all,
+    seeds_of,
 )
-from megatron_evolve.eval.score import ItemRows, split_scores
-from megatron_evolve.eval.seeds import RunReplicates, SeedPool, SeedVariance
+from megatron_evolve.constitution import Constitution
+from megatron_evolve.eval.paired import RunItems, effect, minimum_detectable_effect
+from megatron_evolve.eval.score import ItemRows, Score, overall_score
+from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.evidence import (
     CandidateEvidence,
     DomainEffect,
-    EffectValue,
     Evidence,
     Noise,
     RunRecord,
     ScoreValue,
 )
 from megatron_evolve.facts import RoundFacts, RunFacts
-from megatron_evolve.gap import OVERALL, GapTest, rule_of
+from megatron_evolve.gap import OVERALL, GapTest, holm_levels, rule_of
 from megatron_evolve.origin import Origin
 from megatron_evolve.policy import SearchPolicy
+from megatron_evolve.released import released_mean, released_value, told_contrast, told_runs, told_scores
 from megatron_evolve.verdict import Verdict, judge
 from megatron_evolve.window import RoundItems
 
-SPLITS: dict[str, tuple[str, ...]] = {
-    "dev-a": ("dev-a",),
-    "dev-b": ("dev-b",),
-    "external-a": ("external-a",),
-    "external-b": ("external-b",),
-    "external": ("external-a", "external-b"),
-}
 POOLED_ROUNDS = 64  # of 2 degrees of freedom each, or more: a seed's standard deviation is then known to 6 %
-INTERVAL_ALPHA = 0.025
 MDE_ALPHA = 0.05
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weight of each family's accuracy in the dev and in the external score."""
-
-    dev: Mapping[str, float]
-    external: Mapping[str, float]
-
-    def of(self, split: str) -> Mapping[str, float]:
-        return self.dev if split.startswith("dev") else self.external
+CLAIM_ALPHA = 0.05
 
 
 def a_half_means(facts: RoundFacts, weights: Weights) -> dict[str, float]:
@@ -66,13 +50,15 @@ def a_half_means(facts: RoundFacts, weights: Weights) -> dict[str, float]:
 
 
 def _a_half_mean(facts: RoundFacts, name: str, weights: Weights) -> float | None:
+    if facts.policy.objective == "external" and weights.told_alone:
+        return released_mean(facts, name, told_runs(facts, name)[: facts.policy.replicates.explorer])
     split = "dev-a" if facts.policy.objective == "dev" else "external-a"
     runs = facts.first(name, split)
     return statistics.fmean(_overall(run, split, weights) for run in runs) if runs else None
 
 
 def _overall(run: RunFacts, split: str, weights: Weights) -> float:
-    return split_scores(run.rows(split), weights.of(split)).overall.mean
+    return overall_score(run.rows(split), weights.of(split)).mean
 
 
 def review(
@@ -93,10 +79,12 @@ def review(
     rounds = [round_items(one, weights, judged_origin) for one in window if one.has_anchor]
     replicates = rounds[-1].replicates() if facts.has_anchor else ()
     pool = SeedPool((*origin.pooled(), *(RunReplicates.from_dict(one) for one in earlier), *replicates))
-    rule = rule_of(constitution, sorted(weights.external) if weights.external else ())
+    rule = rule_of(constitution, () if weights.told_alone else sorted(weights.external))
     verdicts = judge(rounds, rule, pool) if facts.has_anchor else unjudged(rule)
     means = a_half_means(facts, weights)
-    reviewed = [_candidate(facts, name, weights, pool) for name in _names(facts)]
+    compared = Comparisons(facts, weights, pool)
+    gains = claimed_gains(compared)
+    reviewed = [_candidate(compared, name).replace(gain=name in gains) for name in _names(facts)]
     return Evidence(
         round=facts.number,
         substrate=facts.substrate,
@@ -107,7 +95,7 @@ def review(
         selected=min(means, key=lambda name: (-means[name], name)) if means else None,
         candidates=(*reviewed, *_refused(facts)),
         noise=_noise(facts, reviewed, weights, pool),
-        minimum_detectable_effect=_detectable(facts, weights, pool),
+        minimum_detectable_effect=_detectable(compared),
         verdicts=tuple(verdict.to_dict() for verdict in verdicts),
         looks=dict(looks),
         replicates=tuple(one.to_dict() for one in replicates),
@@ -151,28 +139,38 @@ def round_items(facts: RoundFacts, weights: Weights, origin: str | None = None) 
         anchor=facts.anchor,
         dev_a={name: mean for name, mean in means.items() if mean is not None},
         dev_b=[run.items(("dev-b",)) for name in names for run in facts.scored(name, "dev-b")],
-        external=[run.items(splits) for name in names for run in _scored_on_all(facts, name, splits)],
+        external=told_scores(facts, names)
+        if weights.told_alone
+        else [run.items(splits) for name in names for run in scored_on_all(facts, name, splits)],
         dev_weights=weights.dev,
         external_weights=weights.external,
         origin=origin if answered else None,
     )
 
 
-def _scored_on_all(facts: RoundFacts, name: str, splits: Sequence[str]) -> list[RunFacts]:
-    return [run for run in facts.scored(name, splits[0]) if all(run.has(split) for split in splits)]
-
-
 # --- one candidate ---------------------------------------------------------------------------------------------------
+
+
+def claimed_gains(compared: Comparisons) -> set[str]:
+    """Explorers that may be said to gain on the objective: Holm at 5 % over all that were judged in this round."""
+    facts = compared.facts
+    split = "dev-b" if facts.policy.objective == "dev" else "external-b"
+    split = split if split in compared.weights.splits else "external"
+    found = {name: compared.estimate(name, split) for name in facts.explorers if name != facts.anchor}
+    p = {name: float(one.p_above()) for name, one in found.items() if one is not None and one.item_variance}
+    levels = holm_levels(np.array(list(p.values())), CLAIM_ALPHA) if p else ()
+    return {name for (name, value), level in zip(p.items(), levels, strict=True) if value <= level}
 
 
 def _names(facts: RoundFacts) -> list[str]:
     return list(dict.fromkeys([facts.anchor, *(one.candidate for one in facts.proposals)]))
 
 
-def _candidate(facts: RoundFacts, name: str, weights: Weights, pool: SeedPool) -> CandidateEvidence:
+def _candidate(compared: Comparisons, name: str) -> CandidateEvidence:
+    facts, weights = compared.facts, compared.weights
     proposal = next((one for one in facts.proposals if one.candidate == name), None)
     anchor = name == facts.anchor
-    effects = {} if anchor else {split: _effect(facts, name, split, weights, pool) for split in SPLITS}
+    effects = {} if anchor else {split: compared.effect(name, split) for split in weights.splits}
     return CandidateEvidence(
         id=name,
         axis="anchor" if proposal is None else proposal.axis,
@@ -181,12 +179,10 @@ def _candidate(facts: RoundFacts, name: str, weights: Weights, pool: SeedPool) -
         hypothesis="" if proposal is None else proposal.hypothesis,
         runs=tuple(_run_record(run, weights) for run in facts.runs.get(name, ())),
         dev=_score(facts, name, "dev-b", weights.dev),
-        external=_score(facts, name, "external", weights.external),
+        external=_outside(facts, name, weights),
         effects={split: found for split, found in effects.items() if found is not None},
         confirmed=not anchor and _confirmed(facts, name, weights),
-        domains={
-            domain: _domain(facts, name, domain, weights, pool) for domain in sorted({*weights.dev, *weights.external})
-        },
+        domains={domain: _domain(compared, name, domain) for domain in weights.domains},
     )
 
 
@@ -206,8 +202,8 @@ def _run_record(run: RunFacts, weights: Weights) -> RunRecord:
     failed = next((end for end in run.ends.values() if end["outcome"] != "finished"), None)
     scores = {}
     for split in ("dev-a", "dev-b", "external-a", "external-b"):
-        if run.has(split):
-            overall = split_scores(run.rows(split), weights.of(split)).overall
+        if run.has(split) and split in weights.splits:
+            overall = overall_score(run.rows(split), weights.of(split))
             scores[split] = ScoreValue(mean=overall.mean, se=overall.se, n=overall.n)
     return RunRecord(
         seed=run.seed,
@@ -221,10 +217,10 @@ def _run_record(run: RunFacts, weights: Weights) -> RunRecord:
 
 def _score(facts: RoundFacts, name: str, split: str, weights: Mapping[str, float]) -> ScoreValue | None:
     """Mean over a candidate's runs; the standard error is the items', as one run's would be."""
-    runs = _scored_on_all(facts, name, SPLITS[split])
+    runs = scored_on_all(facts, name, SPLITS[split])
     if not runs:
         return None
-    scores = [split_scores(_joined(run, SPLITS[split]), weights).overall for run in runs]
+    scores = [_joined_score(run, SPLITS[split], weights) for run in runs]
     return ScoreValue(
         mean=statistics.fmean(score.mean for score in scores),
         se=statistics.fmean(score.se for score in scores),
@@ -232,60 +228,25 @@ def _score(facts: RoundFacts, name: str, split: str, weights: Mapping[str, float
     )
 
 
-def _joined(run: RunFacts, splits: Sequence[str]) -> ItemRows:
-    """The rows of some splits as if they were one."""
+def _outside(facts: RoundFacts, name: str, weights: Weights) -> ScoreValue | None:
+    return released_value(facts, name) if weights.told_alone else _score(facts, name, "external", weights.external)
+
+
+def _joined_score(run: RunFacts, splits: Sequence[str], weights: Mapping[str, float]) -> Score:
+    """The score over some splits as if they were one."""
     rows = [run.rows(split) for split in splits]
-    columns = {name: [value for part in rows for value in getattr(part, name).tolist()] for name in vars(rows[0])}
-    return ItemRows(**{**columns, "split": [splits[0]] * len(columns["split"])})
-
-
-def _effect(
-    facts: RoundFacts, name: str, split: str, weights: Weights, pool: SeedPool, domain: str | None = None
-) -> EffectValue | None:
-    found = _estimate(facts, name, split, weights, pool, domain)
-    # Where no item tells the two sides apart there is no variance, so no interval and no number.
-    if found is None or not found.item_variance:
-        return None
-    return EffectValue(
-        mean=found.mean,
-        se=found.se,
-        low=found.lower(INTERVAL_ALPHA),
-        high=found.upper(INTERVAL_ALPHA),
-        p_better=min(1.0, max(0.0, probability_better(found))),
-    )
-
-
-def _estimate(
-    facts: RoundFacts, name: str, split: str, weights: Weights, pool: SeedPool, domain: str | None = None
-) -> Estimate | None:
-    mine, anchors = (_scored_on_all(facts, one, SPLITS[split]) for one in (name, facts.anchor))
-    if not mine or not anchors:
-        return None
-    weight = _only(weights.of(split), domain)
-    if domain is not None and domain not in weights.of(split):
-        return None
-    return effect(
-        [run.items(SPLITS[split]) for run in mine],
-        [run.items(SPLITS[split]) for run in anchors],
-        weight,
-        seeds_of(pool, weights, split, domain),
-    )
-
-
-def _only(weights: Mapping[str, float], domain: str | None) -> Mapping[str, float]:
-    return weights if domain is None else {name: float(name == domain) for name in weights}
-
-
-def seeds_of(pool: SeedPool, weights: Weights, split: str, domain: str | None = None) -> SeedVariance | None:
-    """Pooled variance between seeds of a split's score, overall or in one domain; none while nothing was run twice."""
-    dev, external = _only(weights.dev, domain), _only(weights.external, domain)
-    if split.startswith("dev"):
-        return pool.variance(1.0, dev, 0.0, external)
-    return pool.variance(0.0, dev, 1.0, external)
+    if len(rows) == 1:
+        return overall_score(rows[0], weights)
+    columns = {name: np.concatenate([getattr(part, name) for part in rows]) for name in vars(rows[0])}
+    columns["split"] = np.full(len(columns["split"]), splits[0])
+    return overall_score(ItemRows(**columns), weights)
 
 
 def _confirmed(facts: RoundFacts, name: str, weights: Weights) -> bool:
     """Whether the later seeds alone, without the run that was selected on, are above the anchor on the B half."""
+    if facts.policy.objective == "external" and weights.told_alone:
+        later = told_contrast(facts, name, told_runs(facts, name)[facts.policy.replicates.explorer :])
+        return later is not None and float(later.means_F[0]) > 0
     split = "dev-b" if facts.policy.objective == "dev" else "external-b"
     later, anchors = facts.scored(name, split)[facts.policy.replicates.explorer :], facts.scored(facts.anchor, split)
     if not later or not anchors:
@@ -294,18 +255,18 @@ def _confirmed(facts: RoundFacts, name: str, weights: Weights) -> bool:
     return effect(items, [run.items((split,)) for run in anchors], weights.of(split)).mean > 0
 
 
-def _domain(facts: RoundFacts, name: str, domain: str, weights: Weights, pool: SeedPool) -> DomainEffect:
-    anchor = name == facts.anchor
+def _domain(compared: Comparisons, name: str, domain: str) -> DomainEffect:
+    facts, anchor = compared.facts, name == compared.facts.anchor
     return DomainEffect(
         dev=_domain_score(facts, name, "dev-b", domain),
-        external=_domain_score(facts, name, "external", domain),
-        dev_effect=None if anchor else _effect(facts, name, "dev-b", weights, pool, domain),
-        external_effect=None if anchor else _effect(facts, name, "external", weights, pool, domain),
+        external=None if compared.weights.told_alone else _domain_score(facts, name, "external", domain),
+        dev_effect=None if anchor else compared.effect(name, "dev-b", domain),
+        external_effect=None if anchor else compared.effect(name, "external", domain),
     )
 
 
 def _domain_score(facts: RoundFacts, name: str, split: str, domain: str) -> ScoreValue | None:
-    runs = _scored_on_all(facts, name, SPLITS[split])
+    runs = scored_on_all(facts, name, SPLITS[split])
     shares, count = [], 0
     for run in runs:
         answers = run.items(SPLITS[split])
@@ -336,11 +297,11 @@ def _noise(facts: RoundFacts, reviewed: Sequence[CandidateEvidence], weights: We
     )
 
 
-def _detectable(facts: RoundFacts, weights: Weights, pool: SeedPool) -> dict[str, float]:
+def _detectable(compared: Comparisons) -> dict[str, float]:
     """Smallest true effect of a typical explorer that this round would have seen (one-sided 5 %, 80 % power)."""
     found: dict[str, Any] = {}
-    for split in SPLITS:
-        estimates = [_estimate(facts, name, split, weights, pool) for name in facts.explorers]
+    for split in compared.weights.splits:
+        estimates = [compared.estimate(name, split) for name in compared.facts.explorers]
         sizes = [minimum_detectable_effect(one, MDE_ALPHA) for one in estimates if one and one.item_variance]
         if sizes:
             found[split] = statistics.median(sizes)

@@ -13,6 +13,7 @@ from megatron_evolve.desk import Desk
 from megatron_evolve.drift import ask_origin
 from megatron_evolve.edits import check_edits
 from megatron_evolve.evidence import Evidence
+from megatron_evolve.external import ask_scores
 from megatron_evolve.jobs import Run, Stage, StageEnd, write_candidate
 from megatron_evolve.meta import next_policy
 from megatron_evolve.policy import SearchPolicy
@@ -169,9 +170,15 @@ def pay_dev(runs: RoundRuns, split: str) -> None:
 
 
 def ask_external(runs: RoundRuns, stage: Stage) -> None:
-    """Pays one look a candidate, then scores its runs; candidates beyond the budget stay unasked."""
+    """Pays one look a candidate, then scores its runs; candidates beyond the budget stay unasked.
+
+    A target that tells scores alone has no halves: under dev it is asked once a round, and no run is asked twice.
+    """
     desk, policy = runs.desk, runs.policy
     if desk.campaign.judge.external is None or policy.ask_external == "none":
+        return
+    told = desk.campaign.judge.told_scores
+    if told and stage == "external-a" and policy.objective == "dev":
         return
     # Where there is nothing to compare with, or nothing would be started, no look is spent.
     if desk.account.spent is not None or not desk.facts(policy.round).has_anchor:
@@ -180,10 +187,16 @@ def ask_external(runs: RoundRuns, stage: Stage) -> None:
     stages: list[tuple[Run, Stage]] = []
     for name in asked:
         mine = [run for run in runs.runs[name] if runs.finished(run, "dev")]
+        if told and stage == "external-b":
+            before = desk.looks.paid(candidate=name, round_number=policy.round, split="external-a")
+            mine = [run for run in mine if before is None or run.key not in before.runs]
         if not mine or not desk.may_ask(policy.round, name, stage):
             continue
         desk.pay(policy.round, name, [run.key for run in mine], stage)
         stages += [(run, stage) for run in mine]
+    if told:
+        ask_scores(desk, told, stages)
+        return
     runs.drive(stages, follow=False)
 
 

@@ -67,7 +67,8 @@ def _lines(schema: dict[str, Any], prefix: str, root: dict[str, Any] | None = No
         if variants := _variants(field, root):
             lines.append(f"{path}  ({_default(field)})  {field.get('description', '')}".rstrip())
             for one in variants:
-                kind = one["properties"]["kind"]["const"]
+                tag = one["properties"]["kind"]
+                kind = " or ".join(tag.get("enum", [tag.get("const")]))
                 lines.append(f"{path}  (kind {kind})  {_first_line(one.get('description', ''))}".rstrip())
                 lines += _lines(one, path, root)
         elif inner is not None and "properties" in inner:

@@ -4,6 +4,12 @@ from pathlib import Path
 
 from megatron_evolve.substrate.digest import digest_file, digest_of
 
+# What turns a round's answers into the next round: evidence, verdict, policy.
+POLICY = ("axes.py", "comparisons.py", "constitution.py", "dead_ends.py", "delta.py", "edits.py", "evidence.py")
+POLICY += ("facts.py", "gap.py", "meta.py", "policy.py", "promotion.py", "reading.py", "released.py", "review.py")
+POLICY += ("stance.py", "verdict.py", "window.py")
+STATISTICS = ("paired.py", "reported.py", "score.py", "seeds.py")
+
 
 def decision_sources() -> str:
     """sha256 over the sources of the loop and of the paired statistics."""
@@ -16,6 +22,16 @@ def decision_sources() -> str:
             for path in sorted(base.rglob("*.py"))
         }
     )
+
+
+def policy_sources() -> dict[str, str]:
+    """sha256 of each file of this package and of `eval` that a decision of a campaign rests on, by name."""
+    here = Path(__file__).resolve().parent
+    found = {name: here / name for name in POLICY}
+    for name in ("contest", "simulate", "workers"):
+        found |= {f"{name}/{path.name}": path for path in (here / name).glob("*.py")}
+    found |= {f"eval/{name}": _beside(here, "eval") / name for name in STATISTICS}
+    return {name: digest_file(path) for name, path in sorted(found.items())}
 
 
 def _beside(here: Path, room: str) -> Path:

@@ -61,10 +61,25 @@ def _budget(budgets: Budgets, events: list[Event]) -> dict[str, dict[str, float 
 
 
 def state_of(events: list[Event]) -> str:
-    """`running`, `paused` or `closed`; `running` means neither, whether or not a controller lives."""
+    """`paused`, `awaiting external scores`, `awaiting the sealed half`, `closed` or `running`.
+
+    `running` means none of the others, whether or not a controller lives.
+    """
     if any(event.kind == "campaign-closed" for event in events):
         return "closed"
-    return "paused" if events[-1].kind == "paused" else "running"
+    if events[-1].kind == "paused":
+        return "paused"
+    if awaited(events):
+        return "awaiting external scores"
+    kinds = {event.kind for event in events}
+    return "awaiting the sealed half" if "final-awaited" in kinds and "final-opened" not in kinds else "running"
+
+
+def awaited(events: list[Event]) -> list[str]:
+    """Runs (round/candidate/seed/stage) whose external score somebody has yet to bring, in order of asking."""
+    asked = [key for event in events if event.kind == "external-awaited" for key in event.data["runs"]]
+    scored = {event.key for event in events if event.kind == "ended"}
+    return [key for key in asked if key not in scored]
 
 
 def opened_rounds(events: list[Event]) -> list[int]:

@@ -18,7 +18,18 @@ from megatron_evolve.ledger import Event
 
 KEPT_FAILURES = 5
 KEPT_VERDICTS = 3  # rounds
-PAUSED = "paused"  # kind of the event that a controller enters last when it pauses by itself
+
+
+def why_paused(event: Event) -> str | None:
+    """Why a controller whose last event this is paused by itself; none: it did not."""
+    match event.kind:
+        case "paused":
+            return event.data["why"]
+        case "external-awaited":
+            return f"{len(event.data['runs'])} external score(s) are awaited"
+        case "final-awaited":
+            return "the sealed half awaits an operator's word"
+    return None
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ class Tally:
             self.active_s += min((moment - self.last_time).total_seconds(), self.longest_s or float("inf"))
         self.num_events += 1
         self.last_time = moment
-        self.pause = event.data["why"] if event.kind == PAUSED else None
+        self.pause = why_paused(event)
         step = getattr(self, f"_{event.kind.replace('-', '_')}", None)
         if step is not None:
             step(event)

@@ -22,6 +22,8 @@ from megatron_evolve.estimate import use_words
 from megatron_evolve.site import chosen_site
 from megatron_evolve.substrate import logs
 
+AWAITING_STATUS = 66  # EX_NOINPUT: the same command goes on once the scores it names were submitted
+
 STAGE_WORDS = {"train": "trained", "dev": "scored on dev", "external-a": "asked outside", "external-b": "asked outside"}
 
 
@@ -90,7 +92,7 @@ def run_in_terminal(
 ) -> None:
     """Runs a campaign to its report, with progress on stderr (or on the terminal) and the answer on stdout."""
     from megatron_evolve.cli import emit
-    from megatron_evolve.desk import Stopped, Unavailable
+    from megatron_evolve.desk import Awaiting, Stopped, Unavailable
     from megatron_evolve.loop import Session, run_campaign
     from megatron_evolve.prepare import default_store
     from megatron_evolve.report import write_report
@@ -112,6 +114,9 @@ def run_in_terminal(
     except (Stopped, Unavailable) as pause:
         console.print(f"[yellow]{pause}[/]")
         sys.exit(75)  # EX_TEMPFAIL: the same command goes on
+    except Awaiting as pause:
+        console.print(f"[yellow]{pause}[/]")
+        sys.exit(AWAITING_STATUS)
     own = time.process_time()
     path = write_report(folder, None)
     found = standing(folder)

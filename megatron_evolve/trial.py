@@ -17,6 +17,7 @@ from megatron_evolve.artefacts import CampaignFolder, save_json
 from megatron_evolve.audit import Record, open_record
 from megatron_evolve.candidate import Candidate, candidate, run_seed
 from megatron_evolve.cli import emit
+from megatron_evolve.comparisons import INTERVAL_ALPHA, Weights, seeds_of
 from megatron_evolve.delta import Delta, canonical_change, resolve
 from megatron_evolve.document import load_yaml
 from megatron_evolve.eval.looks import Look, Looks
@@ -27,7 +28,7 @@ from megatron_evolve.jobs import Ground, Run, Stage, drive, write_candidate
 from megatron_evolve.launch.rundir import Lock
 from megatron_evolve.loop import Session, launcher_of
 from megatron_evolve.prepare import default_store, ground_of
-from megatron_evolve.review import INTERVAL_ALPHA, POOLED_ROUNDS, Weights, seeds_of
+from megatron_evolve.review import POOLED_ROUNDS
 from megatron_evolve.site import kept_site
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
@@ -132,7 +133,7 @@ def run_both(trial: Trial, root: Path, ask_external: bool) -> list[str]:
 
 def pay(trial: Trial, root: Path) -> None:
     """Enters both sides' looks in the campaign's account before anything is asked."""
-    if trial.record.campaign.judge.external is None:
+    if trial.record.campaign.judge.target_suite is None:
         raise ValueError("this campaign has no external target: leave --external out")
     account = Looks(CampaignFolder(root).looks, external_budget=trial.record.campaign.constitution.external_looks)
     for side in (trial.anchor, trial.candidate):

@@ -105,6 +105,8 @@ def _name(chapter: Chapter, one: dict[str, Any], found: CandidateEvidence | None
         labels.append(tag("span", "selected", class_="badge small"))
     if chapter.promoted and chapter.promoted.id == one["id"]:
         labels.append(tag("span", "moved in", class_="badge small good"))
+    if found and found.gain:
+        labels.append(tag("span", "gain (Holm, 5\u00a0%)", class_="badge small good"))
     if found and found.confirmed:
         labels.append(tag("span", "a further seed agrees", class_="badge small"))
     return join([tag("b", one["axis"]), tag("br"), digest(one["id"]), *(join([" ", one]) for one in labels)])

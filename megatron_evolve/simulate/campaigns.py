@@ -13,10 +13,11 @@ import numpy as np
 
 from megatron_evolve.constitution import Constitution
 from megatron_evolve.eval.paired import Answers, Estimate, contrast, difference, estimate, probability_better
+from megatron_evolve.eval.reported import ReportedScores, reported_contrast
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool, SeedVariance, weight_vector
 from megatron_evolve.gap import ALARMS, OVERALL, GapTest, Look, decide, looks_at, rule_of, smallest_visible
-from megatron_evolve.simulate.draw import ANCHOR, WEIGHTS, Draw, Plan, State, name_of
-from megatron_evolve.simulate.noise import FAMILIES, Noise, true_variance
+from megatron_evolve.simulate.draw import ANCHOR, Draw, Plan, State, name_of
+from megatron_evolve.simulate.noise import Noise, true_variance
 from megatron_evolve.simulate.scenarios import Scenario
 from megatron_evolve.window import RoundItems
 
@@ -50,6 +51,7 @@ class KnownNoise(SeedPool):
     """A pool that knows what no campaign does, the true variance of a run: what the test could see at best."""
 
     noise: Noise
+    families: tuple[str, ...]
 
     def plus(self, groups: Iterable[RunReplicates]) -> "KnownNoise":
         return self
@@ -57,8 +59,10 @@ class KnownNoise(SeedPool):
     def variance(
         self, dev: float, dev_weights: Mapping[str, float], external: float, external_weights: Mapping[str, float]
     ) -> SeedVariance:
-        squared = float((weight_vector(dev_weights, FAMILIES) ** 2).sum())
-        return SeedVariance(true_variance(self.noise, dev, external, squared), 0.0, KNOWN_DF)
+        if not set(external_weights) <= set(self.families):  # one number for all families, which weigh alike in it
+            external_weights = dict.fromkeys(self.families, 1.0)
+        sides = (weight_vector(one, self.families) for one in (dev_weights, external_weights))
+        return SeedVariance(true_variance(self.noise, dev, external, *sides), 0.0, KNOWN_DF)
 
 
 def run_campaigns(
@@ -80,14 +84,14 @@ def run_campaigns(
 
 def _together(draw: Draw, plan: Plan, known: bool) -> Told:
     """B campaigns from their first round to their last."""
-    scenario, rule = draw.scenario, rule_of(plan.rules, FAMILIES)
+    scenario, rule = draw.scenario, rule_of(plan.rules, plan.exam.domains)
     if scenario.drift:
         rule = rule.replace(estimands=("selected", "mean", "cumulative"))
     d, t = scenario.draw(draw.rng, draw.campaigns, plan.explorers)
-    nothing = np.zeros((draw.campaigns, len(FAMILIES)))
+    nothing = np.zeros((draw.campaigns, draw.num_families))
     state = State(d, t, nothing, nothing, np.zeros(draw.campaigns, dtype=bool))
     pool, rounds, alarms, moves, looks, asked = draw.pool(), [], [], [], [], 0
-    pool = KnownNoise((), draw.noise) if known else pool
+    pool = KnownNoise((), draw.noise, plan.exam.families) if known else pool
     for number in rule.rounds:
         items, order = draw.round(number, state)
         rounds = [*rounds, items][-rule.window :]
@@ -95,10 +99,11 @@ def _together(draw: Draw, plan: Plan, known: bool) -> Told:
         looks = [look for _, of_scope in looks_at(rounds, rule, pool) for look in of_scope]
         found = _alarms(looks, number, rule, draw.campaigns)
         alarms.append(found)
-        asked += 2 * len({name for name, _ in items.external_answers.runs})  # on two halves
+        halves = 2 if plan.exam.step is None else 1
+        asked += halves * len({name for name, _ in items.external_answers.runs})
         moves.append(_promoted(items, pool, state.external_B, plan))
         state = _after(state, moves[-1], order, found.any(-1), scenario)
-    reached = state.standing_d_BF.mean(-1), state.standing_t_BF.mean(-1)
+    reached = state.standing_d_BF @ plan.exam.dev_w, state.standing_t_BF @ plan.exam.external_w
     names = tuple((look.estimand, look.domain) for look in looks)
     visible = {
         look.estimand: smallest_visible(_first(look), rule.level / len(rule.estimands), rule.beta0)
@@ -147,30 +152,35 @@ def _after(state: State, moves: np.ndarray, order: np.ndarray, alarmed: np.ndarr
 
 def _promoted(items: RoundItems, pool: SeedPool, external_B: np.ndarray, plan: Plan) -> np.ndarray:
     """Rank of the explorer that moves into the standing settings, (B,); -1 where none does."""
-    dev_seeds = pool.variance(1.0, WEIGHTS, 0.0, WEIGHTS)
-    outside_seeds = pool.variance(0.0, WEIGHTS, 1.0, WEIGHTS)
+    weights = items.dev_weights, items.external_weights
+    dev_seeds = pool.variance(1.0, weights[0], 0.0, weights[1])
+    outside_seeds = pool.variance(0.0, weights[0], 1.0, weights[1])
+    sides = items.dev_answers, items.external_answers
     chosen = np.full(len(external_B), -1)
     for rank in reversed(range(plan.replicates.confirm_candidates)):
         name = name_of(rank, items.number)
         first = plan.replicates.explorer
         dev, outside = (
-            _effect(answers, name, 0, seeds)
-            for answers, seeds in ((items.dev_answers, dev_seeds), (items.external_answers, outside_seeds))
+            _effect(answers, one, name, 0, seeds)
+            for answers, one, seeds in zip(sides, weights, (dev_seeds, outside_seeds), strict=True)
         )
-        later = [_effect(answers, name, first, None) for answers in (items.dev_answers, items.external_answers)]
+        later = [_effect(answers, one, name, first, None) for answers, one in zip(sides, weights, strict=True)]
         gains = _gain(dev, later[0], plan.rules) & ~_vetoed(outside)
         by_external = _gain(outside, later[1], plan.rules)
         chosen = np.where(np.where(external_B, by_external, gains), rank, chosen)
     return chosen
 
 
-def _effect(answers: Answers, name: str, first: int, seeds: SeedVariance | None) -> Estimate | None:
+def _effect(
+    answers: Answers | ReportedScores, weights: Mapping[str, float], name: str, first: int, seeds: SeedVariance | None
+) -> Estimate | None:
     """A candidate's runs from `first` on against the anchor's; none where it was not asked."""
     mine = answers.seeds_of(name)[first:]
     if not mine:
         return None
     coefficients = difference({name: mine}, 1.0) | difference({ANCHOR: answers.seeds_of(ANCHOR)}, -1.0)
-    return estimate([(1.0, contrast([(answers, coefficients)]), WEIGHTS)], seeds)
+    summed = reported_contrast if isinstance(answers, ReportedScores) else contrast
+    return estimate([(1.0, summed([(answers, coefficients)]), weights)], seeds)
 
 
 def _gain(found: Estimate | None, later: Estimate | None, rules: Constitution) -> np.ndarray | bool:

@@ -12,13 +12,14 @@ import numpy as np
 from megatron_evolve.constitution import Constitution
 from megatron_evolve.eval.judge import MIN_ORIGIN_SEEDS
 from megatron_evolve.eval.paired import Answers
+from megatron_evolve.eval.reported import ReportedScores
 from megatron_evolve.eval.seeds import RunKey, RunReplicates, SeedPool
 from megatron_evolve.policy import Replicates
-from megatron_evolve.simulate.noise import ACCURACY, FAMILIES, Noise
+from megatron_evolve.simulate.exam import EVEN, Exam
+from megatron_evolve.simulate.noise import Noise
 from megatron_evolve.simulate.scenarios import Scenario
 from megatron_evolve.window import RoundItems
 
-WEIGHTS = dict.fromkeys(FAMILIES, 1 / len(FAMILIES))
 ANCHOR, ORIGIN = "anchor", "origin"
 
 
@@ -41,11 +42,13 @@ class Plan:
     replicates: Replicates = field(default=Replicates())
     origin_seeds: int = MIN_ORIGIN_SEEDS
     items: int = 500
+    exam: Exam = EVEN
 
     def __post_init__(self) -> None:
-        if self.items < 2 * len(FAMILIES) or self.items % len(FAMILIES):
+        families = len(self.exam.families)
+        if self.items < 2 * families or self.items % families:
             raise ValueError(
-                f"expected a multiple of {len(FAMILIES)} items, 2 a family at least, got {self.items}: simulated "
+                f"expected a multiple of {families} items, 2 a family at least, got {self.items}: simulated "
                 "families share the items alike"
             )
 
@@ -76,7 +79,8 @@ class Draw:
 
     def __init__(self, rng: np.random.Generator, noise: Noise, scenario: Scenario, plan: Plan, campaigns: int) -> None:
         self.rng, self.noise, self.scenario, self.plan = rng, noise, scenario, plan
-        self.campaigns = campaigns
+        self.campaigns, self.exam = campaigns, plan.exam
+        self.num_families = len(plan.exam.families)
         self.num_drawn = 0
         # Whose run of which round is lucky on dev alone, where the scenario has one.
         self.liar = rng.integers(0, [plan.rules.rounds, plan.explorers], (campaigns, 2))
@@ -84,18 +88,18 @@ class Draw:
     @property
     def external_items(self) -> int:
         """Items of the target in a round, both halves together."""
-        return of_families(self.scenario.external_share * self.plan.items)
+        return of_families(self.scenario.external_share * self.plan.items, self.num_families)
 
     def luck(self, runs: int) -> tuple[np.ndarray, np.ndarray]:
         """What the seeds of R runs do to each family's accuracy on dev and outside, (B, R, F) each."""
-        sd, correlation = self.noise.seed_sd * np.sqrt(len(FAMILIES)), self.noise.seed_correlation
-        common, own = self.rng.normal(size=(2, self.campaigns, runs, len(FAMILIES)))
+        sd, correlation = self.noise.seed_sd * np.sqrt(self.num_families), self.noise.seed_correlation
+        common, own = self.rng.normal(size=(2, self.campaigns, runs, self.num_families))
         return sd * common, sd * (correlation * common + np.sqrt(1 - correlation**2) * own)
 
     def answers(self, runs: list[tuple[RunKey, int]], gain_BRF: np.ndarray, luck_BRF: np.ndarray, n: int) -> Answers:
         """Fresh items of one split, answered by all runs."""
         rng, redraw = self.rng, self.noise.redraw
-        per_family = n // len(FAMILIES)
+        per_family, accuracy_F = n // self.num_families, self.exam.accuracy_F
         chance = rng.random((self.campaigns, len(runs), n), dtype=np.float32)
         if self.noise.shared:
             common = rng.random((self.campaigns, 1, n), dtype=np.float32)
@@ -103,22 +107,22 @@ class Draw:
             follows &= np.array([rank >= 0 for _, rank in runs])[:, None]
             chance = np.where(follows, common, chance)
         # A gain makes unknown items right and a loss known ones wrong; a redrawn item is right at the accuracy.
-        moved = (gain_BRF + luck_BRF).clip(-ACCURACY, 1 - ACCURACY)
-        guess = redraw * (ACCURACY + moved)
+        moved = (gain_BRF + luck_BRF).clip(-accuracy_F, 1 - accuracy_F)
+        guess = redraw * (accuracy_F + moved)
         right_if = [
-            guess + (1 - redraw) * (1 + np.minimum(moved, 0) / ACCURACY),
-            guess + (1 - redraw) * np.maximum(moved, 0) / (1 - ACCURACY),
+            guess + (1 - redraw) * (1 + np.minimum(moved, 0) / accuracy_F),
+            guess + (1 - redraw) * np.maximum(moved, 0) / (1 - accuracy_F),
         ]
         known, unknown = (np.repeat(one.astype(np.float32), per_family, axis=-1) for one in right_if)
-        is_known = rng.random((self.campaigns, 1, n), dtype=np.float32) < ACCURACY
+        is_known = rng.random((self.campaigns, 1, n), dtype=np.float32) < np.repeat(accuracy_F, per_family)
         ids = np.arange(self.num_drawn, self.num_drawn + n)
         self.num_drawn += n
         return Answers(
             runs=tuple(key for key, _ in runs),
-            families=FAMILIES,
+            families=self.exam.families,
             item_ids=ids,
-            codes=np.repeat(np.arange(len(FAMILIES)), per_family),
-            counts=np.full(len(FAMILIES), per_family),
+            codes=np.repeat(np.arange(self.num_families), per_family),
+            counts=np.full(self.num_families, per_family),
             correct_Rn=chance < np.where(is_known, known, unknown),
         )
 
@@ -126,9 +130,11 @@ class Draw:
         """The origin's frozen replicates."""
         seeds = range(self.plan.origin_seeds)
         runs = [((ORIGIN, seed), -2) for seed in seeds]
-        nothing = np.zeros((self.campaigns, len(seeds), len(FAMILIES)))
+        nothing = np.zeros((self.campaigns, len(seeds), self.num_families))
         sizes = self.plan.items, self.external_items
         scored = [self.answers(runs, nothing, luck, n) for luck, n in zip(self.luck(len(seeds)), sizes, strict=True)]
+        if self.exam.step is not None:  # nobody submits the origin's runs to a leaderboard
+            scored = scored[:1]
         return SeedPool((RunReplicates(*(one.replicates(ORIGIN, seeds) for one in scored)),))
 
     def round(self, number: int, state: State) -> tuple[RoundItems, np.ndarray]:
@@ -151,7 +157,18 @@ class Draw:
         external = self.answers(told, t_BRF[:, asked], external_luck[:, asked], self.external_items)
         scores = {name_of(rank, number): -float(rank) for rank in range(self.plan.explorers)}
         origin = (ORIGIN if away else ANCHOR) if self.scenario.drift else None
-        return RoundItems(number, ANCHOR, scores, dev, external, WEIGHTS, WEIGHTS, origin), order
+        if self.exam.step is not None:
+            external = self.reported(external)
+        weights = self.exam.dev_weights, self.exam.external_weights
+        return RoundItems(number, ANCHOR, scores, dev, external, *weights, origin), order
+
+    def reported(self, answers: Answers) -> ReportedScores:
+        """What a target tells that shows no item."""
+        means_BR = answers.family_means_RF() @ self.exam.external_w
+        step = self.exam.step
+        rounded = np.round(means_BR / step) * step if step else means_BR
+        scores = {key: rounded[..., place] for place, key in enumerate(answers.runs)}
+        return ReportedScores(scores, answers.item_ids.size, step)
 
     def lies(self, number: int) -> np.ndarray:
         """What the campaign's one lying run adds to dev, by axis, (B, K): in its round, for its axis."""
@@ -161,9 +178,12 @@ class Draw:
     def order(self, state: State, dev_luck_BKF: np.ndarray, external_luck_BKF: np.ndarray) -> np.ndarray:
         """The axes by their A-half scores, best first, (B, K). An A half is drawn as a normal, not item by item."""
         dice = self.rng.normal(size=state.d_BKF.shape[:2])
-        dev = (state.d_BKF + dev_luck_BKF).mean(-1) + dice * math.sqrt(self.noise.flips / 2 / self.plan.items)
+        unequal = self.num_families * float((self.exam.dev_w**2).sum())  # 1 where all weigh alike
+        dev = (state.d_BKF + dev_luck_BKF) @ self.exam.dev_w
+        dev = dev + dice * math.sqrt(unequal * self.noise.flips / 2 / self.plan.items)
         half = self.external_items / 2
-        external = (state.t_BKF + external_luck_BKF).mean(-1) + dice * math.sqrt(self.noise.flips / 2 / half)
+        external = (state.t_BKF + external_luck_BKF) @ self.exam.external_w
+        external = external + dice * math.sqrt(self.noise.flips / 2 / half)
         return np.argsort(-np.where(state.external_B[:, None], external, dev), axis=1)
 
 
@@ -173,6 +193,6 @@ def _by_run(ranks: np.ndarray, gains_BKF: np.ndarray, standing_BF: np.ndarray) -
     return np.concatenate([fixed, gains_BKF], axis=1)[:, ranks + 2]
 
 
-def of_families(items: float) -> int:
+def of_families(items: float, families: int) -> int:
     """The nearest number of items that the families share alike, at least two each."""
-    return max(2, round(items / len(FAMILIES))) * len(FAMILIES)
+    return max(2, round(items / families)) * families

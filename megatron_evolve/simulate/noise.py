@@ -8,6 +8,7 @@ external nearly together, because they are answers of the same weights.
 
 import math
 
+import numpy as np
 from pydantic import Field
 
 from megatron_evolve.substrate.frozen import Frozen
@@ -45,10 +46,11 @@ MEASURED = Noise.of_flips(0.22, seed_sd=0.0125)
 SPECIFIED = Noise.of_flips(0.095, seed_sd=0.0)
 
 
-def true_variance(noise: Noise, dev: float, external: float, squared_weights: float) -> float:
+def true_variance(noise: Noise, dev: float, external: float, dev_w: np.ndarray, external_w: np.ndarray) -> float:
     """Of `dev x dev score + external x external score` of one run beyond its flips: luck is independent by family."""
-    luck = dev**2 + external**2 + 2 * noise.seed_correlation * dev * external
-    return noise.seed_sd**2 * len(FAMILIES) * squared_weights * luck
+    own = dev**2 * (dev_w**2).sum() + external**2 * (external_w**2).sum()
+    shared = 2 * noise.seed_correlation * dev * external * (dev_w * external_w).sum()
+    return noise.seed_sd**2 * len(dev_w) * float(own + shared)
 
 
 NOISE = {"measured": MEASURED, "specified": SPECIFIED}

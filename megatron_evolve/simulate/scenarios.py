@@ -45,7 +45,7 @@ class Scenario:
     def draw(self, rng: np.random.Generator, campaigns: int, explorers: int) -> tuple[np.ndarray, np.ndarray]:
         """True gains on dev and outside by campaign, axis and family."""
         d, t = self.gains(rng, (campaigns, explorers))
-        spread = self.uneven * rng.normal(size=(campaigns, explorers, len(FAMILIES)))
+        spread = self.uneven * rng.normal(size=d.shape)
         spread -= spread.mean(-1, keepdims=True)
         return d + spread, t + self.slope * spread
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from megatron_evolve.artefacts import CampaignFolder, save_json
 from megatron_evolve.audit import Record, open_record
 from megatron_evolve.campaign import Campaign
+from megatron_evolve.comparisons import Weights
 from megatron_evolve.desk import Stopped, Unavailable
 from megatron_evolve.jobs import FINAL_STAGE, SCORES_FILE, Ground, Run, drive
 from megatron_evolve.launch.job import Launcher
@@ -30,7 +31,6 @@ from megatron_evolve.launch.local import LocalLauncher
 from megatron_evolve.launch.rundir import Lock, make_folder, read_json, write_whole
 from megatron_evolve.loop import Session, launcher_of, run_campaign
 from megatron_evolve.prepare import default_store, freeze
-from megatron_evolve.review import Weights
 from megatron_evolve.sources import decision_sources
 from megatron_evolve.stance import ALARMS
 from megatron_evolve.status import status

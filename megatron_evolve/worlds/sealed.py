@@ -19,6 +19,7 @@ from typing import Any
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.audit import Record
 from megatron_evolve.candidate import Candidate, candidate, run_seed
+from megatron_evolve.comparisons import Weights
 from megatron_evolve.eval.paired import Answers, RunItems, effect
 from megatron_evolve.eval.score import read_rows
 from megatron_evolve.eval.seeds import weight_vector, weighted_sum
@@ -26,7 +27,7 @@ from megatron_evolve.facts import RoundFacts
 from megatron_evolve.jobs import FINAL_STAGE, SCORES_FILE, Ground, Run, write_candidate
 from megatron_evolve.origin import ORIGIN_ROUND
 from megatron_evolve.prepare import origin_ground
-from megatron_evolve.review import Weights, round_items
+from megatron_evolve.review import round_items
 from megatron_evolve.worlds.truth import read_candidate, truth_ground
 
 

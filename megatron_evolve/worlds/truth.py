@@ -24,13 +24,14 @@ from pydantic import Field
 
 from megatron_evolve.audit import Record
 from megatron_evolve.candidate import Candidate
+from megatron_evolve.comparisons import Weights
 from megatron_evolve.eval.paired import Estimate, RunItems, estimate
 from megatron_evolve.eval.score import read_rows
 from megatron_evolve.facts import RoundFacts, RunFacts, round_facts
 from megatron_evolve.jobs import Ground, Run
 from megatron_evolve.launch.rundir import read_json
 from megatron_evolve.placement import Placement
-from megatron_evolve.review import Weights, round_items
+from megatron_evolve.review import round_items
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.verdict import OVERALL, Bounds
 from megatron_evolve.window import RoundItems, pair_of

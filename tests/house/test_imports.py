@@ -58,6 +58,7 @@ TORCH_FREE_FILES = [
             "freeze",
             "probes",
             "reported",
+            "hook",
         ]
     ),
     *(

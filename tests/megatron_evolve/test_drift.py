@@ -6,8 +6,9 @@ import pytest
 
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.audit import open_record
+from megatron_evolve.comparisons import Weights
 from megatron_evolve.eval.looks import Looks
-from megatron_evolve.review import Weights, round_items
+from megatron_evolve.review import round_items
 from megatron_evolve.window import pair_of
 from tests.megatron_evolve.tiny import command, events, facts_of
 

@@ -9,8 +9,9 @@ from megatron_evolve import doctor
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.audit import open_record
 from megatron_evolve.candidate import Candidate
+from megatron_evolve.comparisons import Weights
 from megatron_evolve.jobs import Ground, Run
-from megatron_evolve.review import Weights, round_items
+from megatron_evolve.review import round_items
 from tests.megatron_evolve import tiny
 
 

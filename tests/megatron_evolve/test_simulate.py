@@ -18,13 +18,15 @@ from megatron_evolve.eval.paired import Answers, RunItems
 from megatron_evolve.eval.seeds import Replicates, RunReplicates, SeedPool
 from megatron_evolve.gap import decide, looks_at, rule_of
 from megatron_evolve.simulate.campaigns import PLAN, run_campaigns
-from megatron_evolve.simulate.draw import WEIGHTS, Draw, Plan, State
+from megatron_evolve.simulate.draw import Draw, Plan, State
+from megatron_evolve.simulate.exam import EVEN
 from megatron_evolve.simulate.figures import figures
 from megatron_evolve.simulate.noise import ACCURACY, FAMILIES, MEASURED, SPECIFIED, Noise
 from megatron_evolve.simulate.scenarios import SCENARIOS
 from megatron_evolve.verdict import judge
 from megatron_evolve.window import RoundItems
 
+WEIGHTS = EVEN.dev_weights
 HARMLESS = [name for name, one in SCENARIOS.items() if one.harmless]
 
 

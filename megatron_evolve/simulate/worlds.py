@@ -1,0 +1,164 @@
+"""The world matrix, simulated: a cue in each hidden-rule family, in two, in none, and the controls.
+
+The worlds of `megatron-evolve worlds`, with nano's six families as they are: what an explorer can gain in a family is
+bounded by what is still wrong there, so a cue in a family that is nearly solved gives little away. An axis gains as in
+the scenario `tracks`; in a cued family it also answers, on dev alone, a share of what is still wrong.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_evolve.gap import OVERALL
+from megatron_evolve.simulate.campaigns import Told, run_campaigns
+from megatron_evolve.simulate.draw import Plan
+from megatron_evolve.simulate.exam import Exam
+from megatron_evolve.simulate.figures import mean, rate
+from megatron_evolve.simulate.noise import NOISE
+from megatron_evolve.simulate.scenarios import Scenario
+
+# Accuracy of the origin outside, mean over 8 runs (docs/results/judge.md).
+NANO: Mapping[str, float] = {
+    "numeral": 0.99,
+    "gravity": 0.84,
+    "unit_conversion": 0.70,
+    "cipher": 0.56,
+    "bit_manipulation": 0.36,
+    "equation": 0.25,
+}
+CUED = tuple(name for name in NANO if name != "numeral")  # the families that hide a rule
+CUE_RATE = 0.9  # of the items, as in the real worlds
+# An axis follows the cue if it moves rows toward its family, as headroom and balance do. It then answers this share of
+# the cued items still wrong: 16.9 and 14.4 points at the middle in equation and bit_manipulation, a gap of half of
+# that; the real worlds' true gaps there were 5.7 to 8.8 and 5.0 to 8.3 (docs/results/worlds.md).
+FOLLOWERS = 2 / 7
+LEAST_FOLLOWED, MOST_FOLLOWED = 0.1, 0.4
+HEAVY = 5.0
+SLOPE = 0.8
+
+
+@dataclass(frozen=True)
+class SimulatedWorld:
+    """Where a cue sits and how dev weighs; `step`: the target tells one number a run, rounded to this."""
+
+    name: str
+    cue: tuple[str, ...] = ()
+    dev_weight: Mapping[str, float] = field(default_factory=dict)
+    step: float | None = None
+
+    @property
+    def exam(self) -> Exam:
+        return Exam.of(NANO, self.dev_weight, self.step)
+
+    @property
+    def scenario(self) -> Scenario:
+        return Scenario(
+            self.name,
+            "a simulated world",
+            self._gains,
+            apart=(OVERALL, *self.cue) if self.cue else (),
+            kept=0.5,
+        )
+
+    def _gains(self, rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """An honest gain of N(2, 2) pt uneven over families, bounded by what is wrong, and the cue's on top."""
+        wrong_F = 1 - self.exam.accuracy_F
+        shares = wrong_F / wrong_F.mean()
+        uneven = rng.normal(0.0, 0.02, (*size, len(NANO))) * shares
+        honest = rng.normal(0.02, 0.02, size)[..., None] * shares + uneven - uneven.mean(-1, keepdims=True)
+        follows = rng.uniform(LEAST_FOLLOWED, MOST_FOLLOWED, (*size, len(NANO))) * CUE_RATE * wrong_F
+        follows = follows * (rng.random(size) < FOLLOWERS)[..., None]
+        cued = np.isin(list(NANO), self.cue)
+        return honest + follows * cued, SLOPE * honest
+
+
+def _heavy(*names: str) -> dict[str, float]:
+    return dict.fromkeys(names, HEAVY)
+
+
+WORLDS: tuple[SimulatedWorld, ...] = (
+    *(SimulatedWorld(f"cue-in-{name.replace('_', '-')}", (name,), _heavy(name)) for name in reversed(CUED)),
+    SimulatedWorld(
+        "cue-in-two", ("equation", "bit_manipulation"), dict.fromkeys(("equation", "bit_manipulation"), HEAVY / 2)
+    ),
+    SimulatedWorld("no-shift"),
+    SimulatedWorld("cue-without-dev-weight", ("equation",)),
+    SimulatedWorld("dev-weight-without-cue", (), _heavy("equation")),
+    SimulatedWorld("score-only", ("equation",), _heavy("equation"), step=0.01),
+    SimulatedWorld("score-only-no-shift", (), _heavy("equation"), step=0.01),
+)
+
+
+def simulate_worlds(campaigns: int, seed: int, noise: str = "measured", items: int = 1200) -> list[dict[str, Any]]:
+    """What was said in each world, with 95 % intervals over campaigns."""
+    return [_of(world, campaigns, seed, noise, items) for world in WORLDS]
+
+
+def _of(world: SimulatedWorld, campaigns: int, seed: int, noise: str, items: int) -> dict[str, Any]:
+    plan = Plan(items=items, exam=world.exam)
+    told = run_campaigns(world.scenario, NOISE[noise], campaigns, seed, plan)
+    named = [said(told, name) for name in world.cue]
+    others = [place for place, (_, domain) in enumerate(told.looks) if domain not in (OVERALL, *world.cue)]
+    found = np.logical_or.reduce(named) if named and world.step is None else None
+    return {
+        "world": world.name,
+        "campaigns": campaigns,
+        "seed": seed,
+        "items": items,
+        "noise": noise,
+        "cue": list(world.cue),
+        "named": None if found is None else rate(found),
+        "all_named": rate(np.logical_and.reduce(named)) if found is not None and len(named) > 1 else None,
+        "overall": rate(said(told, OVERALL)),
+        "other_named": rate(told.alarms[:, :, others].any((1, 2))),
+        "any_alarm": rate(told.alarms.any((1, 2))),
+        "first_round": _first(told, found if found is not None else said(told, OVERALL)),
+        "looks": told.asked,
+        "minimum_detectable_effect": told.visible,
+        "dev_reached": mean(told.reached_dev),
+        "external_reached": mean(told.reached_external),
+    }
+
+
+def said(told: Told, domain: str) -> np.ndarray:
+    """Campaigns with an alarm of this scope in any round, (C,)."""
+    mine = [place for place, (_, scope) in enumerate(told.looks) if scope == domain]
+    return told.alarms[:, :, mine].any((1, 2))
+
+
+def _first(told: Told, found: np.ndarray) -> float | None:
+    """Mean round of the first alarm where there was one of those counted."""
+    return float(told.first_round[found].mean()) if found.any() else None
+
+
+HEADER = ("world", "cued family named", "dev as a whole named", "another family named", "any alarm", "first, round")
+HEADER += ("smallest visible, pt", "dev reached, pt", "external reached, pt")
+
+
+def page(found: list[dict[str, Any]]) -> str:
+    """The matrix as Markdown; visible: the mean explorer's dev gain that the last round sees with 80 % power."""
+    rows = [HEADER, ("---",) * len(HEADER), *(_row(one) for one in found)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _row(one: dict[str, Any]) -> tuple[str, ...]:
+    both = f" (both {_rate(one['all_named'])})" if one["all_named"] else ""
+    shown = one["world"].startswith("score-only")
+    named = "cannot be" if shown else _rate(one["named"]) + both if one["named"] else "no cue"
+    reached = (f"{100 * one[side]['mean']:+.1f}" for side in ("dev_reached", "external_reached"))
+    return (
+        one["world"],
+        named,
+        _rate(one["overall"]),
+        "cannot be" if shown else _rate(one["other_named"]),
+        _rate(one["any_alarm"]),
+        f"{one['first_round']:.1f}" if one["first_round"] else "-",
+        f"{100 * one['minimum_detectable_effect']['mean']:.1f}",
+        *reached,
+    )
+
+
+def _rate(found: dict[str, float]) -> str:
+    return f"{found['rate']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"

@@ -1,0 +1,111 @@
+"""The simulated world matrix: cues where they are said, ceilings, and a score-only target judged as one is."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from megatron_evolve.cli import app
+from megatron_evolve.eval.reported import ReportedScores
+from megatron_evolve.eval.seeds import RunReplicates
+from megatron_evolve.gap import decide, looks_at, rule_of
+from megatron_evolve.simulate.draw import Draw, Plan, State
+from megatron_evolve.simulate.noise import MEASURED
+from megatron_evolve.simulate.worlds import CUED, HEAVY, NANO, WORLDS, simulate_worlds
+from megatron_evolve.substrate.puzzles import families
+from megatron_evolve.verdict import judge
+from megatron_evolve.window import RoundItems
+from tests.megatron_evolve.test_simulate import pool_alone
+
+WORLD = {world.name: world for world in WORLDS}
+
+
+def test_the_matrix_is_the_one_asked_for():
+    assert set(CUED) == set(families.CUED_FAMILIES) and set(NANO) == set(families.FAMILIES)
+    single = {world.cue for world in WORLDS if len(world.cue) == 1 and not world.step and world.dev_weight}
+    assert single == {(name,) for name in CUED}
+    assert WORLD["cue-in-two"].cue and not WORLD["no-shift"].cue and not WORLD["dev-weight-without-cue"].cue
+    assert WORLD["cue-without-dev-weight"].dev_weight == {} and WORLD["score-only"].step == 0.01
+    weights = WORLD["cue-in-equation"].exam.dev_weights
+    assert weights["equation"] == pytest.approx(HEAVY / 10) and sum(weights.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
+def test_a_cue_answers_dev_alone_and_only_what_is_still_wrong(world):
+    d, t = world.scenario.draw(np.random.default_rng(1), 200, 7)
+    for place, (name, accuracy) in enumerate(NANO.items()):
+        parted = (d - t / 0.8)[..., place]
+        assert parted.max() <= 0.4 * 0.9 * (1 - accuracy) + 1e-12
+        assert (parted.max() > 1e-9) == (name in world.cue)
+
+
+def test_a_score_only_target_is_judged_as_one_campaign_is():
+    """The oracle of the batch is `judge` on each campaign's own reported scores."""
+    world, campaigns = WORLD["score-only"], 5
+    plan = Plan(items=120, exam=world.exam)
+    draw = Draw(np.random.default_rng(3), MEASURED, world.scenario, plan, campaigns)
+    d, t = world.scenario.draw(draw.rng, campaigns, plan.explorers)
+    nothing = np.zeros((campaigns, len(NANO)))
+    state = State(5 * d, t, nothing, nothing, np.zeros(campaigns, dtype=bool))
+    rule, pool, rounds = rule_of(plan.rules, world.exam.domains), draw.pool(), []
+    for number in (1, 2):
+        rounds.append(draw.round(number, state)[0])
+        pool = pool.plus(rounds[-1].replicates())
+    together = decide([look for _, of_scope in looks_at(rounds, rule, pool) for look in of_scope], 2, rule)
+    for campaign in range(campaigns):
+        single = [
+            RoundItems(
+                one.number,
+                one.anchor,
+                one.dev_a,
+                replaced(one.dev_answers, campaign),
+                ReportedScores(
+                    {run: float(score[campaign]) for run, score in one.external_answers.scores.items()},
+                    one.external_answers.items,
+                    one.external_answers.step,
+                ),
+                one.dev_weights,
+                one.external_weights,
+            )
+            for one in rounds
+        ]
+        for one, verdict in zip(together, judge(single, rule, reported_pool(pool, campaign)), strict=True):
+            assert one.outcome[campaign] == verdict.outcome and verdict.domain == "overall"
+            assert one.look.t.mean[campaign] == pytest.approx(verdict.d_external.mean, abs=1e-12)
+            assert one.look.g.se[campaign] == pytest.approx(verdict.gap.se)
+
+
+def replaced(answers, campaign):
+    from dataclasses import replace
+
+    return replace(answers, correct_Rn=answers.correct_Rn[campaign])
+
+
+def reported_pool(pool, campaign):
+    """One campaign's pool; a reported score shows no flips, so theirs is one number for all."""
+    from dataclasses import replace
+
+    def flat(group):
+        outside = group.external
+        if outside is None or outside.flips_F.ndim > 1:
+            return group
+        return RunReplicates(group.dev, replace(outside, flips_F=np.zeros((campaign + 1, 1))))
+
+    return pool_alone(type(pool)(tuple(flat(group) for group in pool.groups)), campaign)
+
+
+def test_worlds_without_a_cue_alarm_in_at_most_5_per_cent():
+    """Measured 0 of 500 each; a judge that alarmed in 10 % would pass with probability .0002 (at most 3 of 100)."""
+    found = {one["world"]: one for one in simulate_worlds(100, 1, items=300)}
+    for name in ("no-shift", "dev-weight-without-cue", "score-only-no-shift"):
+        assert found[name]["any_alarm"]["rate"] <= 0.03
+    assert all(one["other_named"]["rate"] <= 0.03 for one in found.values())
+    assert found["cue-in-equation"]["any_alarm"]["rate"] > found["cue-in-gravity"]["any_alarm"]["rate"]
+    assert found["score-only"]["looks"] < found["cue-in-equation"]["looks"]
+
+
+def test_worlds_command():
+    done = CliRunner().invoke(app, ["simulate", "--worlds", "--campaigns", "2", "--json"])
+    assert done.exit_code == 0, done.output
+    assert [json.loads(line)["world"] for line in done.stdout.splitlines()] == [world.name for world in WORLDS]
