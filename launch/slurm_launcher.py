@@ -9,6 +9,7 @@ claimed and ends at once (`slurm_batch`). Slurm is asked a few times a minute, h
 """
 
 import contextlib
+import itertools
 import os
 import sys
 import time
@@ -28,6 +29,7 @@ from megatron_evolve.launch.slurm_queue import Row, SlurmError, SlurmSilent
 SUBMISSION_FILE = "submission.json"
 QUEUE_FILE = "queue.json"  # what the queue last said, for whoever watches; nothing here reads it
 ARRAYS_FOLDER = "slurm-arrays"
+ARRAY_MOST = 1000  # tasks; Slurm's own limit, MaxArraySize, is 1001 unless a site says otherwise
 
 _RUNS = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
 _HELD = {"SPECIAL_EXIT", "REQUEUE_HOLD"}
@@ -164,8 +166,7 @@ class SlurmLauncher:
         if entry.submission is None:
             self._end(entry, OutcomeKind.CANCELLED, "was cancelled before it was submitted")
         elif entry.is_submitted:
-            with contextlib.suppress(SlurmSilent):  # the next look at the queue cancels it again
-                self._scancel(entry, time.monotonic())
+            self._scancel(entry, time.monotonic())
 
     def close(self) -> None:
         """Nothing to end: jobs go on under Slurm."""
@@ -204,15 +205,24 @@ class SlurmLauncher:
         entry.cancelled = (entry.folder / rundir.CANCEL_FILE).exists()
         if (entry.folder / SUBMISSION_FILE).exists():
             entry.submission = Submission(**rundir.read_json(entry.folder / SUBMISSION_FILE))
+        begun = rundir.read_supervisor(entry.folder) is not None
+        entry.state = "running" if begun else "pending"  # until the queue is asked
         if self._read_outcome(entry) or entry.submission is not None:
             return entry
-        if rundir.read_supervisor(entry.folder) is not None:  # begun, but not by Slurm
+        if begun:  # but not by Slurm
             with rundir.Lock(job.run_dir / rundir.LOCK_FILE):  # raises LockHeld, which names who runs it
                 self._end(entry, OutcomeKind.LOST, "was begun by another launcher, which is gone")
         return entry
 
     def _read_outcome(self, entry: _Entry) -> bool:
-        outcome = rundir.read_outcome(entry.folder)
+        """Whether the attempt has ended, by its own word."""
+        try:
+            outcome = rundir.read_outcome(entry.folder)
+        except rundir.DamagedFile as error:
+            print(f"{error}: it is kept beside as damaged", file=sys.stderr)
+            path = entry.folder / rundir.OUTCOME_FILE
+            path.rename(path.with_name(f"{rundir.OUTCOME_FILE}.damaged"))
+            return False
         if outcome is not None:
             entry.state = outcome
             self._file(entry)
@@ -245,7 +255,7 @@ class SlurmLauncher:
         groups: dict[object, list[_Entry]] = {}
         for entry in entries:
             groups.setdefault(shape(entry.job), []).append(entry)
-        return list(groups.values())
+        return [list(part) for group in groups.values() for part in itertools.batched(group, ARRAY_MOST)]
 
     def _intend(self, group: Sequence[_Entry]) -> tuple[Script, Path]:
         """Write the script and, with each attempt, the name under which it will be submitted."""
@@ -334,7 +344,8 @@ class SlurmLauncher:
 
     def _scancel(self, entry: _Entry, now: float) -> None:
         if now - entry.scancelled_at >= self._queue_every_s:
-            slurm_queue.cancel([entry.submission.job])
+            with contextlib.suppress(SlurmSilent):  # the next look at the queue cancels it again
+                slurm_queue.cancel([entry.submission.job])
             entry.scancelled_at = now
             self._queue_due = min(self._queue_due, now + 1.0)
 

@@ -95,7 +95,7 @@ def _run(command: str, *words: str, text: str | None = None) -> str:
     if "configuration source" in done.stderr:
         raise SlurmError(f"expected a cluster that this machine belongs to, {command} found none: {_ELSEWHERE}")
     said = [line.split("error: ")[-1].strip() for line in done.stderr.splitlines() if line.strip()]
-    if done.returncode < 0 or not said or _SILENT.search(done.stderr):
+    if command != "sbatch" or done.returncode < 0 or not said or _SILENT.search(done.stderr):
         raise SlurmSilent(f"{command} said {said[-1] if said else 'nothing'!r} (status {done.returncode})")
     raise SlurmError(f"Slurm refuses the job: {' / '.join(dict.fromkeys(said))}; correct `slurm` in the site file")
 

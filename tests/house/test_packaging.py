@@ -55,6 +55,7 @@ def test_plain_install(tmp_path: Path, theirs: Path) -> None:
     assert whose == "theirs"
     assert "demo" in campaigns
     assert not (target / "kernels").exists()
+    assert (target / "megatron_evolve" / "slurm" / "train.sbatch").is_file()
 
 
 def test_from_the_checkout(theirs: Path, tmp_path: Path) -> None:

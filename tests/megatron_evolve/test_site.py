@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_evolve.artefacts import save_yaml
 from megatron_evolve.campaign import Campaign, find_campaign
@@ -20,6 +21,14 @@ def campaign(name: str) -> Campaign:
 def test_shipped_sites_are_valid_and_survive_saving(path: Path, tmp_path: Path) -> None:
     save_yaml(tmp_path / "site.yaml", load_site(path))
     assert load_site(tmp_path / "site.yaml") == load_site(path)
+
+
+def test_the_site_that_operations_shows_holds() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    site = Site.parse(yaml.safe_load(page.split("```yaml\n")[1].split("```")[0]), where="docs/operations.md")
+    queue = site.queue
+    assert queue.longest_s == 86400.0 and queue.options == {"mem": "0", "exclusive": ""} and queue.throttle == 4
+    assert queue.container.runtime == "pyxis" and queue.container.mounts == ("/shared:/shared",)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from megatron_evolve.launch import rundir, slurm_queue
 from megatron_evolve.launch.job import Job, OutcomeKind, Resources
 from megatron_evolve.launch.slurm import Queue, render
 from megatron_evolve.launch.slurm_launcher import QUEUE_FILE, SUBMISSION_FILE, SlurmLauncher
+from tests.megatron_evolve import tiny
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ends, running, states, until
 
@@ -190,6 +191,19 @@ def test_what_slurm_refuses_is_one_sentence_and_leaves_nothing(
         assert not (job.run_dir / "attempts/1" / SUBMISSION_FILE).exists()
     slurm_queue.check(render(job, Queue(2, partition="main")).text)
     assert names_in_queue(cluster, "pending,running") == []
+
+
+def test_a_campaign_that_slurm_would_refuse_is_one_sentence_before_anything_is_written(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("{schema: site/1, launcher: slurm, slurm: {partition: nosuch}}")
+    words = ("run", "demo", "--site", site, "--dir", tmp_path / "run", "--store", tmp_path / "store")
+    refused = tiny.command(*words)
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1 and "Slurm refuses the job: " in refused.stderr
+    assert "nvalid partition" in refused.stderr and "Traceback" not in refused.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["site.yaml"]
 
 
 def test_slurm_is_asked_seldom_and_forgets(
