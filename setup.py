@@ -32,7 +32,7 @@ setup(
     packages=sorted(package_dir),
     package_dir=package_dir,
     package_data={
-        "megatron_evolve": ["campaigns/*.yaml", "sites/*.yaml", "worlds/*.yaml"],
+        "megatron_evolve": ["campaigns/*.yaml", "sites/*.yaml", "worlds/*.yaml", "simulate/*.yaml"],
         "megatron_evolve.kernels": ["tile_table.json"],
         "megatron_evolve.slurm": ["*.sbatch"],
     },

@@ -7,10 +7,13 @@ the scenario `tracks`; in a cued family it also answers, on dev alone, a share o
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_evolve.document import load_yaml
 from megatron_evolve.gap import OVERALL
 from megatron_evolve.simulate.campaigns import Told, run_campaigns
 from megatron_evolve.simulate.draw import Plan
@@ -19,38 +22,31 @@ from megatron_evolve.simulate.figures import mean, rate
 from megatron_evolve.simulate.noise import NOISE
 from megatron_evolve.simulate.scenarios import Scenario
 
-# Accuracy of the origin outside, mean over 8 runs (docs/results/judge.md).
-NANO: Mapping[str, float] = {
-    "numeral": 0.99,
-    "gravity": 0.84,
-    "unit_conversion": 0.70,
-    "cipher": 0.56,
-    "bit_manipulation": 0.36,
-    "equation": 0.25,
-}
-CUED = tuple(name for name in NANO if name != "numeral")  # the families that hide a rule
 CUE_RATE = 0.9  # of the items, as in the real worlds
 # An axis follows the cue if it moves rows toward its family, as headroom and balance do. It then answers this share of
-# the cued items still wrong: 16.9 and 14.4 points at the middle in equation and bit_manipulation, a gap of half of
-# that; the real worlds' true gaps there were 5.7 to 8.8 and 5.0 to 8.3 (docs/results/worlds.md).
+# the cued items still wrong: 16.9 and 14.4 points at the middle in the two hardest families, a gap of half of that;
+# the real worlds' true gaps there were 5.7 to 8.8 and 5.0 to 8.3 (docs/results/worlds.md).
 FOLLOWERS = 2 / 7
 LEAST_FOLLOWED, MOST_FOLLOWED = 0.1, 0.4
-HEAVY = 5.0
 SLOPE = 0.8
 
 
 @dataclass(frozen=True)
 class SimulatedWorld:
-    """Where a cue sits and how dev weighs; `step`: the target tells one number a run, rounded to this."""
+    """Where a cue sits and how dev weighs; `accuracy` is the origin's, by family.
+
+    step  the target tells one number a run, rounded to this; none: it shows its items
+    """
 
     name: str
+    accuracy: Mapping[str, float]
     cue: tuple[str, ...] = ()
     dev_weight: Mapping[str, float] = field(default_factory=dict)
     step: float | None = None
 
     @property
     def exam(self) -> Exam:
-        return Exam.of(NANO, self.dev_weight, self.step)
+        return Exam.of(self.accuracy, self.dev_weight, self.step)
 
     @property
     def scenario(self) -> Scenario:
@@ -66,34 +62,25 @@ class SimulatedWorld:
         """An honest gain of N(2, 2) pt uneven over families, bounded by what is wrong, and the cue's on top."""
         wrong_F = 1 - self.exam.accuracy_F
         shares = wrong_F / wrong_F.mean()
-        uneven = rng.normal(0.0, 0.02, (*size, len(NANO))) * shares
+        uneven = rng.normal(0.0, 0.02, (*size, len(self.accuracy))) * shares
         honest = rng.normal(0.02, 0.02, size)[..., None] * shares + uneven - uneven.mean(-1, keepdims=True)
-        follows = rng.uniform(LEAST_FOLLOWED, MOST_FOLLOWED, (*size, len(NANO))) * CUE_RATE * wrong_F
+        follows = rng.uniform(LEAST_FOLLOWED, MOST_FOLLOWED, (*size, len(self.accuracy))) * CUE_RATE * wrong_F
         follows = follows * (rng.random(size) < FOLLOWERS)[..., None]
-        cued = np.isin(list(NANO), self.cue)
+        cued = np.isin(list(self.accuracy), self.cue)
         return honest + follows * cued, SLOPE * honest
 
 
-def _heavy(*names: str) -> dict[str, float]:
-    return dict.fromkeys(names, HEAVY)
-
-
-WORLDS: tuple[SimulatedWorld, ...] = (
-    *(SimulatedWorld(f"cue-in-{name.replace('_', '-')}", (name,), _heavy(name)) for name in reversed(CUED)),
-    SimulatedWorld(
-        "cue-in-two", ("equation", "bit_manipulation"), dict.fromkeys(("equation", "bit_manipulation"), HEAVY / 2)
-    ),
-    SimulatedWorld("no-shift"),
-    SimulatedWorld("cue-without-dev-weight", ("equation",)),
-    SimulatedWorld("dev-weight-without-cue", (), _heavy("equation")),
-    SimulatedWorld("score-only", ("equation",), _heavy("equation"), step=0.01),
-    SimulatedWorld("score-only-no-shift", (), _heavy("equation"), step=0.01),
-)
+@cache
+def matrix() -> tuple[SimulatedWorld, ...]:
+    """The worlds of `worlds.yaml`, beside this file."""
+    told = load_yaml(Path(__file__).with_name("worlds.yaml"))
+    worlds = ({**one, "cue": tuple(one.get("cue", ()))} for one in told["worlds"])
+    return tuple(SimulatedWorld(accuracy=told["accuracy"], **one) for one in worlds)
 
 
 def simulate_worlds(campaigns: int, seed: int, noise: str = "measured", items: int = 1200) -> list[dict[str, Any]]:
     """What was said in each world, with 95 % intervals over campaigns."""
-    return [_of(world, campaigns, seed, noise, items) for world in WORLDS]
+    return [_of(world, campaigns, seed, noise, items) for world in matrix()]
 
 
 def _of(world: SimulatedWorld, campaigns: int, seed: int, noise: str, items: int) -> dict[str, Any]:

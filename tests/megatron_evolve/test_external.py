@@ -143,7 +143,7 @@ def test_a_program_is_asked_once_and_its_score_kept(table):
     found = ask(table, target)
     assert (found["score"], found["items"], found["step"], found["by"]) == (0.6125, 400, 0.0025, "command")
     assert ask(table, target) == found and calls(table) == 1
-    assert [event.kind for event in table.ledger.events] == ["external-asked", "ended"]
+    assert [event.kind for event in table.ledger] == ["external-asked", "ended"]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_controller_that_died_while_asking_does_not_ask_again(table):
     """The question is in the ledger before it is put, so its reply counts as lost."""
     table.ledger.append("external-asked", f"{RUN.key}/1", {"run": RUN.key, "argv": []})
     assert ask(table, program("print('{\"score\": 0.5}')")) is None and calls(table) == 0
-    assert "ended before the reply" in table.ledger.of_kind("external-lost")[0].data["reason"]
+    assert "ended before the reply" in next(table.ledger.of_kind("external-lost")).data["reason"]
 
 
 def test_only_a_recorded_command_has_it_asked_again(table):
@@ -204,14 +204,14 @@ def test_the_sealed_half_waits_for_an_operators_word(table):
     for _ in range(2):
         with pytest.raises(Awaiting, match="open-final"):
             await_opening(table)
-    assert state_of(table.ledger.events) == "awaiting the sealed half"
+    assert state_of(list(table.ledger)) == "awaiting the sealed half"
     order = table.ground.folder.open_final
     order.parent.mkdir(parents=True)
     order.write_text(json.dumps({"by": "somebody"}))
     for _ in range(2):
         await_opening(table)
     (event,) = table.ledger.of_kind("final-opened")
-    assert event.data == {"by": "somebody"} and state_of(table.ledger.events) == "running"
+    assert event.data == {"by": "somebody"} and state_of(list(table.ledger)) == "running"
     order.unlink()
     await_opening(table)  # the ledger has it: it opened once
 
@@ -219,7 +219,7 @@ def test_the_sealed_half_waits_for_an_operators_word(table):
 def test_by_default_it_opens_after_the_last_round(table):
     table.campaign = load_campaign(find_campaign("demo"))
     await_opening(table)
-    assert table.ledger.events == []
+    assert len(table.ledger) == 0
 
 
 # --- exact for verdicts, released for selection ---

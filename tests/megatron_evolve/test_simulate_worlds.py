@@ -12,29 +12,30 @@ from megatron_evolve.eval.seeds import RunReplicates
 from megatron_evolve.gap import decide, looks_at, rule_of
 from megatron_evolve.simulate.draw import Draw, Plan, State
 from megatron_evolve.simulate.noise import MEASURED
-from megatron_evolve.simulate.worlds import CUED, HEAVY, NANO, WORLDS, simulate_worlds
+from megatron_evolve.simulate.worlds import matrix, simulate_worlds
 from megatron_evolve.substrate.puzzles import families
 from megatron_evolve.verdict import judge
 from megatron_evolve.window import RoundItems
 from tests.megatron_evolve.test_simulate import pool_alone
 
+WORLDS = matrix()
 WORLD = {world.name: world for world in WORLDS}
 
 
 def test_the_matrix_is_the_one_asked_for():
-    assert set(CUED) == set(families.CUED_FAMILIES) and set(NANO) == set(families.FAMILIES)
+    assert all(set(world.accuracy) == set(families.FAMILIES) for world in WORLDS)
     single = {world.cue for world in WORLDS if len(world.cue) == 1 and not world.step and world.dev_weight}
-    assert single == {(name,) for name in CUED}
+    assert single == {(name,) for name in families.CUED_FAMILIES}
     assert WORLD["cue-in-two"].cue and not WORLD["no-shift"].cue and not WORLD["dev-weight-without-cue"].cue
     assert WORLD["cue-without-dev-weight"].dev_weight == {} and WORLD["score-only"].step == 0.01
     weights = WORLD["cue-in-equation"].exam.dev_weights
-    assert weights["equation"] == pytest.approx(HEAVY / 10) and sum(weights.values()) == pytest.approx(1)
+    assert weights["equation"] == pytest.approx(5 / 10) and sum(weights.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
 def test_a_cue_answers_dev_alone_and_only_what_is_still_wrong(world):
     d, t = world.scenario.draw(np.random.default_rng(1), 200, 7)
-    for place, (name, accuracy) in enumerate(NANO.items()):
+    for place, (name, accuracy) in enumerate(world.accuracy.items()):
         parted = (d - t / 0.8)[..., place]
         assert parted.max() <= 0.4 * 0.9 * (1 - accuracy) + 1e-12
         assert (parted.max() > 1e-9) == (name in world.cue)
@@ -46,7 +47,7 @@ def test_a_score_only_target_is_judged_as_one_campaign_is():
     plan = Plan(items=120, exam=world.exam)
     draw = Draw(np.random.default_rng(3), MEASURED, world.scenario, plan, campaigns)
     d, t = world.scenario.draw(draw.rng, campaigns, plan.explorers)
-    nothing = np.zeros((campaigns, len(NANO)))
+    nothing = np.zeros((campaigns, len(world.accuracy)))
     state = State(5 * d, t, nothing, nothing, np.zeros(campaigns, dtype=bool))
     rule, pool, rounds = rule_of(plan.rules, world.exam.domains), draw.pool(), []
     for number in (1, 2):
