@@ -72,6 +72,14 @@ def test_a_job_that_says_nothing_for_long_is_marked(opened: Path, monkeypatch) -
     assert any("silent" in line for line in drawn(opened, 80))
 
 
+def test_a_round_without_a_job_says_so(opened: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(opened, tmp_path / "campaign"))
+    shutil.rmtree(root / "rounds" / "3")
+    lines = [line.strip() for line in drawn(root, 80)]
+    assert "0 running, 0 waiting" in lines
+    assert any(line.startswith("CPU time") and line.endswith("min") for line in lines)
+
+
 def test_a_closed_campaign_ends_with_its_finding(closed: Path) -> None:
     lines = drawn(closed, 80)
     assert lines[0].startswith("demo  closed")
