@@ -108,7 +108,9 @@ def frame(
     judged, failures = judged[::-1], list(tally.failures)[::-1]
     if height < LOW:
         judged, failures = judged[:1], failures[:1]
-    if found.state != "closed":
+    if tally.opened is None:
+        parts.append(Text("substrate, judge and origin come first; their jobs lie outside this folder"))
+    elif found.state != "closed":
         taken = OTHER_LINES + 2 * (len(failures) + len(judged))
         parts += [Text(), _jobs(found, max(LEAST_JOBS, height - taken), width)]
     if judged:
