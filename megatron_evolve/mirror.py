@@ -27,8 +27,9 @@ FIELDS: dict[str, Callable[[Now], float]] = {
     "stages_failed": lambda now: sum(now.jobs.outcomes.values()) - now.jobs.outcomes.get("finished", 0),
     "jobs_running": lambda now: now.jobs.running,
     "jobs_waiting": lambda now: now.jobs.waiting,
-    "external_looks": lambda now: now.budget["external_looks"].used,
-    "cpu_hours": lambda now: now.budget["cpu_hours"].used,
+    "external_looks": lambda now: _used(now, "external_looks"),
+    "cpu_hours": lambda now: _used(now, "cpu_hours"),
+    "gpu_hours": lambda now: _used(now, "gpu_hours"),
 }
 
 
@@ -71,6 +72,10 @@ def mirror(root: Path, open_as: Callable[[str], Tracker], *, every_s: float, onc
 def point_of(now: Now) -> dict[str, float]:
     """What is sent of this moment."""
     return {name: float(read(now)) for name, read in FIELDS.items()}
+
+
+def _used(now: Now, budget: str) -> float:
+    return now.budget[budget].used if budget in now.budget else 0.0
 
 
 def run_name(tally: Tally) -> str:

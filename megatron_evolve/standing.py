@@ -13,6 +13,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_evolve.artefacts import CampaignFolder
+from megatron_evolve.budget import Account
+from megatron_evolve.constitution import Budgets
 from megatron_evolve.ledger import read_ledger
 from megatron_evolve.live import Controller, JobNow, controller_of, jobs_now
 from megatron_evolve.status import status_of
@@ -92,7 +94,9 @@ class Now(Frozen):
     controller: ControllerView | None = Field(description="none: never started, or closed")
     progress: ProgressView
     jobs: JobsView
-    budget: dict[str, Spent] = Field(description="by name: external_looks, cpu_hours")
+    budget: dict[str, Spent] = Field(
+        description="external_looks, and of gpu_hours, cpu_hours, wall_hours, money those used or declared"
+    )
 
 
 class ScoreView(Frozen):
@@ -191,7 +195,7 @@ def now(folder: CampaignFolder, tally: Tally, external_looks: int) -> Now:
             outcomes=dict(sorted(tally.outcomes.items())),
             now=tuple(_view(job, tally, moment) for job in jobs),
         ),
-        budget=_budget(tally, external_looks),
+        budget=_budget(tally, external_looks, moment),
     )
 
 
@@ -211,10 +215,16 @@ def _is_alive(controller: Controller, tally: Tally, jobs: Sequence[JobNow], mome
     return moment - last < QUIET_S
 
 
-def _budget(tally: Tally, external_looks: int) -> dict[str, Spent]:
-    limit = None if tally.opened is None else tally.opened["plan"]["external_looks"]
-    hours = round(tally.cpu_seconds / 3600, 4)
-    return {"external_looks": Spent(used=external_looks, budget=limit), "cpu_hours": Spent(used=hours, budget=None)}
+def _budget(tally: Tally, external_looks: int, moment: float) -> dict[str, Spent]:
+    """Looks, and of the other budgets those that are declared or used; of a closed campaign as of its last event."""
+    if tally.opened is None:
+        return {}
+    clock = tally.last_time.timestamp() if tally.closing is not None else moment
+    budgets = Budgets(**tally.opened.get("budgets", {}))
+    told = Account(budgets, tally.opened_at, tally.used, clock=lambda: clock).statement()
+    looks = Spent(used=external_looks, budget=tally.opened["plan"]["external_looks"])
+    used = {name: Spent(**one) for name, one in told.items() if one["used"] or one["budget"] is not None}
+    return {"external_looks": looks, **used}
 
 
 def _view(job: JobNow, tally: Tally, moment: float) -> JobView:

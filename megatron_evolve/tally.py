@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from megatron_evolve.budget import Spend, of_end
 from megatron_evolve.ledger import Event
 
 KEPT_FAILURES = 5
@@ -57,7 +58,9 @@ class Tally:
     trained: int = 0
     trained_in_round: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)  # of all stages
-    cpu_seconds: float = 0.0
+    used: Spend = field(default_factory=Spend)
+    opened_at: float | None = None  # unix seconds
+    spent: str | None = None  # why nothing is started any more, once a budget is spent
     active_s: float = 0.0
     longest_s: float = 0.0
     ended_in_round: set[str] = field(default_factory=set)  # keys of stages
@@ -86,7 +89,7 @@ class Tally:
             step(event)
 
     def _campaign_opened(self, event: Event) -> None:
-        self.opened = event.data
+        self.opened, self.opened_at = event.data, datetime.fromisoformat(event.time).timestamp()
 
     def _round_opened(self, event: Event) -> None:
         self.round, self.round_is_closed = int(event.key), False
@@ -100,7 +103,7 @@ class Tally:
     def _ended(self, event: Event) -> None:
         end, number = event.data["end"], int(event.key.split("/", 1)[0])
         self.outcomes[end["outcome"]] += 1
-        self.cpu_seconds += end["cpu_seconds"]
+        self.used += of_end(end)
         self.longest_s = max(self.longest_s, end["seconds"])
         self.ended_in_round.add(event.key)
         if event.key.endswith("/train") and 0 < number <= self.rounds:
@@ -115,6 +118,9 @@ class Tally:
     def _round_closed(self, event: Event) -> None:
         self.round_is_closed, self.rounds_closed = True, self.rounds_closed + 1
 
+    def _budget_spent(self, event: Event) -> None:
+        self.spent = event.data["why"]
+
     def _campaign_closed(self, event: Event) -> None:
         self.closing = event.data
 
@@ -126,7 +132,7 @@ class Tally:
     @property
     def runs_left(self) -> int:
         """Trainings that are still planned in the declared rounds: at most, for a repeated candidate is not planned."""
-        if self.opened is None or self.closing is not None:
+        if self.opened is None or self.closing is not None or self.spent is not None:
             return 0
         a_round = self.opened["plan"]["runs_per_round"]
         unopened = self.rounds - self.round

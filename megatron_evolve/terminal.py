@@ -145,7 +145,8 @@ def show_status(found: dict[str, Any]) -> None:
         f"{found['cpu_seconds']:.0f} CPU-s"
     )
     for name, one in found["budget"].items():
-        console.print(f"budget: {one['used']:.4g} of {one['budget']:g} {WORDS[name]} used")
+        if name in WORDS and one["budget"] is not None:
+            console.print(f"budget: {one['used']:.4g} of {one['budget']:g} {WORDS[name]} used")
     for one in found["rounds"]:
         console.print(round_table(one))
 

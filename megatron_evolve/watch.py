@@ -108,7 +108,9 @@ def frame(
     judged, failures = judged[::-1], list(tally.failures)[::-1]
     if height < LOW:
         judged, failures = judged[:1], failures[:1]
-    if found.state != "closed":
+    if tally.opened is None:
+        parts.append(Text("substrate, judge and origin come first; their jobs lie outside this folder"))
+    elif found.state != "closed":
         taken = OTHER_LINES + 2 * (len(failures) + len(judged))
         parts += [Text(), _jobs(found, max(LEAST_JOBS, height - taken), width)]
     if judged:
@@ -148,6 +150,8 @@ def _facts(found: Now, tally: Tally) -> Group:
         if spent.budget:
             told = f"{number(spent.used)} of {number(spent.budget)}"
             bars.add_row(words, _bar(spent.used, spent.budget, 24), told)
+        elif spent.used and name.endswith("_hours"):
+            rest.add_row(words.replace("hours", "time"), duration(3600 * spent.used))
         elif spent.used:
             rest.add_row(words, number(spent.used))
     ended = sorted(found.jobs.outcomes.items(), key=lambda one: (one[0] != "finished", one[0]))
@@ -170,11 +174,11 @@ def _bar(done: float, of: float, width: int) -> ProgressBar:
     return ProgressBar(total=of, completed=min(done, of), width=width, complete_style="green", finished_style="green")
 
 
-def _jobs(found: Now, most: int, width: int) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title_justify="left", title_style="bold")
-    table.title = f"{found.jobs.running} running, {found.jobs.waiting} waiting"
+def _jobs(found: Now, most: int, width: int) -> RenderableType:
+    title = Text(f"{found.jobs.running} running, {found.jobs.waiting} waiting", style="bold")
     if not found.jobs.now:
-        return table
+        return title
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     wide = width >= 100
     table.add_column("candidate", no_wrap=True)
     table.add_column("axis", no_wrap=True, overflow="ellipsis", max_width=24 if wide else 10)
@@ -189,7 +193,7 @@ def _jobs(found: Now, most: int, width: int) -> Table:
         table.add_row(job.candidate, Text(job.axis), str(job.seed), job.stage, told, steps, _for(job))
     if len(found.jobs.now) > most:
         table.add_row(Text(f"and {len(found.jobs.now) - most} more", style="dim"))
-    return table
+    return Group(title, table)
 
 
 def _bar_of(job: JobView, width: int) -> RenderableType:

@@ -15,9 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_evolve.launch.rundir import RunDirError, read_job
-
-ATTEMPT_VARIABLE = "MEGATRON_EVOLVE_ATTEMPT"  # as the supervisor sets it for every job
+from megatron_evolve.launch.rundir import ATTEMPT_VARIABLE, RunDirError, read_job
 
 
 class Lines(logging.Handler):

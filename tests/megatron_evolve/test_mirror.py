@@ -16,7 +16,7 @@ from tests.megatron_evolve.tiny import command
 
 ALLOWED = {
     *("round", "rounds_closed", "runs_trained", "runs_planned", "stages_finished", "stages_failed"),
-    *("jobs_running", "jobs_waiting", "external_looks", "cpu_hours"),
+    *("jobs_running", "jobs_waiting", "external_looks", "cpu_hours", "gpu_hours"),
 }
 
 

@@ -46,9 +46,12 @@ def campaign(made: dict[str, Path], tmp_path: Path) -> Path:
 def test_the_document_is_as_its_schema_says(made: dict[str, Path], kind: str) -> None:
     document = json.loads(json.dumps(standing(made[kind])))
     Standing.parse(document, where="status --json")
-    assert document.items() >= {name: one for name, one in status(made[kind]).items() if name != "state"}.items()
+    fixed = {name: one for name, one in status(made[kind]).items() if name not in ("state", "budget")}
+    assert document.items() >= fixed.items()
     ended = CliRunner().invoke(app, ["status", str(made[kind]), "--json"])
-    assert json.loads(ended.stdout) == document
+    again = json.loads(ended.stdout)
+    assert again["budget"].keys() == document["budget"].keys()
+    assert {**again, "budget": None} == {**document, "budget": None}, "but for the wall time, which goes on"
     assert CliRunner().invoke(app, ["status", str(made[kind])]).exit_code == 0
 
 

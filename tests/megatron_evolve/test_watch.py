@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from megatron_evolve.cli import app
 from megatron_evolve.ledger import read_ledger
 from megatron_evolve.watch import SILENT_S, Watcher, duration, frame, watch
-from tests.megatron_evolve.campaign_folder import build_campaign
+from tests.megatron_evolve.campaign_folder import build_campaign, build_empty
 from tests.megatron_evolve.moment import candidates, hold, me, put_job
 
 LONGEST_AXIS = "an-axis-with-a-name-that-is-much-too-long-for-any-screen"
@@ -70,6 +70,21 @@ def test_a_job_that_says_nothing_for_long_is_marked(opened: Path, monkeypatch) -
     now = time.time()
     monkeypatch.setattr("megatron_evolve.standing.time.time", lambda: now + SILENT_S + 60)
     assert any("silent" in line for line in drawn(opened, 80))
+
+
+def test_a_round_without_a_job_says_so(opened: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(opened, tmp_path / "campaign"))
+    shutil.rmtree(root / "rounds" / "3")
+    lines = [line.strip() for line in drawn(root, 80)]
+    assert "0 running, 0 waiting" in lines
+    assert any(line.startswith("CPU time") and line.endswith("min") for line in lines)
+
+
+def test_before_it_is_opened_it_says_what_comes_first(tmp_path: Path) -> None:
+    root = build_empty(tmp_path / "campaign")
+    hold(root, me())
+    assert drawn(root, 80)[0].split() == ["campaign", "preparing"]
+    assert "come first" in drawn(root, 80)[-1]
 
 
 def test_a_closed_campaign_ends_with_its_finding(closed: Path) -> None:

@@ -39,7 +39,6 @@ def _own_handlers():
 
 
 def test_a_job_s_lines_carry_its_key_and_rank(attempt: Path, capsys) -> None:
-    assert logs.ATTEMPT_VARIABLE == ATTEMPT_VARIABLE
     logs.set_up(logs.job_name({ATTEMPT_VARIABLE: str(attempt), "RANK": "3"}, "train"))
     logging.getLogger("megatron_evolve.substrate.train.fit").info("training from step %d", 7)
     logging.getLogger("a.library").warning("careful")
