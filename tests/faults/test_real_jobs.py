@@ -23,4 +23,4 @@ def test_struck_campaigns_end_as_the_undisturbed_one(ground: Ground, tmp_path: P
         check(struck, calm)
         fell += struck.fell
     assert len(fell) >= LEAST, fell
-    assert {"job", "supervisor", "flipped byte"} <= set(fell)
+    assert {"job", "supervisor", "SIGTERM", "stop file", "flipped byte"} <= set(fell)
