@@ -63,7 +63,7 @@ class Looks:
         """Raises ValueError if a line other than a cut-off last one is no look."""
         self.path = Path(path)
         self.external_budget = external_budget
-        self._paid: dict[tuple, Look] = {}
+        self._paid: dict[tuple, bytes] = {}  # the line of each look: as a Look it takes four times the memory
         self._counts = {"dev": 0, "external": 0}
         self._whole_bytes = 0
         self._secured = False  # whether what is in the file, and its name, survive a power cut
@@ -76,7 +76,7 @@ class Looks:
         Raises BudgetSpent past the external budget, and ValueError if the same candidate, round and split (or the final
         split) was asked before with other runs or items.
         """
-        before = self._paid.get(look.key)
+        before = self._look(look.key)
         if before is not None:
             _must_be_same(before, look)
             self._secure()  # whoever wrote it may have died before its fsync
@@ -87,19 +87,20 @@ class Looks:
                 f"{look.candidates[0]} asks for one more on {look.split}: judge with what is there, or start a "
                 "campaign that declares more"
             )
-        self._append(look)
-        self._enter(look)
+        line = canonical(look)
+        self._append(line + b"\n")
+        self._enter(look, line)
         return look
 
     def paid(self, *, candidate: str, round_number: int, split: Split) -> Look | None:
         """The look that covers this question, or None: then nothing may be read."""
-        look = self._paid.get(("final",) if split == "final" else (candidate, round_number, split))
+        look = self._look(("final",) if split == "final" else (candidate, round_number, split))
         return look if look is not None and candidate in look.candidates else None
 
     @property
     def entries(self) -> tuple[Look, ...]:
         """Every look, in the order of asking."""
-        return tuple(self._paid.values())
+        return tuple(map(Look.model_validate_json, self._paid.values()))
 
     @property
     def spent(self) -> int:
@@ -110,8 +111,12 @@ class Looks:
         """Counts for people and scripts: looks at dev, at the external target, and its budget."""
         return {**self._counts, "external_budget": self.external_budget}
 
-    def _enter(self, look: Look) -> None:
-        self._paid[look.key] = look
+    def _look(self, key: tuple) -> Look | None:
+        line = self._paid.get(key)
+        return None if line is None else Look.model_validate_json(line)
+
+    def _enter(self, look: Look, line: bytes) -> None:
+        self._paid[look.key] = line
         self._counts["dev"] += look.split.startswith("dev")
         self._counts["external"] += is_budgeted(look.split)
 
@@ -127,14 +132,13 @@ class Looks:
             look = Look.parse(document, where=where)
             if look.key in self._paid:
                 raise ValueError(f"{where}: expected every look once, got {look.key} again: restore the account")
-            self._enter(look)
+            self._enter(look, line)
 
-    def _append(self, look: Look) -> None:
+    def _append(self, line: bytes) -> None:
         make_folder(self.path.parent)
         # Unbuffered: nothing may reach the file later than the truncation that takes a failed line back.
         with open(self.path, "ab", buffering=0) as file:
             file.truncate(self._whole_bytes)
-            line = canonical(look) + b"\n"
             try:
                 written = file.write(line)
                 if written != len(line):

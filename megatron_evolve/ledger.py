@@ -50,8 +50,8 @@ class History:
     out here and cut off when the ledger is next opened for writing.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises ValueError where there is no file, or naming the first broken line."""
+    def __init__(self, path: Path, each: Callable[[Event], None] = lambda event: None) -> None:
+        """Calls `each` with every event. Raises ValueError where there is no file, or naming the first broken line."""
         self.path = path
         self.last = GENESIS
         self.whole_bytes = 0
@@ -62,7 +62,9 @@ class History:
             with open(path, "rb") as file:
                 for line in file:
                     if line.endswith(b"\n"):
-                        self._note(self._checked(line), len(line))
+                        event = self._chained(line)
+                        self._note(event, len(line))
+                        each(event)
         except FileNotFoundError:
             raise ValueError(
                 f"{path.parent} holds no campaign: expected {path.name} in it; give a campaign's folder"
@@ -131,23 +133,31 @@ class History:
             raise ValueError(
                 f"{where} is corrupt: expected one JSON event, got {line[:40]!r}; restore it from a copy"
             ) from None
-        return Event.parse(fields, where=where)
-
-    def _checked(self, line: bytes) -> Event:
-        number = len(self)
-        event = self._parsed(line, number)
-        expected = event_hash(number, event.time, event.kind, event.key, event.data, self.last)
-        if event.number != number or event.previous != self.last or event.hash != expected:
-            raise ValueError(
-                f"{self.path} line {number + 1} breaks the chain: expected hash {expected[:12]}, got "
-                f"{event.hash[:12]}; a line was changed, removed or moved; restore the ledger from a copy"
-            )
+        event = Event.parse(fields, where=where)
+        expected = event_hash(number, event.time, event.kind, event.key, event.data, event.previous)
+        if event.number != number or event.hash != expected:
+            raise _broken(where, expected, event.hash)
         return event
+
+    def _chained(self, line: bytes) -> Event:
+        event = self._parsed(line, len(self))
+        if event.previous != self.last:
+            raise _broken(f"{self.path} line {len(self) + 1}", self.last, event.previous)
+        return event
+
+
+def _broken(where: str, expected: str, got: str) -> ValueError:
+    return ValueError(
+        f"{where} breaks the chain: expected hash {expected[:12]}, got {got[:12]}; a line was changed, removed or "
+        "moved; restore the ledger from a copy"
+    )
 
 
 def read_ledger(path: Path) -> list[Event]:
     """All whole events, chain checked, in memory. Raises ValueError as `History` does."""
-    return list(History(path))
+    events: list[Event] = []
+    History(path, events.append)
+    return events
 
 
 class Ledger(History):

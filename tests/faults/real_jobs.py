@@ -85,11 +85,13 @@ def torment(ground: Ground, folder: Path, file: Path, seed: int) -> Struck:
     """Runs one campaign to its end through faults drawn from a seed."""
     rng, struck = random.Random(seed), Struck(folder)
     points = sorted(rng.sample(range(len(POINTS)), DEATHS))
-    told = rng.sample(points[1:], 2)  # before these deaths it is told to stop, or a bit of its ledger flips
+    stops_at, flips_at = rng.sample(points[2:], 2)  # before these it is told to stop, and its ledger is damaged
     blows = rng.sample(FROM_OUTSIDE, 2)  # a third loss of one job would be its end, and another story
     for point in points:
-        if point in told:
-            (stop if rng.random() < 0.5 else flip)(ground, struck, file, rng)
+        if point == stops_at:
+            stop(ground, struck, file, rng, by_file=seed % 2 == 1)
+        if point == flips_at:
+            flip(ground, struck, file, rng)
         kinds = tuple(kind for kind in blows if kind not in struck.fell)
         running = controller(ground, folder, file, first=STARTUP, TEST_KILL_AT=POINTS[point])
         struck.fell += strike(kinds, ground, folder, running)
@@ -102,14 +104,13 @@ def torment(ground: Ground, folder: Path, file: Path, seed: int) -> Struck:
     return struck
 
 
-def stop(ground: Ground, struck: Struck, file: Path, rng: random.Random) -> None:
+def stop(ground: Ground, struck: Struck, file: Path, rng: random.Random, *, by_file: bool) -> None:
     """SIGTERM or a stop file, some time after the start: it drains and says so."""
     running = controller(ground, struck.folder, file)
     deadline = time.monotonic() + START_SECONDS
     known, more = _events(struck.folder), rng.randrange(1, 4)
     while running.poll() is None and _events(struck.folder) < known + more and time.monotonic() < deadline:
         time.sleep(0.02)
-    by_file = rng.random() < 0.5
     if by_file:
         (struck.folder / "stop").touch()
     elif running.poll() is None:

@@ -1,10 +1,12 @@
 """The control plane at scale: 10,000 candidates over 1,250 rounds by the controller's own code, in logical time.
 
-    python -m tests.faults.scale --rounds 1250 --workers 8 [--dir DIR]      one JSON object: what it cost
+    python -m tests.faults.scale --rounds 1250 --workers 8 [--copied 1085]      one JSON object: what it cost
 
 Jobs end by drawing answers, a worker is a function in this process that draws a learning rate, and no file is secured
 against a power cut (an fsync is the disk's time, not ours). Times are CPU seconds of this process, which the load of a
-machine moves less than the clock, and the claim is a ratio within one run.
+machine moves less than the clock, and the claim is a ratio within one run. An hour's run becomes minutes with
+`--copied`: so many rounds after the first tenth are not run but entered, each with the events, looks and artefacts of
+the round before them under its own number, and the registry of dead ends is filled.
 """
 
 import argparse
@@ -25,10 +27,15 @@ from typing import Any
 from unittest import mock
 
 from megatron_evolve import rounds
+from megatron_evolve.artefacts import save_json, save_yaml
+from megatron_evolve.dead_ends import MOST_DEAD_ENDS
 from megatron_evolve.delta import Base, Change, Delta
 from megatron_evolve.desk import Desk
+from megatron_evolve.document import load_yaml
+from megatron_evolve.eval.looks import Looks
 from megatron_evolve.evidence import kept_evidence
-from megatron_evolve.ledger import Ledger
+from megatron_evolve.launch.rundir import read_json
+from megatron_evolve.ledger import Event, History, Ledger
 from megatron_evolve.policy import SearchPolicy, kept_policy
 from megatron_evolve.workers import seam
 from megatron_evolve.workers.brief import Brief, Proposal, document
@@ -77,6 +84,10 @@ class TimedCluster(Cluster):
         self.seconds += time.process_time() - before
 
 
+class HalfWay(Exception):
+    """The rounds before the copied ones are over."""
+
+
 class Meter:
     """CPU seconds and ledger events of each round of the controller."""
 
@@ -84,6 +95,7 @@ class Meter:
         self.cluster, self.keep, self.tell_every = cluster, keep, tell_every
         self.seconds: list[float] = []
         self.events: list[int] = []
+        self.pause_at: int | None = None
 
     def _tell(self, policy: SearchPolicy) -> None:
         """How the last part went, for whoever watches a run of an hour."""
@@ -93,7 +105,9 @@ class Meter:
         print(json.dumps(row), file=sys.stderr, flush=True)
 
     def round(self, desk: Desk, policy: SearchPolicy) -> SearchPolicy:
-        """One round, measured."""
+        """One round, measured. Raises HalfWay where it is to pause."""
+        if policy.round == self.pause_at:
+            raise HalfWay
         before, count = time.process_time() - self.cluster.seconds, len(desk.ledger)
         following = run_round(desk, policy)
         self.seconds.append(time.process_time() - self.cluster.seconds - before)
@@ -110,40 +124,79 @@ class Meter:
 run_round = rounds.run_round
 
 
-def measure(root: Path, num_rounds: int, workers: int) -> dict[str, Any]:
+def measure(root: Path, num_rounds: int, workers: int, copied: int = 0) -> dict[str, Any]:
     """Runs the campaign, opens it again, and says what both cost."""
-    told = Invented(
-        root, campaign(SEED, rounds=num_rounds, workers=workers, external_looks=2 * workers * num_rounds), origin()
-    )
+    looks = 2 * workers * num_rounds
+    told = Invented(root, campaign(SEED, rounds=num_rounds, workers=workers, external_looks=looks), origin())
     told.folder.root.mkdir(parents=True)
     cluster = TimedCluster(random.Random(SEED), FaultyFiles(root / "unwatched"), own_failures=OWN_FAILURES)
-    meter = Meter(cluster, told.campaign.constitution.gap.window + 1, max(1, num_rounds // 10))
-    with (
-        world(cluster),
-        mock.patch.object(rounds, "run_round", meter.round),
-        closing(Ledger(told.folder.root)) as ledger,
-    ):
-        told.control(ledger, FakeLauncher(cluster), lambda: False)
-        events = len(ledger)
+    tenth, window = max(1, num_rounds // 10), told.campaign.constitution.gap.window
+    meter = Meter(cluster, window + 1, tenth)
+    with world(cluster), mock.patch.object(rounds, "run_round", meter.round):
+        if copied:
+            meter.pause_at = tenth + 1
+            with contextlib.suppress(HalfWay):
+                control(told, cluster)
+            meter.pause_at = None
+            copy_rounds(told, tenth, tenth + copied, window)
+        control(told, cluster)
     peak = _peak_mb()
-    tenth = max(1, num_rounds // 10)
-    first, last = (sum(meter.seconds[part]) / sum(meter.events[part]) for part in (slice(tenth), slice(-tenth, None)))
-    candidates = len(list(told.folder.root.glob("rounds/*/*/candidate.json")))
+    parts = {"first_tenth": slice(tenth), "last_tenth": slice(-min(tenth, num_rounds - tenth - copied), None)}
+    per_event = {name: 1e3 * sum(meter.seconds[part]) / sum(meter.events[part]) for name, part in parts.items()}
+    history = History(told.folder.ledger)
     return {
         "rounds": num_rounds,
-        "candidates": candidates,
-        "events": events,
-        "jobs": len(cluster.finished),
+        "rounds_run": len(meter.seconds),
+        "candidates": len({tuple(key.split("/")[:2]) for key in history.keys("ended") if key.endswith("/train")}),
+        "events": len(history),
         "ledger_bytes": told.folder.ledger.stat().st_size,
-        "cpu_ms_per_event": {"first_tenth": 1e3 * first, "last_tenth": 1e3 * last, "ratio": last / first},
-        "cpu_s_per_round": {
-            name: _quantiles(meter.seconds[part])
-            for name, part in (("first_tenth", slice(tenth)), ("last_tenth", slice(-tenth, None)))
-        },
+        "looks": told.folder.looks.read_bytes().count(b"\n"),
+        "cpu_ms_per_event": {**per_event, "ratio": per_event["last_tenth"] / per_event["first_tenth"]},
+        "cpu_s_per_round": {name: _quantiles(meter.seconds[part]) for name, part in parts.items()},
         "dead_ends": len(kept_policy_of(told, num_rounds + 1).dead_ends),
         "peak_rss_mb": peak,
         "resume_cpu_s": resume(told),
     }
+
+
+def control(told: Invented, cluster: Cluster) -> None:
+    """One controller."""
+    with closing(Ledger(told.folder.root)) as ledger:
+        told.control(ledger, FakeLauncher(cluster), lambda: False)
+
+
+def copy_rounds(told: Invented, model: int, last: int, window: int) -> None:
+    """Enters rounds after `model` up to `last` as if each had gone like it; answers only where a window reaches."""
+    folder, its_own = told.folder, shutil.ignore_patterns("policy.yaml", "edits.json", "evidence.json")
+    policy, evidence = load_yaml(folder.policy(model + 1)), read_json(folder.evidence(model))
+    known = policy["dead_ends"]
+    more = [known[0] | {"candidate": f"{place:012x}"} for place in range(MOST_DEAD_ENDS - len(known))] if known else []
+    policy["dead_ends"] = known + more
+    account = Looks(folder.looks, external_budget=told.campaign.constitution.external_looks)
+    looks = [look for look in account.entries if look.round == model]
+    with closing(Ledger(folder.root)) as ledger:
+        events = [event for event in ledger if _round_of(event) == model]
+        for number in range(model + 1, last + 1):
+            if number > last - window:
+                shutil.copytree(folder.round(model), folder.round(number), ignore=its_own, dirs_exist_ok=True)
+            digests = {
+                "evidence": {"digest": save_json(folder.evidence(number), evidence | {"round": number})},
+                "policy": {
+                    "digest": save_yaml(folder.policy(number + 1), policy | {"round": number + 1}),
+                    "edits": save_json(folder.edits(number + 1), []),
+                },
+            }
+            for event in events:
+                first, slash, rest = event.key.partition("/")
+                data = digests.get(event.kind, event.data | ({"round": number} if "round" in event.data else {}))
+                ledger.append(event.kind, f"{int(first) + number - model}{slash}{rest}", data)
+            for look in looks:
+                account.pay(look.replace(round=number))
+
+
+def _round_of(event: Event) -> int | None:
+    first = event.key.partition("/")[0]
+    return int(first) - (event.kind == "policy") if first.isdigit() else None
 
 
 def kept_policy_of(told: Invented, number: int) -> SearchPolicy:
@@ -187,9 +240,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1250)
     parser.add_argument("--workers", type=int, default=8, help="candidates a round, the anchor included")
     parser.add_argument("--dir", type=Path, help="where the campaign is kept; none: it is deleted")
+    parser.add_argument("--copied", type=int, default=0, help="rounds in the middle that are entered and not run")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        row = measure(arguments.dir or Path(scratch) / "scale", arguments.rounds, arguments.workers)
+        place = arguments.dir or Path(scratch) / "scale"
+        row = measure(place, arguments.rounds, arguments.workers, arguments.copied)
     print(json.dumps(row))
 
 

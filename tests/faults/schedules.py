@@ -23,11 +23,12 @@ from typing import Any
 from unittest import mock
 
 from megatron_evolve import ledger as ledger_module
+from megatron_evolve.artefacts import check_file
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.desk import Stopped
 from megatron_evolve.evidence import kept_evidence
 from megatron_evolve.launch.rundir import Lock, RunDirError, make_folder
-from megatron_evolve.ledger import Ledger, read_ledger
+from megatron_evolve.ledger import Event, Ledger, read_ledger
 from megatron_evolve.policy import kept_policy
 from megatron_evolve.workers import seam
 from tests.faults.cluster import Cluster, FakeLauncher, Troubles
@@ -193,9 +194,21 @@ def check(played: Played, expected: Played) -> None:
     said = {event.key: event.data["end"]["outcome"] for event in mine if event.kind == "ended"}
     finished = {key for key, outcome in said.items() if outcome in ("finished", "diverged")}
     assert finished == set(played.cluster.finished), "what finished and what the ledger says finished differ"
+    for event in mine:
+        if event.kind == "ended":
+            check_kept(played.told, event)
     assert told(mine) == told(theirs), "another story than the undisturbed one"
     assert artefacts(played.told) == artefacts(expected.told)
     check_looks(played)
+
+
+def check_kept(story: Invented, event: Event) -> None:
+    """The files that a stage left are those whose digests stand in the ledger."""
+    number, name, seed, stage = event.key.split("/")
+    folder = story.folder
+    place = folder.closing / name / seed if number == "0" else folder.run(int(number), name, int(seed))
+    for file, digest in event.data["files"].items():
+        check_file(place / stage / file, digest)
 
 
 def told(events: list[Any]) -> dict[tuple[str, str], Any]:

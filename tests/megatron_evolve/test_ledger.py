@@ -2,10 +2,11 @@
 
 import itertools
 import json
+from contextlib import closing
 
 import pytest
 
-from megatron_evolve.ledger import GENESIS, Ledger, read_ledger
+from megatron_evolve.ledger import GENESIS, History, Ledger, read_ledger
 
 
 def filled(folder, count: int = 4):
@@ -64,6 +65,28 @@ def test_damage_is_found_and_located(tmp_path, damage) -> None:
         read_ledger(path)
     with pytest.raises(ValueError, match=r"ledger.jsonl line [12]"):
         Ledger(tmp_path)
+
+
+def test_an_event_is_checked_whenever_it_is_read(tmp_path) -> None:
+    path = filled(tmp_path)
+    with closing(Ledger(tmp_path)) as ledger:
+        assert [event.key for event in ledger] == ["0", "1", "2", "3"]
+        assert ledger.find("kind", "1").data["value"] == 1
+        path.write_bytes(path.read_bytes().replace(b'"value": 1', b'"value": 7'))
+        with pytest.raises(ValueError, match=r"line 2 breaks the chain"):
+            ledger.find("kind", "1")
+
+
+def test_events_are_found_by_kind_key_and_round(tmp_path) -> None:
+    with closing(Ledger(tmp_path)) as ledger:
+        for kind, key in (("ended", "1/a/5/train"), ("ended", "12/a/5/train"), ("policy", "1"), ("ended", "1/b/5/dev")):
+            ledger.append(kind, key, {})
+        for history in (ledger, History(tmp_path / "ledger.jsonl")):
+            assert [event.key for event in history.of_round("ended", 1)] == ["1/a/5/train", "1/b/5/dev"]
+            assert [event.number for event in history.of_round("policy", 1)] == [2]
+            assert history.keys("policy") == ["1"]
+            assert history.has("ended", "12/a/5/train") and not history.has("ended", "2/a/5/train")
+            assert len(history) == 4
 
 
 def test_an_empty_folder_holds_no_campaign(tmp_path) -> None:
