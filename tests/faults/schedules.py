@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,8 +26,9 @@ from megatron_evolve.campaign import Campaign
 from megatron_evolve.desk import Stopped
 from megatron_evolve.evidence import kept_evidence
 from megatron_evolve.launch.rundir import Lock, RunDirError, make_folder
-from megatron_evolve.ledger import Ledger, read_ledger
+from megatron_evolve.ledger import read_ledger
 from megatron_evolve.policy import kept_policy
+from megatron_evolve.retries import Paused
 from megatron_evolve.workers import seam
 from tests.faults.cluster import Cluster, FakeLauncher, Troubles
 from tests.faults.files import DEADLY, FAULTS, Fault, FaultyFiles, Killed
@@ -38,6 +38,7 @@ STORIES = 8  # different campaigns that schedules are laid over
 TURNS = 70  # after so many schedules of each story, every kind of step of any story was struck
 SCHEDULES = STORIES * TURNS
 MOST_STARTS = 12  # with troubles of the cluster a start may end early; without an end to them it would be a bug
+OUTAGE = Troubles(lost=1.0)  # every job loses as many attempts as it may
 TROUBLES = Troubles(lost=0.06, disk_full=0.02, submit_fails=0.01, reply_lost=0.02, sent_twice=0.1, poll_stale=0.05)
 
 
@@ -70,6 +71,7 @@ def world(files: FaultyFiles, cluster: Cluster) -> Iterator[None]:
     files.waits = cluster.pass_time
     with (
         mock.patch.object(time, "sleep", cluster.pass_time),
+        mock.patch.object(time, "monotonic", lambda: cluster.now),
         mock.patch.object(ledger_module, "datetime", Clock),
         mock.patch.object(seam, "_run", worker),
         files,
@@ -84,12 +86,14 @@ def start(told: Invented, files: FaultyFiles, cluster: Cluster, plan: dict[int, 
         remembered.cache_clear()  # a new process remembers nothing
     try:
         make_folder(told.folder.root)
-        with Lock(told.folder.lock), closing(Ledger(told.folder.root)) as ledger:
-            told.control(ledger, FakeLauncher(cluster), lambda: files.stopping)
+        with Lock(told.folder.lock), told.opened() as (ledger, account):
+            told.control(ledger, account, FakeLauncher(cluster), lambda: files.stopping)
     except Killed:
         return "killed"
     except Stopped:
         return "stopped"
+    except Paused as pause:
+        return str(pause)
     except (RunDirError, OSError) as error:
         return f"failed: {error}"
     except ValueError as error:
@@ -147,7 +151,7 @@ def plans_of(seed: int, steps: list[str], rng: random.Random) -> list[dict[int, 
     """One to three starts with a fault each. The first strikes at a kind of step that the seed names, so that
     schedules one after another go through every transition there is; the others strike anywhere."""
     kinds = sorted(set(steps))
-    turn = seed // STORIES + 67 * (seed % STORIES // 2)  # two stories that take all of 134 kinds cover them
+    turn = seed // STORIES + 70 * (seed % STORIES // 2)  # two stories that take all of 140 kinds cover them
     kind = kinds[turn % len(kinds)]
     first = rng.choice([number for number, step in enumerate(steps) if step == kind])
     fault = rng.choice(FAULTS if seed % 4 == 0 else DEADLY)
@@ -163,7 +167,8 @@ def run_schedule(seed: int, root: Path) -> Played:
     story = seed % STORIES
     expected = undisturbed(story)
     plans = plans_of(seed, expected.steps, rng)
-    troubles = TROUBLES if rng.random() < 0.5 else Troubles()
+    lot = rng.random()
+    troubles = TROUBLES if lot < 0.5 else OUTAGE if lot < 0.6 else Troubles()
     try:
         played = play(root, story, plans, troubles, rng)
         check(played, expected)
@@ -199,9 +204,11 @@ def check(played: Played, expected: Played) -> None:
 
 
 def told(events: list[Any]) -> dict[tuple[str, str], Any]:
-    """What the ledger tells, without what the machine decides: order of ends, times, attempts and folders."""
+    """What the ledger tells, without what the machine decides: order of ends, times, attempts, folders and pauses."""
     found = {}
     for event in events:
+        if event.kind in ("paused", "resumed"):
+            continue
         data = json.loads(json.dumps(event.data))
         data.pop("substrate_folder", None)
         data.pop("judge_folder", None)

@@ -15,6 +15,7 @@ from megatron_evolve.launch import rundir
 from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind
 from megatron_evolve.launch.local import LocalLauncher
 from megatron_evolve.ledger import Ledger, read_ledger
+from megatron_evolve.retries import Retries
 from tests.faults.cluster import Cluster, FakeLauncher, Troubles
 from tests.faults.files import FaultyFiles, Killed
 from tests.faults.invented import DEFAULT, SUBSTRATE, Invented, origin
@@ -158,7 +159,7 @@ def test_a_damaged_outcome_does_not_stop_the_campaign(tmp_path: Path) -> None:
     outcome = JobOutcome.unmeasured("key", 1, OutcomeKind.FINISHED, "h", "drawn")
     rundir.write_outcome(job.run_dir, outcome)
     (folder / rundir.OUTCOME_FILE).write_bytes(b'{"half')
-    assert next_attempt(job) == 1
+    assert next_attempt(job, Retries()) == 1
     with LocalLauncher(1, tmp_path) as launcher:
-        launcher.submit(job, next_attempt(job))
+        launcher.submit(job, next_attempt(job, Retries()))
         assert launcher.poll(["key"])["key"].kind is OutcomeKind.LOST
