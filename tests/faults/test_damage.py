@@ -1,5 +1,6 @@
 """What the fault schedules taught, one by one: each of these failed before its fix. And a flipped byte is found."""
 
+import math
 import os
 import random
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_evolve.budget import Account, Spend
 from megatron_evolve.candidate import candidate
+from megatron_evolve.constitution import Budgets
 from megatron_evolve.eval.looks import Look, Looks
 from megatron_evolve.jobs import Ground, Run, drive, next_attempt
 from megatron_evolve.launch import rundir
@@ -149,6 +152,24 @@ def test_attempts_that_were_called_off_are_no_losses(tmp_path: Path) -> None:
         assert list(drive(ground, FakeLauncher(cluster), [(run, "train")], lambda end: (), asked)) == []
         (end,) = drive(ground, FakeLauncher(cluster), [(run, "train")], lambda end: ())
     assert (end.outcome, end.attempts) == ("finished", 4)
+
+
+def test_what_still_runs_is_set_aside_before_anything_else_starts(tmp_path: Path) -> None:
+    """A controller that came back started a job beside one of before, though both at their worst were over budget."""
+    told = Invented(tmp_path, drawn_campaign(STORY), origin())
+    cluster = Cluster(random.Random(0), FaultyFiles(tmp_path), own_failures=0)
+    ground = Ground(told.folder, tmp_path / "substrate", tmp_path / "judge", 60.0)
+    new, old = (Run(1, candidate(SUBSTRATE, DEFAULT), seed) for seed in (5, 6))
+    job = ground.job(old, "train")
+    rundir.prepare_attempt(job, 1)
+    cluster.begin(job, 1)
+    cluster.budget = Spend(math.inf, 100.0, 0.0)  # one at its worst takes 70, and at most 20 in fact
+    account = Account(Budgets(cpu_hours=100 / 3600))
+    with world(FaultyFiles(tmp_path / "unwatched"), cluster):
+        stages = [(new, "train"), (old, "train")]
+        ends = list(drive(ground, FakeLauncher(cluster), stages, lambda end: (), account=account))
+    assert [(end.run, end.outcome) for end in ends] == [(old, "finished"), (new, "finished")]
+    assert cluster.exceeded == []
 
 
 def test_a_damaged_outcome_does_not_stop_the_campaign(tmp_path: Path) -> None:
