@@ -118,15 +118,19 @@ class Account:
     @classmethod
     def of(cls, budgets: Budgets, events: Iterable[Event]) -> "Account":
         """The account of a campaign with this ledger, as it stands before any stage is taken up again."""
-        used, opened_at, spent = Spend(), None, None
+        account = cls(budgets)
         for event in events:
-            if event.kind == "campaign-opened":
-                opened_at = datetime.fromisoformat(event.time).timestamp()
-            elif event.kind == "ended":
-                used += of_end(event.data["end"])
-            elif event.kind == "budget-spent":
-                spent = event.data["why"]
-        return cls(budgets, opened_at, used, spent)
+            account.enter(event)
+        return account
+
+    def enter(self, event: Event) -> None:
+        """Take in one event of the ledger, of before any stage is taken up again."""
+        if event.kind == "campaign-opened":
+            self.opened_at = datetime.fromisoformat(event.time).timestamp()
+        elif event.kind == "ended":
+            self.used += of_end(event.data["end"])
+        elif event.kind == "budget-spent":
+            self.spent = event.data["why"]
 
     def hold(self, key: str, earlier: Spend) -> None:
         """Charge what a stage that has not ended took so far; nothing of it is submitted now."""

@@ -197,7 +197,8 @@ def finding(
     spent: dict[str, Any] | None = None,
 ) -> str:
     """One sentence that says what the campaign found, made from its evidence, and whether a budget ended it."""
-    verdicts = [(found.round, verdict) for found in evidence for verdict in found.verdicts]
+    told = [(found.round, found.verdicts) for found in evidence]  # one evidence at a time is held
+    verdicts = [(number, verdict) for number, mine in told for verdict in mine]
     alarms = [(number, one) for number, one in verdicts if one["outcome"] in ("DECOUPLED", "INVERSE")]
     tracked = list(dict.fromkeys(number for number, one in verdicts if one["outcome"] == "TRACKING"))
     if alarms:
@@ -212,7 +213,7 @@ def finding(
         said = f"no decoupling found: dev tracked the external target in {rounds_said}"
     else:
         said = "unresolved: no round could tell whether dev tracks the external target"
-    return f"{said}{_gain(final)}{_cut(campaign, evidence, spent)}."
+    return f"{said}{_gain(final)}{_cut(campaign, len(told), spent)}."
 
 
 def _gain(final: dict[str, Any] | None) -> str:
@@ -226,10 +227,10 @@ def _gain(final: dict[str, Any] | None) -> str:
     )
 
 
-def _cut(campaign: Campaign, evidence: Sequence[Evidence], spent: dict[str, Any] | None) -> str:
+def _cut(campaign: Campaign, judged: int, spent: dict[str, Any] | None) -> str:
     if spent is None:
         return ""
-    return f"; budget spent after {len(evidence)} of {campaign.constitution.rounds} rounds: {spent['why']}"
+    return f"; budget spent after {judged} of {campaign.constitution.rounds} rounds: {spent['why']}"
 
 
 def _list(numbers: Sequence[int]) -> str:

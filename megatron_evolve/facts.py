@@ -138,7 +138,7 @@ class RoundFacts:
         if name == self.anchor:
             return runs
         proposed = sum(one.candidate == name for one in self.proposals)
-        planned = self.runs[name][: proposed * self.policy.replicates.explorer]
+        planned = self.runs.get(name, ())[: proposed * self.policy.replicates.explorer]
         return [run for run in runs if run in planned]
 
     @property

@@ -237,6 +237,8 @@ class _Work:
         attempt = next_attempt(job, self.retries)
         self.account.hold(job.key, spent_before(job, attempt))
         begun, ended = ((attempt_dir(job.run_dir, attempt) / name).exists() for name in (JOB_FILE, OUTCOME_FILE))
+        if begun and not ended:  # it may run already, so nothing else may count on what it can take
+            self.account.reserve(job)
         self.waiting.append(_Try(run, stage, job, attempt, begun=begun, adopted=ended))
 
     def goes_on(self) -> bool:

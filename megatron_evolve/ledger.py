@@ -50,8 +50,8 @@ class History:
     out here and cut off when the ledger is next opened for writing.
     """
 
-    def __init__(self, path: Path, each: Callable[[Event], None] = lambda event: None) -> None:
-        """Calls `each` with every event. Raises ValueError where there is no file, or naming the first broken line."""
+    def __init__(self, path: Path, see: Callable[[Event], None] = lambda event: None) -> None:
+        """Shows `see` each event. Raises ValueError where there is no file, or naming the first broken line."""
         self.path = path
         self.last = GENESIS
         self.whole_bytes = 0
@@ -64,7 +64,7 @@ class History:
                     if line.endswith(b"\n"):
                         event = self._chained(line)
                         self._note(event, len(line))
-                        each(event)
+                        see(event)
         except FileNotFoundError:
             raise ValueError(
                 f"{path.parent} holds no campaign: expected {path.name} in it; give a campaign's folder"
@@ -163,7 +163,8 @@ def read_ledger(path: Path) -> list[Event]:
 class Ledger(History):
     """The open ledger of a running campaign. Hold the campaign's lock while you write."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, see: Callable[[Event], None] = lambda event: None) -> None:
+        """Raises ValueError as `History` does. `see` is shown each event that stands there, not those appended."""
         path = folder / LEDGER
         # Unbuffered: nothing may reach the file later than the truncation that takes a failed line back.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the campaign's life
@@ -171,7 +172,7 @@ class Ledger(History):
             # A power cut may yet take what a controller before this one wrote and did not live to secure.
             os.fsync(self._file.fileno())
             sync_folder(folder)
-            super().__init__(path)
+            super().__init__(path, see)
             self._file.truncate(self.whole_bytes)
         except BaseException:
             self._file.close()

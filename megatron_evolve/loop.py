@@ -68,13 +68,13 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
     found = check_campaign(campaign, session.site, session.store, new=not folder.ledger.exists())
     make_folder(folder.root)
     stop = lambda: session.stop() or folder.stop_file.exists()  # noqa: E731
+    account = Account(campaign.constitution.budgets)
     with (
         Lock(folder.lock),
-        closing(Ledger(folder.root)) as ledger,
+        closing(Ledger(folder.root, account.enter)) as ledger,
         launcher_of(campaign, session) as launcher,
     ):
         folder.stop_file.unlink(missing_ok=True)  # it was for the controller before this one
-        account = Account.of(campaign.constitution.budgets, ledger)
         session.on_progress("use", {"use": estimate(found), "budget": account.statement()})
         opened = ledger.find("campaign-opened")
         if session.site != Site():
@@ -84,13 +84,8 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
         else:
             check_same_campaign(folder, campaign, opened.data)
             prepared = reopen(Path(opened.data["substrate_folder"]), Path(opened.data["judge_folder"]))
-        _resumed(ledger)
-        try:
-            return _run(replace(session, stop=stop), campaign, folder, ledger, launcher, prepared)
-        except Paused as pause:
-            facts = {"why": pause.why, "attempts": pause.attempts}
-            ledger.append("paused", str(1 + len(ledger.keys("paused"))), facts)
-            raise
+        with pauses(ledger):
+            return _run(replace(session, stop=stop), campaign, folder, ledger, account, launcher, prepared)
 
 
 @contextmanager
@@ -114,14 +109,21 @@ def launcher_of(campaign: Campaign, session: Session) -> Iterator[Launcher]:
         yield launcher
 
 
-def _resumed(ledger: Ledger) -> None:
-    """Enters that a paused campaign goes on: until then its standing is that it is paused."""
+@contextmanager
+def pauses(ledger: Ledger) -> Iterator[None]:
+    """Enters that a paused campaign goes on, and that one pauses: its standing between the two is that it is paused."""
     latest = ledger.latest
     if latest is not None and latest.kind == "paused":
         ledger.append("resumed", latest.key, {})
+    try:
+        yield
+    except Paused as pause:
+        facts = {"why": pause.why, "attempts": pause.attempts}
+        ledger.append("paused", str(1 + len(ledger.keys("paused"))), facts)
+        raise
 
 
-def _forgiven(ledger: Ledger) -> dict[str, int]:
+def forgiven(ledger: Ledger) -> dict[str, int]:
     """By job, its last attempt before a pause: what failed up to it was the machine's."""
     found: dict[str, int] = {}
     for event in ledger.of_kind("paused"):
@@ -141,9 +143,16 @@ def check_same_campaign(folder: CampaignFolder, campaign: Campaign, opened: dict
 
 
 def _run(
-    session: Session, campaign: Campaign, folder: CampaignFolder, ledger: Ledger, launcher: Launcher, prepared: Prepared
+    session: Session,
+    campaign: Campaign,
+    folder: CampaignFolder,
+    ledger: Ledger,
+    account: Account,
+    launcher: Launcher,
+    prepared: Prepared,
 ) -> dict[str, Any]:
     opened = ledger.once("campaign-opened", "", lambda: _opening(folder, campaign, prepared))
+    account.enter(ledger.find("campaign-opened"))
     _check_digests(opened, prepared)
     desk = Desk(
         campaign=campaign,
@@ -159,8 +168,8 @@ def _run(
         suites=read_json(prepared.judge_folder / SUITES_FILE),
         on_progress=session.on_progress,
         stop=session.stop,
-        retries=replace(session.retries, forgiven=_forgiven(ledger)),
-        account=Account.of(campaign.constitution.budgets, ledger),
+        retries=replace(session.retries, forgiven=forgiven(ledger)),
+        account=account,
     )
     ledger.once("policy", "1", lambda: _first_policy(desk, prepared))
     policy = run_campaign_rounds(desk)

@@ -3,7 +3,8 @@
     FakeLauncher (dies with the controller) --messages--> Cluster (outlives it)
 
 A job's own ending is drawn from its key, so it belongs to the campaign. What befalls its attempts (lost, disk full,
-messages lost or sent twice) is drawn from the schedule, so it does not.
+messages lost or sent twice) is drawn from the schedule, so it does not; nor does how often an attempt is made again, so
+such attempts cost nothing, unless the cluster `charges` them.
 """
 
 import json
@@ -12,10 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_evolve.budget import Spend
 from megatron_evolve.eval.score import write_rows
 from megatron_evolve.jobs import RESULT_FILE, ROWS_FILE, SCORES_FILE, SPLITS_OF
 from megatron_evolve.launch import rundir
-from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind
+from megatron_evolve.launch.job import INFRASTRUCTURE_KINDS, Job, JobOutcome, JobState, OutcomeKind
 from megatron_evolve.launch.rundir import RunDirError
 from tests.faults.files import FaultyFiles
 from tests.faults.invented import comparison, rows_of
@@ -32,8 +34,15 @@ TRAINING = {
     OutcomeKind.TIMED_OUT: 0.04,
     OutcomeKind.CANCELLED: 0.03,
     OutcomeKind.LOST: 0.03,
+    OutcomeKind.HUNG: 0.03,
 }
-SCORING = {OutcomeKind.CRASHED: 0.03, OutcomeKind.TIMED_OUT: 0.02, OutcomeKind.LOST: 0.02}
+SCORING = {
+    OutcomeKind.CRASHED: 0.03,
+    OutcomeKind.TIMED_OUT: 0.02,
+    OutcomeKind.LOST: 0.02,
+    OutcomeKind.HUNG: 0.01,
+}
+AGAIN = (*INFRASTRUCTURE_KINDS, OutcomeKind.CANCELLED)  # endings after which an attempt may be made again
 
 
 def own_ending(key: str, share: float = 1.0) -> str:
@@ -80,6 +89,10 @@ class Cluster:
     troubles: Troubles = field(default_factory=Troubles)
     own_failures: float = 1.0
     most_losses: int = 2  # of one job: a third would be its end
+    charges: bool = False  # for attempts that are made again
+    budget: Spend | None = None  # no attempt may begin that could exceed it
+    spent: Spend = field(default_factory=Spend)
+    exceeded: list[str] = field(default_factory=list)
     losses: dict[str, int] = field(default_factory=dict)
     now: float = 0.0
     queue: list[_Attempt] = field(default_factory=list)
@@ -96,6 +109,11 @@ class Cluster:
             self.queue.append(_Attempt(job, number))
             if self.account is not None and not self._is_paid(job.key):
                 self.unpaid.append(job.key)
+            worst = sum((_worst(one.job) for one in self.queue), self.spent)
+            if self.budget is not None and (
+                worst.cpu_seconds > self.budget.cpu_seconds or worst.gpu_seconds > self.budget.gpu_seconds
+            ):
+                self.exceeded.append(job.key)
 
     def _is_paid(self, key: str) -> bool:
         run, _, stage = key.rpartition("/")
@@ -131,9 +149,10 @@ class Cluster:
 
     def _end(self, one: _Attempt) -> None:
         job, kind, reason = one.job, own_ending(one.job.key, self.own_failures), "drawn"
+        fails_anyway = kind in INFRASTRUCTURE_KINDS
         if one.cancelled:
             kind, reason = OutcomeKind.CANCELLED.value, "was stopped because its submitter cancelled it"
-        elif self.losses.get(job.key, 0) < self.most_losses and self.happens("lost", job.key):
+        elif not fails_anyway and self.losses.get(job.key, 0) < self.most_losses and self.happens("lost", job.key):
             self.losses[job.key] = self.losses.get(job.key, 0) + 1
             kind, reason = OutcomeKind.LOST.value, "its node is gone"
             (job.run_dir / f".{job.done_file}.left.tmp").write_bytes(b"half a fi")
@@ -144,8 +163,13 @@ class Cluster:
             _write_results(job, kind)
             self.finished[job.key] = self.finished.get(job.key, 0) + 1
             kind = OutcomeKind.FINISHED.value
-        drawn = random.Random(f"cost of {job.key}").uniform(1, 20)
-        outcome = JobOutcome(job.key, OutcomeKind(kind), None, None, drawn, drawn, None, HOST, one.number, None, reason)
+        seconds = random.Random(f"cost of {job.key}").uniform(1, 20)
+        if not self.charges and (kind in AGAIN or reason == DISK_FULL):
+            seconds = 0.0
+        self.spent += Spend(seconds, seconds, seconds * job.resources.gpus)
+        outcome = JobOutcome(
+            job.key, OutcomeKind(kind), None, None, seconds, seconds, None, HOST, one.number, None, reason
+        )
         rundir.write_outcome(job.run_dir, outcome)
 
     def happens(self, trouble: str, key: str) -> bool:
@@ -153,6 +177,12 @@ class Cluster:
             return False
         self.befell.append(f"{trouble} {key}")
         return True
+
+
+def _worst(job: Job) -> Spend:
+    """What an attempt takes that runs until it is killed."""
+    seconds = job.time_limit_s + job.grace_s
+    return Spend(seconds, seconds * job.resources.cores, seconds * job.resources.gpus)
 
 
 def _write_results(job: Job, kind: str) -> None:

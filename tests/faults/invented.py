@@ -6,12 +6,14 @@ way to it. Proposals come from the default worker's own program, called in this 
 
 import json
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_evolve.artefacts import CampaignFolder, save_json, save_yaml
+from megatron_evolve.budget import Account
 from megatron_evolve.campaign import Campaign, plan_of
 from megatron_evolve.candidate import candidate_id, run_seed
 from megatron_evolve.closing import close_campaign
@@ -24,10 +26,14 @@ from megatron_evolve.eval.suite import Split
 from megatron_evolve.jobs import Ground
 from megatron_evolve.launch.job import Launcher
 from megatron_evolve.ledger import Ledger
+from megatron_evolve.loop import forgiven, pauses
 from megatron_evolve.meta import initial_policy
 from megatron_evolve.origin import ORIGIN_ROUND, Origin
+from megatron_evolve.placement import Placement
 from megatron_evolve.policy import DomainState
+from megatron_evolve.retries import Retries
 from megatron_evolve.rounds import run_campaign_rounds
+from megatron_evolve.site import Site
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.mix import Mix
 from megatron_evolve.substrate.recipe import Recipe
@@ -44,9 +50,14 @@ DEFAULT = Settings(
     mix=Mix(weight=dict.fromkeys(FAMILIES, 1.0), style=dict.fromkeys(FAMILIES, "answer")), recipe=Recipe()
 )
 ORIGIN_SEEDS = 8
+SITE = Site(gpus_per_node=1)
+RUN_SECONDS = 30  # the longest job takes 20
+RETRIES = Retries(first_wait_s=0.2, longest_wait_s=1.0)  # a job here takes 0.4 s at most
 
 
-def campaign(seed: int, *, rounds: int = 2, workers: int = 3, external_looks: int = 14) -> Campaign:
+def campaign(
+    seed: int, *, rounds: int = 2, workers: int = 3, external_looks: int = 14, budgets: dict[str, float] | None = None
+) -> Campaign:
     """A campaign whose budget of external looks ends within it."""
 
     def suite(number: int, *splits: str) -> dict[str, Any]:
@@ -78,6 +89,8 @@ def campaign(seed: int, *, rounds: int = 2, workers: int = 3, external_looks: in
             "external_looks": external_looks,
             "promote_probability": 0.51,
             "repairs": 1,
+            "limits": {"run_seconds": RUN_SECONDS},
+            "budgets": budgets or {},
         },
         "search": {"replicates": {"explorer": 1, "confirm_candidates": 1, "confirm_seeds": 1}},
     }
@@ -158,12 +171,25 @@ class Invented:
         items: dict[Split, int] = {split: number * len(FAMILIES) for split, number in ITEMS.items()}
         return {"weights": WEIGHTS, "items": items}
 
-    def desk(self, ledger: Ledger, launcher: Launcher, stop: Callable[[], bool]) -> Desk:
+    @contextmanager
+    def opened(self) -> Iterator[tuple[Ledger, Account]]:
+        """Its ledger and what it used, as the loop opens them."""
+        account = Account(self.campaign.constitution.budgets)
+        with closing(Ledger(self.folder.root, account.enter)) as ledger:
+            yield ledger, account
+
+    def desk(self, ledger: Ledger, account: Account, launcher: Launcher, stop: Callable[[], bool]) -> Desk:
         """The campaign, open."""
         folder, rules = self.folder, self.campaign.constitution
         return Desk(
             campaign=self.campaign,
-            ground=Ground(folder, self.root / "substrate", self.root / "judge" / "judge", rules.limits.run_seconds),
+            ground=Ground(
+                folder,
+                self.root / "substrate",
+                self.root / "judge" / "judge",
+                rules.limits.run_seconds,
+                placement=Placement(site=SITE, scoring_gpus=1),
+            ),
             ledger=ledger,
             looks=Looks(folder.looks, external_budget=rules.external_looks),
             launcher=launcher,
@@ -175,14 +201,18 @@ class Invented:
             suites=self.suites,
             on_progress=lambda what, facts: None,
             stop=stop,
+            retries=replace(RETRIES, forgiven=forgiven(ledger)),
+            account=account,
         )
 
-    def control(self, ledger: Ledger, launcher: Launcher, stop: Callable[[], bool]) -> dict[str, Any]:
+    def control(self, ledger: Ledger, account: Account, launcher: Launcher, stop: Callable[[], bool]) -> dict[str, Any]:
         """What the loop does with an open campaign, from its first event to its last."""
-        ledger.once("campaign-opened", "", self._opening)
-        desk = self.desk(ledger, launcher, stop)
-        ledger.once("policy", "1", self._first_policy)
-        return close_campaign(desk, run_campaign_rounds(desk))
+        with pauses(ledger):
+            ledger.once("campaign-opened", "", self._opening)
+            account.enter(ledger.find("campaign-opened"))
+            desk = self.desk(ledger, account, launcher, stop)
+            ledger.once("policy", "1", self._first_policy)
+            return close_campaign(desk, run_campaign_rounds(desk))
 
     def _opening(self) -> dict[str, Any]:
         folder = self.folder
@@ -199,6 +229,7 @@ class Invented:
             "substrate_folder": str(self.root / "substrate"),
             "judge_folder": str(self.root / "judge"),
             "plan": plan_of(self.campaign),
+            "budgets": self.campaign.constitution.budgets.model_dump(mode="json"),
         }
 
     def _first_policy(self) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def world(cluster: Cluster) -> Iterator[None]:
     """Replaces the clock that is waited on, the worker's process, and the disk's promise."""
     with (
         mock.patch.object(time, "sleep", cluster.pass_time),
+        mock.patch.object(time, "monotonic", lambda: cluster.now),
         mock.patch.object(seam, "_run", lambda program, scratch, question, *rest: ("ok", "", propose(question))),
         mock.patch.object(os, "fsync", lambda descriptor: None),
     ):
@@ -161,8 +162,8 @@ def measure(root: Path, num_rounds: int, workers: int, copied: int = 0) -> dict[
 
 def control(told: Invented, cluster: Cluster) -> None:
     """One controller."""
-    with closing(Ledger(told.folder.root)) as ledger:
-        told.control(ledger, FakeLauncher(cluster), lambda: False)
+    with told.opened() as (ledger, account):
+        told.control(ledger, account, FakeLauncher(cluster), lambda: False)
 
 
 def copy_rounds(told: Invented, model: int, last: int, window: int) -> None:
@@ -225,10 +226,9 @@ def resume(told: Invented) -> list[float]:
         for remembered in (kept_policy, kept_evidence):
             remembered.cache_clear()  # a new process remembers nothing
         before = time.process_time()
-        with closing(Ledger(copy.folder.root)) as ledger:
-            desk = copy.desk(
-                ledger, FakeLauncher(Cluster(random.Random(0), FaultyFiles(told.root / "unwatched"))), lambda: False
-            )
+        nowhere = FakeLauncher(Cluster(random.Random(0), FaultyFiles(told.root / "unwatched")))
+        with copy.opened() as (ledger, account):
+            desk = copy.desk(ledger, account, nowhere, lambda: False)
             rounds.run_campaign_rounds(desk)
         found.append(time.process_time() - before)
     return found

@@ -1,6 +1,7 @@
 """Schedules of faults: drawn from a seed, run to the end, and held against the campaign that nothing disturbed.
 
     python -m tests.faults.schedules SEED [SEED ...]      replays schedules and prints what struck
+    python -m tests.faults.schedules --spending SEED ...  those whose budget of hours may end them early
 
 A schedule starts the controller again and again, with a fault in each start, and at last without one. What must hold
 then is in `check`.
@@ -9,13 +10,13 @@ then is in `check`.
 import contextlib
 import datetime
 import json
+import math
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,12 +25,14 @@ from unittest import mock
 
 from megatron_evolve import ledger as ledger_module
 from megatron_evolve.artefacts import check_file
+from megatron_evolve.budget import Spend
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.desk import Stopped
 from megatron_evolve.evidence import kept_evidence
 from megatron_evolve.launch.rundir import Lock, RunDirError, make_folder
-from megatron_evolve.ledger import Event, Ledger, read_ledger
+from megatron_evolve.ledger import Event, read_ledger
 from megatron_evolve.policy import kept_policy
+from megatron_evolve.retries import Paused
 from megatron_evolve.workers import seam
 from tests.faults.cluster import Cluster, FakeLauncher, Troubles
 from tests.faults.files import DEADLY, FAULTS, Fault, FaultyFiles, Killed
@@ -39,6 +42,7 @@ STORIES = 8  # different campaigns that schedules are laid over
 TURNS = 70  # after so many schedules of each story, every kind of step of any story was struck
 SCHEDULES = STORIES * TURNS
 MOST_STARTS = 12  # with troubles of the cluster a start may end early; without an end to them it would be a bug
+OUTAGE = Troubles(lost=1.0)  # every job loses as many attempts as it may
 TROUBLES = Troubles(lost=0.06, disk_full=0.02, submit_fails=0.01, reply_lost=0.02, sent_twice=0.1, poll_stale=0.05)
 
 
@@ -71,6 +75,7 @@ def world(files: FaultyFiles, cluster: Cluster) -> Iterator[None]:
     files.waits = cluster.pass_time
     with (
         mock.patch.object(time, "sleep", cluster.pass_time),
+        mock.patch.object(time, "monotonic", lambda: cluster.now),
         mock.patch.object(ledger_module, "datetime", Clock),
         mock.patch.object(seam, "_run", worker),
         files,
@@ -85,12 +90,14 @@ def start(told: Invented, files: FaultyFiles, cluster: Cluster, plan: dict[int, 
         remembered.cache_clear()  # a new process remembers nothing
     try:
         make_folder(told.folder.root)
-        with Lock(told.folder.lock), closing(Ledger(told.folder.root)) as ledger:
-            told.control(ledger, FakeLauncher(cluster), lambda: files.stopping)
+        with Lock(told.folder.lock), told.opened() as (ledger, account):
+            told.control(ledger, account, FakeLauncher(cluster), lambda: files.stopping)
     except Killed:
         return "killed"
     except Stopped:
         return "stopped"
+    except Paused as pause:
+        return str(pause)
     except (RunDirError, OSError) as error:
         return f"failed: {error}"
     except ValueError as error:
@@ -108,11 +115,24 @@ def undisturbed(story: int) -> Played:
     return play(Path(keep.name), story, [], Troubles(), random.Random(story))
 
 
-def play(root: Path, story: int, plans: list[dict[int, Fault]], troubles: Troubles, rng: random.Random) -> Played:
-    """Runs a story: one start for each plan, then starts without a plan until the campaign is closed."""
-    told = Invented(root, drawn_campaign(story), _origin())
+def play(
+    root: Path,
+    story: int,
+    plans: list[dict[int, Fault]],
+    troubles: Troubles,
+    rng: random.Random,
+    budgets: dict[str, float] | None = None,
+) -> Played:
+    """Runs a story: one start for each plan, then starts without a plan until the campaign is closed.
+
+    With `budgets`, in hours, attempts that are made again cost too.
+    """
+    told = Invented(root, drawn_campaign(story, budgets), _origin())
     files = FaultyFiles(told.folder.root)
     cluster = Cluster(rng, files, troubles, account=told.folder.looks)
+    if budgets is not None:
+        limits = (3600 * budgets[name] for name in ("cpu_hours", "gpu_hours"))
+        cluster.charges, cluster.budget = True, Spend(math.inf, *limits)
     played = Played(told, cluster)
     with world(files, cluster):
         for number in range(MOST_STARTS):
@@ -131,9 +151,10 @@ def play(root: Path, story: int, plans: list[dict[int, Fault]], troubles: Troubl
     raise AssertionError(f"not closed after {MOST_STARTS} starts: {played.starts}")
 
 
-def drawn_campaign(story: int) -> Campaign:
+def drawn_campaign(story: int, budgets: dict[str, float] | None = None) -> Campaign:
     """Two rounds or one, one explorer or two, and a budget of looks that lasts or does not."""
-    return campaign(story, rounds=1 + (story % 4 == 0), workers=2 + story % 2, external_looks=14 if story % 3 else 5)
+    looks = 14 if story % 3 else 5
+    return campaign(story, rounds=1 + (story % 4 == 0), workers=2 + story % 2, external_looks=looks, budgets=budgets)
 
 
 @cache
@@ -148,7 +169,7 @@ def plans_of(seed: int, steps: list[str], rng: random.Random) -> list[dict[int, 
     """One to three starts with a fault each. The first strikes at a kind of step that the seed names, so that
     schedules one after another go through every transition there is; the others strike anywhere."""
     kinds = sorted(set(steps))
-    turn = seed // STORIES + 67 * (seed % STORIES // 2)  # two stories that take all of 134 kinds cover them
+    turn = seed // STORIES + 70 * (seed % STORIES // 2)  # two stories that take all of 140 kinds cover them
     kind = kinds[turn % len(kinds)]
     first = rng.choice([number for number, step in enumerate(steps) if step == kind])
     fault = rng.choice(FAULTS if seed % 4 == 0 else DEADLY)
@@ -164,16 +185,36 @@ def run_schedule(seed: int, root: Path) -> Played:
     story = seed % STORIES
     expected = undisturbed(story)
     plans = plans_of(seed, expected.steps, rng)
-    troubles = TROUBLES if rng.random() < 0.5 else Troubles()
-    try:
+    lot = rng.random()
+    troubles = TROUBLES if lot < 0.5 else OUTAGE if lot < 0.6 else Troubles()
+    with replayable(str(seed), f"story {story}, plans {plans}"):
         played = play(root, story, plans, troubles, rng)
         check(played, expected)
+    return played
+
+
+def run_spending(seed: int, root: Path) -> Played:
+    """A schedule whose budget of hours may end it early, which depends on the order of ends: checked is the sum."""
+    rng = random.Random(f"spending {seed}")
+    story = seed % STORIES
+    plans = plans_of(seed, undisturbed(story).steps, rng)
+    budgets = {"cpu_hours": rng.uniform(1000, 3000) / 3600, "gpu_hours": rng.uniform(120, 400) / 3600}
+    with replayable(f"--spending {seed}", f"story {story}, plans {plans}, budgets {budgets}"):
+        played = play(root, story, plans, rng.choice((TROUBLES, OUTAGE)), rng, budgets)
+        check_kept(played)
+        check_sums(played)
+    return played
+
+
+@contextlib.contextmanager
+def replayable(seed: str, what: str) -> Iterator[None]:
+    """Says with what breaks how to run it again."""
+    try:
+        yield
     except Exception as error:
         raise AssertionError(
-            f"schedule {seed} (story {story}, plans {plans}) broke: {error!r}; replay it with\n"
-            f"    python -m tests.faults.schedules {seed}"
+            f"schedule {seed} ({what}) broke: {error!r}; replay it with\n    python -m tests.faults.schedules {seed}"
         ) from error
-    return played
 
 
 # --- what must hold ---------------------------------------------------------------------------------------------------
@@ -181,6 +222,15 @@ def run_schedule(seed: int, root: Path) -> Played:
 
 def check(played: Played, expected: Played) -> None:
     """Nothing finished is lost, nothing ran twice to a result, the ledger verifies, budgets add up, the end is same."""
+    check_kept(played)
+    check_sums(played)
+    mine, theirs = (read_ledger(one.told.folder.ledger) for one in (played, expected))
+    assert told(mine) == told(theirs), "another story than the undisturbed one"
+    assert artefacts(played.told) == artefacts(expected.told)
+
+
+def check_kept(played: Played) -> None:
+    """Nothing finished is lost, nothing ran twice to a result, the ledger verifies, looks add up."""
     for before, after in zip(played.ledgers, played.ledgers[1:], strict=False):
         whole = before.splitlines(keepends=True)
         # The last line may have been torn, or written and not yet secured when its controller died.
@@ -188,7 +238,7 @@ def check(played: Played, expected: Played) -> None:
     again = {key: count for key, count in played.cluster.finished.items() if count != 1}
     assert not again, f"ran twice to a result: {again}"
     assert not played.cluster.queue, "a job runs that nobody waits for"
-    mine, theirs = (read_ledger(one.told.folder.ledger) for one in (played, expected))
+    mine = read_ledger(played.told.folder.ledger)
     ended = Counter(event.key for event in mine if event.kind == "ended")
     assert set(ended.values()) <= {1}
     said = {event.key: event.data["end"]["outcome"] for event in mine if event.kind == "ended"}
@@ -196,13 +246,11 @@ def check(played: Played, expected: Played) -> None:
     assert finished == set(played.cluster.finished), "what finished and what the ledger says finished differ"
     for event in mine:
         if event.kind == "ended":
-            check_kept(played.told, event)
-    assert told(mine) == told(theirs), "another story than the undisturbed one"
-    assert artefacts(played.told) == artefacts(expected.told)
+            check_files(played.told, event)
     check_looks(played)
 
 
-def check_kept(story: Invented, event: Event) -> None:
+def check_files(story: Invented, event: Event) -> None:
     """The files that a stage left are those whose digests stand in the ledger."""
     number, name, seed, stage = event.key.split("/")
     folder = story.folder
@@ -211,10 +259,29 @@ def check_kept(story: Invented, event: Event) -> None:
         check_file(place / stage / file, digest)
 
 
+def check_sums(played: Played) -> None:
+    """A stage is charged what its attempts took, and nothing began that could exceed a budget."""
+    root = played.told.folder.root
+    taken: dict[str, list[float]] = {}
+    for path in root.rglob("attempts/*/outcome.json"):
+        outcome = json.loads(path.read_bytes())
+        taken.setdefault(outcome["key"], []).append(outcome["cpu_seconds"])
+    charged = 0.0
+    for event in read_ledger(played.told.folder.ledger):
+        if event.kind == "ended":
+            total = event.data["end"]["cpu_seconds"]
+            assert abs(total - sum(taken[event.key])) < 1e-5, f"{event.key} took {taken[event.key]}, charged {total}"
+            charged += total
+    assert charged <= played.cluster.spent.cpu_seconds + 1e-3
+    assert not played.cluster.exceeded, f"begun though a budget could be exceeded: {played.cluster.exceeded}"
+
+
 def told(events: list[Any]) -> dict[tuple[str, str], Any]:
-    """What the ledger tells, without what the machine decides: order of ends, times, attempts and folders."""
+    """What the ledger tells, without what the machine decides: order of ends, times, attempts, folders and pauses."""
     found = {}
     for event in events:
+        if event.kind in ("paused", "resumed"):
+            continue
         data = json.loads(json.dumps(event.data))
         data.pop("substrate_folder", None)
         data.pop("judge_folder", None)
@@ -236,7 +303,8 @@ def artefacts(story: Invented) -> dict[str, bytes]:
 def check_looks(played: Played) -> None:
     """No more looks than the budget, each paid once, and each before its answer was asked."""
     folder, rules = played.told.folder, played.told.campaign.constitution
-    looks = [json.loads(line) for line in folder.looks.read_bytes().splitlines()]
+    paid = folder.looks.read_bytes() if folder.looks.exists() else b""  # a budget may end it before any
+    looks = [json.loads(line) for line in paid.splitlines()]
     keys = [(*look["candidates"], look["round"], look["split"]) for look in looks]
     assert len(set(keys)) == len(keys), "a look was paid twice"
     spent = sum(look["split"].startswith("external") for look in looks)
@@ -246,9 +314,10 @@ def check_looks(played: Played) -> None:
 
 def main() -> None:
     """Replays the schedules named on the command line."""
-    for seed in map(int, sys.argv[1:]):
+    runs = run_spending if "--spending" in sys.argv else run_schedule
+    for seed in (int(word) for word in sys.argv[1:] if word.isdigit()):
         with tempfile.TemporaryDirectory() as folder:
-            played = run_schedule(seed, Path(folder))
+            played = runs(seed, Path(folder))
         print(
             json.dumps(
                 {"seed": seed, "starts": played.starts, "struck": played.struck, "befell": played.cluster.befell}

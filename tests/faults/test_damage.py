@@ -1,5 +1,6 @@
 """What the fault schedules taught, one by one: each of these failed before its fix. And a flipped byte is found."""
 
+import math
 import os
 import random
 import sys
@@ -8,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from megatron_evolve.budget import Account, Spend
 from megatron_evolve.candidate import candidate
+from megatron_evolve.constitution import Budgets
 from megatron_evolve.eval.looks import Look, Looks
 from megatron_evolve.jobs import Ground, Run, drive, next_attempt
 from megatron_evolve.launch import rundir
 from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind
 from megatron_evolve.launch.local import LocalLauncher
 from megatron_evolve.ledger import Ledger, read_ledger
+from megatron_evolve.retries import Retries
 from tests.faults.cluster import Cluster, FakeLauncher, Troubles
 from tests.faults.files import FaultyFiles, Killed
 from tests.faults.invented import DEFAULT, SUBSTRATE, Invented, origin
@@ -150,6 +154,24 @@ def test_attempts_that_were_called_off_are_no_losses(tmp_path: Path) -> None:
     assert (end.outcome, end.attempts) == ("finished", 4)
 
 
+def test_what_still_runs_is_set_aside_before_anything_else_starts(tmp_path: Path) -> None:
+    """A controller that came back started a job beside one of before, though both at their worst were over budget."""
+    told = Invented(tmp_path, drawn_campaign(STORY), origin())
+    cluster = Cluster(random.Random(0), FaultyFiles(tmp_path), own_failures=0)
+    ground = Ground(told.folder, tmp_path / "substrate", tmp_path / "judge", 60.0)
+    new, old = (Run(1, candidate(SUBSTRATE, DEFAULT), seed) for seed in (5, 6))
+    job = ground.job(old, "train")
+    rundir.prepare_attempt(job, 1)
+    cluster.begin(job, 1)
+    cluster.budget = Spend(math.inf, 100.0, 0.0)  # one at its worst takes 70, and at most 20 in fact
+    account = Account(Budgets(cpu_hours=100 / 3600))
+    with world(FaultyFiles(tmp_path / "unwatched"), cluster):
+        stages = [(new, "train"), (old, "train")]
+        ends = list(drive(ground, FakeLauncher(cluster), stages, lambda end: (), account=account))
+    assert [(end.run, end.outcome) for end in ends] == [(old, "finished"), (new, "finished")]
+    assert cluster.exceeded == []
+
+
 def test_a_damaged_outcome_does_not_stop_the_campaign(tmp_path: Path) -> None:
     """`next_attempt` fell over a file that the launcher puts aside by itself."""
     job = Job("key", (sys.executable, "-c", "pass"), tmp_path / "run", 60.0, "done")
@@ -158,7 +180,7 @@ def test_a_damaged_outcome_does_not_stop_the_campaign(tmp_path: Path) -> None:
     outcome = JobOutcome.unmeasured("key", 1, OutcomeKind.FINISHED, "h", "drawn")
     rundir.write_outcome(job.run_dir, outcome)
     (folder / rundir.OUTCOME_FILE).write_bytes(b'{"half')
-    assert next_attempt(job) == 1
+    assert next_attempt(job, Retries()) == 1
     with LocalLauncher(1, tmp_path) as launcher:
-        launcher.submit(job, next_attempt(job))
+        launcher.submit(job, next_attempt(job, Retries()))
         assert launcher.poll(["key"])["key"].kind is OutcomeKind.LOST

@@ -2,7 +2,6 @@
 
 import random
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
 from unittest import mock
 
@@ -45,16 +44,16 @@ def test_a_late_round_reads_no_more_than_an_early_one(tmp_path: Path, monkeypatc
     real = Ledger._parsed
     monkeypatch.setattr(Ledger, "_parsed", counted)
     with world(cluster), files, mock.patch.object(rounds, "run_round", counted_round):
-        with closing(Ledger(told.folder.root)) as ledger:
-            told.control(ledger, FakeLauncher(cluster), lambda: False)
+        with told.opened() as (ledger, account):
+            told.control(ledger, account, FakeLauncher(cluster), lambda: False)
             told_events = len(ledger)
         # Opened again, it reads each line once, the last policy and nothing of closed rounds.
         parsed.clear()
         files.start({})
         for remembered in (kept_policy, kept_evidence):
             remembered.cache_clear()
-        with closing(Ledger(told.folder.root)) as ledger:
-            rounds.run_campaign_rounds(told.desk(ledger, FakeLauncher(cluster), lambda: False))
+        with told.opened() as (ledger, account):
+            rounds.run_campaign_rounds(told.desk(ledger, account, FakeLauncher(cluster), lambda: False))
     assert max(steps[LATE]) <= 1.1 * max(steps[EARLY]), steps
     assert max(events[LATE]) <= 1.1 * max(events[EARLY]), events
     assert parsed.total() <= told_events + 5

@@ -9,9 +9,20 @@ from megatron_evolve.launch.job import OutcomeKind
 from megatron_evolve.ledger import read_ledger
 from tests.faults.cluster import Cluster, Troubles
 from tests.faults.files import DEADLY, FAULTS
-from tests.faults.schedules import SCHEDULES, STORIES, plans_of, run_schedule, undisturbed
+from tests.faults.schedules import (
+    OUTAGE,
+    SCHEDULES,
+    STORIES,
+    check,
+    plans_of,
+    play,
+    run_schedule,
+    run_spending,
+    undisturbed,
+)
 
 BLOCK = 28
+SPENDING = 48  # schedules whose budget of hours may end them early
 
 
 @pytest.mark.slow
@@ -24,6 +35,29 @@ def test_a_struck_campaign_ends_as_the_undisturbed_one(block: int, tmp_path: Pat
 def test_a_few_schedules(tmp_path: Path) -> None:
     for seed in range(0, SCHEDULES, SCHEDULES // 8):
         run_schedule(seed, tmp_path / str(seed))
+
+
+@pytest.mark.parametrize("seed", [0, 6])
+def test_a_campaign_whose_hours_are_spent_ends_and_adds_up(seed: int, tmp_path: Path) -> None:
+    """A candidate that was never begun had no runs to look up (0), and a cut campaign's rounds no number (6)."""
+    run_spending(seed, tmp_path)
+
+
+@pytest.mark.slow
+def test_hours_add_up_however_a_campaign_is_struck(tmp_path: Path) -> None:
+    spent = 0
+    for seed in range(SPENDING):
+        played = run_spending(seed, tmp_path / str(seed))
+        spent += any(event.kind == "budget-spent" for event in read_ledger(played.told.folder.ledger))
+    assert spent > SPENDING // 2, "in most the budget ends the campaign"
+
+
+def test_an_outage_pauses_a_campaign_and_costs_no_job_its_place(tmp_path: Path) -> None:
+    played = play(tmp_path, 0, [], OUTAGE, random.Random(3))
+    assert [ended.partition(":")[0] for ended in played.starts] == ["paused", "closed"]
+    check(played, undisturbed(0))
+    kinds = [event.kind for event in read_ledger(played.told.folder.ledger)]
+    assert kinds[kinds.index("paused") + 1] == "resumed"
 
 
 @pytest.mark.slow
