@@ -26,7 +26,7 @@ from typing import NoReturn
 from megatron_evolve.launch import rundir
 from megatron_evolve.launch.ending import read_tail
 from megatron_evolve.launch.job import Job
-from megatron_evolve.launch.supervise import ATTEMPT_VARIABLE, redirect, supervise
+from megatron_evolve.launch.supervise import redirect, supervise
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"  # set by Kubernetes in every pod of an Indexed Job
 LOOK_S = 0.5  # between looks at a shared disk
@@ -61,7 +61,7 @@ class Pod:
             "MASTER_PORT": self.port,
         }
         own = {name: str(value) for name, value in place.items()}
-        return {**os.environ, **job.env, ATTEMPT_VARIABLE: str(self.folder), **own}
+        return {**os.environ, **job.env, rundir.ATTEMPT_VARIABLE: str(self.folder), **own}
 
 
 class Interrupted(Exception):
