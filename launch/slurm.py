@@ -74,7 +74,8 @@ class Script:
 def render(job: Job, queue: Queue, attempt: int = 1) -> Script:
     """The script of a job. Raises ValueError where its GPUs or tasks do not fill whole nodes."""
     folder = rundir.attempt_dir(job.run_dir, attempt)
-    return _filled(job, queue, name_of([folder], job.key), folder, folder / "slurm.log", None, job.argv)
+    command = (*(f"{variable}={value}" for variable, value in sorted(job.env.items())), *job.argv)
+    return _filled(job, queue, name_of([folder], job.key), folder, folder / "slurm.log", None, command)
 
 
 def render_array(jobs: Sequence[Job], queue: Queue, attempts: Path, name: str) -> Script:

@@ -9,10 +9,19 @@ from typing import Any
 
 import yaml
 
+from megatron_evolve.document import FLOAT, OWN_LOADER, load_yaml
 from megatron_evolve.launch.rundir import make_folder, read_json, write_json, write_whole
 from megatron_evolve.substrate.digest import digest_file, digest_of
 
-OWN_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's writes the same text, 8 times as fast
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
+    """libyaml's, which writes the same text 8 times as fast; and quotes what the loader takes for a number.
+
+    One candidate id in 300 is like 3206713938e6. Unquoted it came back as a number, and its policy as another one.
+    """
+
+
+_Dumper.add_implicit_resolver(*FLOAT)
 
 
 class CampaignFolder:
@@ -74,7 +83,7 @@ def save_yaml(path: Path, value: Any) -> str:
     """Writes a value as YAML, for people, and returns the digest of its canonical form."""
     plain = value.model_dump(mode="json", by_alias=True) if hasattr(value, "model_dump") else value
     make_folder(path.parent)
-    text = yaml.dump(plain, Dumper=OWN_DUMPER, sort_keys=False, allow_unicode=True, width=110)
+    text = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     write_whole(path, text)
     return digest_of(plain)
 
@@ -88,8 +97,6 @@ def load_json(path: Path, digest: str) -> Any:
 
 def load_yaml_checked(path: Path, digest: str) -> dict[str, Any]:
     """Like `load_json`, for YAML."""
-    from megatron_evolve.document import OWN_LOADER, load_yaml
-
     value = load_yaml(path, OWN_LOADER)
     check_digest(path, value, digest)
     return value

@@ -31,7 +31,7 @@ from megatron_evolve.artefacts import save_json, save_yaml
 from megatron_evolve.dead_ends import MOST_DEAD_ENDS
 from megatron_evolve.delta import Base, Change, Delta
 from megatron_evolve.desk import Desk
-from megatron_evolve.document import load_yaml
+from megatron_evolve.document import OWN_LOADER, load_yaml
 from megatron_evolve.eval.looks import Looks
 from megatron_evolve.evidence import kept_evidence
 from megatron_evolve.launch.rundir import read_json
@@ -169,7 +169,7 @@ def control(told: Invented, cluster: Cluster) -> None:
 def copy_rounds(told: Invented, model: int, last: int, window: int) -> None:
     """Enters rounds after `model` up to `last` as if each had gone like it; answers only where a window reaches."""
     folder, its_own = told.folder, shutil.ignore_patterns("policy.yaml", "edits.json", "evidence.json")
-    policy, evidence = load_yaml(folder.policy(model + 1)), read_json(folder.evidence(model))
+    policy, evidence = load_yaml(folder.policy(model + 1), OWN_LOADER), read_json(folder.evidence(model))
     known = policy["dead_ends"]
     more = [known[0] | {"candidate": f"{place:012x}"} for place in range(MOST_DEAD_ENDS - len(known))] if known else []
     policy["dead_ends"] = known + more

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_evolve.artefacts import load_yaml_checked, save_yaml
 from megatron_evolve.budget import Account, Spend
 from megatron_evolve.candidate import candidate
 from megatron_evolve.constitution import Budgets
+from megatron_evolve.document import load_yaml
 from megatron_evolve.eval.looks import Look, Looks
 from megatron_evolve.jobs import Ground, Run, drive, next_attempt
 from megatron_evolve.launch import rundir
@@ -133,6 +135,14 @@ def test_a_flipped_byte_is_found_and_its_file_named(pattern: str, tmp_path: Path
     with world(files, cluster):
         assert start(told, files, cluster, {}) == "closed"
     assert artefacts(told) == artefacts(undisturbed(STORY).told)
+
+
+def test_a_name_like_a_number_is_read_back_as_a_name(tmp_path: Path) -> None:
+    """One candidate id in 300: its dead end made the policy unreadable, and the campaign could not go on."""
+    value = {"candidate": "3206713938e6", "lr": 1e-05, "names": ["12e5", "1e5x", "0x1f", "no", "1_000"]}
+    digest = save_yaml(tmp_path / "policy.yaml", value)
+    assert load_yaml_checked(tmp_path / "policy.yaml", digest) == value
+    assert load_yaml(tmp_path / "policy.yaml") == value
 
 
 def test_attempts_that_were_called_off_are_no_losses(tmp_path: Path) -> None:

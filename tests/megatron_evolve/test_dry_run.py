@@ -159,7 +159,7 @@ def imported(store: Path, **shapes: Any) -> str:
 
 def test_a_job_is_told_of_threads_by_where_it_runs(told: dict[str, dict[str, Any]]) -> None:
     """On GPUs Megatron may compile, and a rank has its site's cores; what only asks a server has one, as on cores."""
-    alone = "export OMP_NUM_THREADS=1\nexport TORCHDYNAMO_DISABLE=1\n"
+    alone = "# It runs: OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 "
     for name in REAL:
         for what in ("train", "score on dev"):
             script = step(told[name], what)["script"]
