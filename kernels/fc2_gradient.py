@@ -101,7 +101,7 @@ def fc2_gradient(
     dh_MF = h_MF.new_empty(h_MF.shape)
     a_MF = h_MF.new_empty(h_MF.shape) if keep_a else None
     halves = in_halves(constants)
-    num_parts = triton.cdiv(W.rows, constants["BN"]) * (2 if halves else 1)
+    num_parts = -(-W.rows // constants["BN"]) * (2 if halves else 1)
     dp_NM = p.new_empty(num_parts, tiling.num_rows, dtype=torch.float32)
     if h_MF.numel():
         given = (dy, W, *(adapter or (None, None)), p.contiguous(), choice_of_row, clamp, h_MF, tiling.map)

@@ -10,6 +10,7 @@ come by pointers, or, where both lie in memory as they are summed, in blocks by 
 Letters: M rows, I and O input and output width, R adapter rank; BM, BN, BK the block of rows, columns and depth.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
@@ -160,7 +161,7 @@ def _product(
 
 def depth_of(adapter: Adapter | None) -> int:
     """The step over an adapter's rank: 16 at least for the tensor cores, 64 at most; 0 without one."""
-    return 0 if adapter is None else min(64, max(16, triton.next_power_of_2(adapter.B.columns)))
+    return 0 if adapter is None else min(64, max(16, 1 << (adapter.B.columns - 1).bit_length()))
 
 
 def blocks_of_rows(x: Rows, rows: int, columns: int) -> TensorDescriptor | None:
@@ -176,11 +177,20 @@ def launch(tiling: Tiling, tile: Tile, W: Matrices, adapter: Adapter | None) -> 
     An adapter, being narrow, gets narrow blocks. Numbers of four bytes go half as deep: 32 rows and 128 deep would take
     240 KiB of shared memory; a block has 227.
     """
-    columns = min(tile.columns, max(16, triton.next_power_of_2(W.rows)))
-    depth = tile.depth * 2 // W.base.element_size()
-    constants = {"BM": tile.rows, "BN": columns, "BK": depth, "BR": depth_of(adapter), "EVEN": W.columns % depth == 0}
-    constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
-    return (tiling.map.num_tiles * triton.cdiv(W.rows, columns),), constants
+    blocks, constants = _blocks(tile, W.rows, W.columns, W.base.element_size(), depth_of(adapter))
+    return (tiling.map.num_tiles * blocks,), constants
+
+
+@lru_cache(maxsize=1024)
+def _blocks(tile: Tile, rows: int, columns: int, item_bytes: int, adapter_depth: int) -> tuple[int, dict[str, int]]:
+    """Blocks of columns of the result, and the constants: the same dictionary every time, which nobody may change.
+
+    A model has a handful; made anew at each of the 13 launches of a layer they were a tenth of the host's time.
+    """
+    width = min(tile.columns, max(16, triton.next_power_of_2(rows)))
+    depth = tile.depth * 2 // item_bytes
+    constants = {"BM": tile.rows, "BN": width, "BK": depth, "BR": adapter_depth, "EVEN": columns % depth == 0}
+    return triton.cdiv(rows, width), constants | {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def in_halves(constants: dict[str, int]) -> bool:

@@ -135,6 +135,26 @@ def linear_cross_entropy(tokens: int, width: int, vocabulary: int) -> Pass:
     return Pass("linear_cross_entropy", 4 * tokens * width * vocabulary, 2 * head + 4 * logits)
 
 
+def others(tokens: int) -> dict[str, dict[str, tuple[Pass, ...]]]:
+    """The ops beside the experts at Nano's sizes: op -> forward, backward -> its passes.
+
+    The loss makes its gradient in the forward pass; of the plan there is none, and the router's is not counted.
+    """
+    s, inner, vocabulary = shape_of("nano", tokens), 4096, 131_072
+    moved = {"forward": (permute(s),), "backward": (permute(s),)}
+    return {
+        "route_plan": {"forward": (Pass("route_plan", 0, 3 * INT32 * s.rows),)},
+        "permute": moved,
+        "unpermute": moved,
+        "router": {"forward": (router(s, s.experts, s.width),)},
+        "gated_norm": {
+            "forward": (gated_norm(tokens, inner),),
+            "backward": (gated_norm(tokens, inner, backward=True),),
+        },
+        "linear_cross_entropy": {"forward": (linear_cross_entropy(tokens, s.width, vocabulary),)},
+    }
+
+
 def fused_forward(s: Shape) -> tuple[Pass, ...]:
     """fc1 reads rows by their token, which L2 serves again, so x counts once."""
     r_bytes, extra = s.rows * s.rank * BF16, 2 * s.rows * s.rank

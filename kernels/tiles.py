@@ -77,8 +77,8 @@ def tile_map(counts_E: Tensor, num_rows: int, tile_rows: int) -> TileMap:
     new = {"dtype": torch.int32, "device": counts_E.device}
     start_E1, expert_of_tile, row_of_tile = (torch.empty(n, **new) for n in (E + 1, num_tiles, num_tiles))
     found = TileMap(start_E1, expert_of_tile, row_of_tile, num_tiles)
-    grid = (max(triton.cdiv(num_tiles, MAP_BLOCK), 1),)
-    _tile_map[grid](counts_E, *found[:3], E, num_tiles, ROWS=tile_rows, BT=MAP_BLOCK, BE=triton.next_power_of_2(E))
+    grid = (max(-(-num_tiles // MAP_BLOCK), 1),)
+    _tile_map[grid](counts_E, *found[:3], E, num_tiles, ROWS=tile_rows, BT=MAP_BLOCK, BE=1 << (E - 1).bit_length())
     return found
 
 

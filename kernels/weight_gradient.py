@@ -11,6 +11,8 @@ for wider ones: 625 TFLOP/s at 3,072 rows an expert, but 115 against 170 at 96.
 Letters: M rows, O and I output and input width; BM, BN, BK the block of the matrix and the step of the sum.
 """
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
@@ -78,6 +80,15 @@ def _weight_gradient(
         _write(acc, out, matrix, o, i, ACCUMULATE)
 
 
+@lru_cache(maxsize=1024)
+def _blocks(tile: Tile, rows: int, columns: int, item_bytes: int) -> tuple[int, dict[str, int]]:
+    """Blocks of one matrix, and their sizes: the same dictionary every time, which nobody may change."""
+    bm, bn = (min(most, max(16, triton.next_power_of_2(n))) for most, n in ((tile.rows, rows), (tile.columns, columns)))
+    sizes = {"BM": bm, "BN": bn, "BK": tile.depth * 2 // item_bytes}
+    sizes |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    return triton.cdiv(rows, bm) * triton.cdiv(columns, bn), sizes
+
+
 def weight_gradient(dy: Rows, x: Rows, tiling: Tiling, out: Matrices, *, accumulate: bool) -> None:
     """Write dW_e = dy_e^T x_e, E x (O, I), into `out`, or add it there (a float32 main gradient, in place).
 
@@ -87,17 +98,12 @@ def weight_gradient(dy: Rows, x: Rows, tiling: Tiling, out: Matrices, *, accumul
         raise ValueError("a weight gradient needs rows sorted in memory; got rows read by choice: gather them first")
     E, narrow_side = out.count, min(out.rows, out.columns) <= NARROW
     tile = ADAPTER_TILE if narrow_side else tiling.tiles.weight_gradient
-    bm, bn = (
-        min(most, max(16, triton.next_power_of_2(n)))
-        for most, n in ((tile.rows, out.rows), (tile.columns, out.columns))
-    )
-    bk = tile.depth * 2 // x.base.element_size()
+    blocks, sizes = _blocks(tile, out.rows, out.columns, x.base.element_size())
+    bm, bn, bk = sizes["BM"], sizes["BN"], sizes["BK"]
     dy_blocks = x_blocks = None
     if tiling.num_rows >= FETCHED_ROWS * E and not narrow_side:
         dy_blocks, x_blocks = blocks_of_rows(dy, bk, bm), blocks_of_rows(x, bk, bn)
     if dy_blocks is None or x_blocks is None:
         dy_blocks = x_blocks = None
-    grid = (triton.cdiv(out.rows, bm) * triton.cdiv(out.columns, bn), E)
     given = (dy, x, tiling.map.start_E1, out, dy_blocks, x_blocks)
-    sizes = {"BM": bm, "BN": bn, "BK": bk, "num_warps": tile.warps, "num_stages": tile.stages}
-    _weight_gradient[grid](*given, ACCUMULATE=accumulate, HALVES=accumulate and in_halves(sizes), **sizes)
+    _weight_gradient[blocks, E](*given, ACCUMULATE=accumulate, HALVES=accumulate and in_halves(sizes), **sizes)

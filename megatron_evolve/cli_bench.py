@@ -63,7 +63,8 @@ def bench_kernels(
                 for vio in max_vio or (0.0,)
             ]
         if predict:
-            write(run.model(chosen, chip), out)
+            beside = run.model_others(chip) if size is None else ()
+            write(chain(run.model(chosen, chip), beside), out)
             return
         rows = [run.bench(chosen, device, tuple(provider or run.providers_on(device)), rounds=rounds)]
         if size is None and device != "cpu":

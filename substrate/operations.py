@@ -150,7 +150,7 @@ def norm(here: Machine) -> Choice:
     """Norms between layers."""
     why = "torch's, one kernel on a GPU too"
     if "transformer_engine" in here.versions:
-        why += "; Transformer Engine's were never run by this project, which had no such machine, and are not used"
+        why += "; Transformer Engine's were never run by this project and are not used"
     return Choice("pytorch", why)
 
 

@@ -132,17 +132,16 @@ def memory_bound(
 
     runs = {"reference": lambda v: reference.route_plan(v["idx"], s.experts).choice_of_row_M}
     runs[name] = lambda v: ops.route_plan(v["idx"], s.experts).choice_of_row_M
-    traffic = Pass("route_plan", 0, 12 * s.rows)
-    yield _moved("route_plan", shape, {"idx": idx_TK}, None, {"forward": (traffic,)}, fresh=(), runs=runs)
+    passes = roofline.others(tokens)
+    yield _moved("route_plan", shape, {"idx": idx_TK}, None, passes["route_plan"], fresh=(), runs=runs)
 
     dout_MH, dout_TH = normal(s.rows, s.width, wants=False), normal(tokens, s.width, wants=False)
-    moved = {part: (roofline.permute(s),) for part in ("forward", "backward")}
     runs = {"reference": lambda v: reference.permute(v["x"], p_TK, plan)[0]}
     runs[name] = lambda v: ops.permute(v["x"], p_TK, own)[0]
-    yield _moved("permute", shape, {"x": x_TH}, dout_MH, moved, fresh=(x_TH, dout_MH), runs=runs)
+    yield _moved("permute", shape, {"x": x_TH}, dout_MH, passes["permute"], fresh=(x_TH, dout_MH), runs=runs)
 
     runs = {"reference": lambda v: reference.unpermute(v["y"], plan), name: lambda v: ops.unpermute(v["y"], own)}
-    yield _moved("unpermute", shape, {"y": y_MH}, dout_TH, moved, fresh=(y_MH, dout_TH), runs=runs)
+    yield _moved("unpermute", shape, {"y": y_MH}, dout_TH, passes["unpermute"], fresh=(y_MH, dout_TH), runs=runs)
     if triton:
         yield from _router_and_norm(tokens, s, normal, device)
 
@@ -166,8 +165,8 @@ def _router_and_norm(tokens: int, s: Shape, normal: Callable, device: str) -> It
         "reference": lambda v: _plain_router(v["x"], v["W"], bias_E, s.chosen),
         "triton": lambda v: router_from_tokens(v["x"], v["W"], bias_E, s.chosen, 2.5)[1],
     }
-    passes = {"forward": (roofline.router(s, s.experts, s.width),)}
-    yield _moved("router", shape, {"x": x_TH, "W": W_EH}, dp_TK, passes, fresh=(x_TH, dp_TK), runs=runs)
+    passes = roofline.others(tokens)
+    yield _moved("router", shape, {"x": x_TH, "W": W_EH}, dp_TK, passes["router"], fresh=(x_TH, dp_TK), runs=runs)
 
     D, G = 4096, 8
     y_TD, z_TD, dout_TD = normal(tokens, D), normal(tokens, D), normal(tokens, D, wants=False)
@@ -177,9 +176,5 @@ def _router_and_norm(tokens: int, s: Shape, normal: Callable, device: str) -> It
         "reference": lambda v: reference.gated_rms_norm(v["y"], v["z"], v["w"], G),
         "triton": lambda v: gated_rms_norm(v["y"], v["z"], v["w"], G),
     }
-    passes = {
-        "forward": (roofline.gated_norm(tokens, D),),
-        "backward": (roofline.gated_norm(tokens, D, backward=True),),
-    }
     shape = {"tokens": tokens, "width": D, "groups": G}
-    yield _moved("gated_norm", shape, values, dout_TD, passes, fresh=(y_TD, z_TD, dout_TD), runs=runs)
+    yield _moved("gated_norm", shape, values, dout_TD, passes["gated_norm"], fresh=(y_TD, z_TD, dout_TD), runs=runs)

@@ -8,6 +8,7 @@ part, and then takes tokens to tokens. The plan is given to all: routing is anot
     loop      a Python loop over experts, as model code on the Hugging Face hub has it
     unfused   what Megatron-Core runs on Hopper, pass by pass: permute, torch._grouped_mm, weighted squared ReLU,
               torch._grouped_mm, unpermute; adapters as Megatron-Bridge has them: two skinny products, scale, add
+    sequential-mlp   Megatron-Core's own module for where nothing else is installed; it has no adapters
 
 The unfused path is given good parts, so that a ratio to it is no flattery: the permutation kernels of this package
 where there is a GPU (Megatron's `moe_permute_fusion`), and an activation compiled by torch, forward and backward.
@@ -26,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from megatron_evolve.kernels import eager
 from megatron_evolve.kernels.backend import backend
 from megatron_evolve.kernels.bench.problem import Experts, Prepared
+from megatron_evolve.kernels.bench.sequential import sequential_mlp
 from megatron_evolve.kernels.reference import GroupedLora
 
 
@@ -141,12 +143,12 @@ PROVIDERS = {
     "unfused": Provider(torch_version, unfused),
     "eager": Provider(own_version, sliced),
     "loop": Provider(torch_version, loop),
+    "sequential-mlp": Provider(lambda: f"megatron-core {_version('megatron-core') or 'none'}", sequential_mlp),
 }
 
 
 # Detected and told, not run: each says what it would take, so that a missing row is no silence.
 PEERS = {
-    "sequential-mlp": ("megatron-core", "Megatron's SequentialMLP needs its process groups and random states set up"),
     "te-grouped-mlp": ("transformer-engine", "TEGroupedMLP needs Megatron's process groups and a GPU"),
     "liger": ("liger-kernel", ""),  # an op of its own, `gated`
     "scattermoe": ("scattermoe", "its expert MLP has no probability before the second product"),

@@ -9,11 +9,11 @@ from megatron_evolve.kernels.bench.cases import Case, experts, memory_bound, pre
 from megatron_evolve.kernels.bench.clock import Clock
 from megatron_evolve.kernels.bench.providers import PROVIDERS, own_version, peers
 from megatron_evolve.kernels.bench.rows import FAILURES, commit, counted, device_name, first_line, measure
-from megatron_evolve.kernels.roofline import CHIPS, Chip, Shape
+from megatron_evolve.kernels.roofline import CHIPS, Chip, Pass, Shape, others
 
 # torch._grouped_mm has no fast form on a CPU, and interpreted kernels tell no time
 CPU_PROVIDERS = ("eager", "loop")
-GPU_PROVIDERS = ("triton", "unfused", "eager", "loop")
+GPU_PROVIDERS = ("triton", "unfused", "eager", "loop", "sequential-mlp")
 
 
 def default_device() -> str:
@@ -73,13 +73,28 @@ def bench_memory_bound(
 
 def model(cases: Iterable[Case], chip: str) -> Iterator[dict]:
     """Rows without a measurement: what the roofline predicts for the fused and the unfused path."""
-    if chip not in CHIPS:
-        raise ValueError(f"the chip must be one of {', '.join(CHIPS)}; got {chip!r}: name one of them")
+    _check_chip(chip)
     for case in cases:
         for provider, by_part in predicted(case).items():
             both = by_part["forward"] + by_part["backward"]
             for part, passes in (by_part | {"both": both}).items():
-                row = {"op": "experts", "pass": part, "provider": provider, "version": own_version()}
-                row |= {"shape": told(case), "median_ms": None, "reason": "predicted, not measured", "error": None}
-                row |= {"ratio_to": {}, "predicted": True} | counted(passes, CHIPS[chip])
-                yield row | {"device": CHIPS[chip].name, "commit": commit()}
+                yield _predicted("experts", part, provider, told(case), passes, chip)
+
+
+def model_others(chip: str, *, tokens: int = 16384) -> Iterator[dict]:
+    """The same for the ops beside the experts."""
+    _check_chip(chip)
+    for op, by_part in others(tokens).items():
+        for part, passes in by_part.items():
+            yield _predicted(op, part, "triton", {"model": "nano", "tokens": tokens}, passes, chip)
+
+
+def _check_chip(chip: str) -> None:
+    if chip not in CHIPS:
+        raise ValueError(f"the chip must be one of {', '.join(CHIPS)}; got {chip!r}: name one of them")
+
+
+def _predicted(op: str, part: str, provider: str, shape: dict, passes: tuple[Pass, ...], chip: str) -> dict:
+    row = {"op": op, "pass": part, "provider": provider, "version": own_version(), "shape": shape}
+    row |= {"median_ms": None, "reason": "predicted, not measured", "error": None, "ratio_to": {}, "predicted": True}
+    return row | counted(passes, CHIPS[chip]) | {"device": CHIPS[chip].name, "commit": commit()}

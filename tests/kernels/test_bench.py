@@ -14,10 +14,12 @@ from megatron_evolve.kernels.bench.cases import CPU_CASES, GPU_CASES, Case, case
 from megatron_evolve.kernels.bench.clock import Clock, interleaved, spread
 from megatron_evolve.kernels.bench.providers import PEERS, PROVIDERS
 from megatron_evolve.kernels.bench.rows import measure
-from megatron_evolve.kernels.bench.run import bench, model
+from megatron_evolve.kernels.bench.run import bench, model, model_others
 from megatron_evolve.kernels.roofline import Shape
+from megatron_evolve.substrate.model import build
 from tests.kernels.expert_cases import DEVICE
 
+MEGATRONS = "sequential-mlp"
 KEYS = {"op", "pass", "provider", "version", "shape", "median_ms", "error", "ratio_to", "device", "commit"}
 TINY = Shape("tiny", 24, 5, 2, 16, 24)
 ADAPTED = TINY._replace(rank=4)
@@ -53,7 +55,9 @@ def test_the_oracle_is_the_definition(mode):
 
 
 @pytest.mark.parametrize("mode", ["frozen", "full", "lora"])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "triton" else n for n in PROVIDERS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "triton" else n for n in PROVIDERS if n != MEGATRONS]
+)
 def test_every_provider_computes_the_layer(name, mode):
     dtype = "bfloat16" if name == "unfused" else "float32"
     case = Case(Shape("tiny", 24, 5, 2, 16, 24, 8 if mode == "lora" else 0), mode, 1.0, dtype)
@@ -62,6 +66,22 @@ def test_every_provider_computes_the_layer(name, mode):
     assert [row["pass"] for row in rows] == ["forward", "backward", "both"], rows
     assert all(row["median_ms"] >= 0 and row["bitwise_repeat"] and "reason" not in row for row in rows)
     assert set(rows[0]["errors"]) == {"out", *(f"d{name}" for name in problem.leaves)}
+
+
+def test_megatrons_own_experts_compute_the_layer_and_take_no_adapter():
+    """In a process that has what Megatron takes for granted of CUDA."""
+    build.start(seed=1)
+    try:
+        for mode, dtype in (("frozen", "float32"), ("full", "bfloat16")):
+            problem, prepare = experts(tiny(mode, dtype, 1.0), DEVICE, (MEGATRONS,))
+            rows = measure(problem, prepare, DEVICE, rounds=1, warm=0)
+            assert [row["pass"] for row in rows] == ["forward", "backward", "both"], rows
+            assert all("reason" not in row and row["version"].startswith("megatron-core 0") for row in rows)
+        problem, prepare = experts(tiny("lora"), DEVICE, (MEGATRONS,))
+        (row,) = measure(problem, prepare, DEVICE, rounds=1, warm=0)
+        assert row["median_ms"] is None and "Megatron-Core has no adapters" in row["reason"]
+    finally:
+        build.stop()
 
 
 def test_a_wrong_provider_gets_no_time():
@@ -141,6 +161,11 @@ def test_predicted_rows_tell_that_they_are():
     rows = list(model([case_of("nano", 8192, 8, "lora32")], "h100"))
     assert len(rows) == 6
     assert all(row["predicted"] and row["median_ms"] is None and row["predicted_ms"] > 0 for row in rows)
+    others = {(row["op"], row["pass"]): row for row in model_others("h100", tokens=8192)}
+    assert {op for op, _ in others} >= {problem.op for problem, _ in memory_bound("cpu", 8, triton=False)}
+    assert others["router", "forward"]["predicted_ms"] == pytest.approx(0.0131, rel=0.02)
+    assert others["linear_cross_entropy", "forward"]["predicted_ms"] == pytest.approx(2 * 7.2, rel=0.01)  # and dx
+    assert all(row["predicted"] and row["median_ms"] is None for row in others.values())
     with pytest.raises(ValueError, match="one of h100, h200; got 'a100'"):
         list(model([], "a100"))
     with pytest.raises(ValueError, match="frozen, full, lora8 or lora32; got 'qlora'"):

@@ -105,8 +105,9 @@ def test_fused_experts_add_their_gradients_over_micro_batches(monkeypatch, head)
         assert all(p.grad_added_to_main_grad == (experts == "triton") for p in weights.values())
     assert len(weights) == 2 * TINY.num_experts * (2 if head else 1)
     for name, gradient in found[0].items():
-        # float32 sums in another order: measured at most 8e-7
-        assert (found[1][name] - gradient).norm() <= 2e-6 * gradient.norm(), name
+        # float32 sums in another order, the gated norm's too: measured at most 8e-7, and 2.4e-6 of dt_bias, whose four
+        # sums mostly cancel
+        assert (found[1][name] - gradient).norm() <= 4e-6 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
