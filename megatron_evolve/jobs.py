@@ -311,7 +311,7 @@ class _Work:
         """Seconds to the next attempt at what its machine failed, None if it is given up. Old news does not wait."""
         if not one.adopted:
             return self.retries.failed(one.job.key, outcome, one.began, self.looks)
-        return 0.0 if self.retries.failures(one.job.key, one.job.run_dir) < self.retries.attempts else None
+        return 0.0 if self.retries.failures(one.job.key, one.job.run_dir) < self.retries.in_a_row else None
 
     def _not_tried_again(self, one: _Try) -> Iterator[StageEnd]:
         """The end of a stage whose next attempt no budget allows: that of its last. One never begun has none."""
@@ -325,7 +325,8 @@ class _Work:
 def next_attempt(job: Job, retries: Retries) -> int:
     """The attempt to submit: the latest, or one more if that was called off, its disk was full, or its machine failed.
 
-    A job whose machine failed it as often as is tried keeps its latest, which is how it ended.
+    What stood between a job's failures is not known any more: one that waited out an outage may have failed one time
+    fewer than opens the breaker. So only a job whose machine failed it as often as that keeps its latest, as its end.
     """
     failures, latest = retries.failures(job.key, job.run_dir), latest_attempt(job.run_dir)
     try:
@@ -335,7 +336,7 @@ def next_attempt(job: Job, retries: Retries) -> int:
     again = outcome is not None and (
         outcome.kind is OutcomeKind.CANCELLED
         or is_disk_trouble(outcome)
-        or (outcome.kind in INFRASTRUCTURE_KINDS and failures < retries.attempts)
+        or (outcome.kind in INFRASTRUCTURE_KINDS and failures < retries.in_a_row)
     )
     return max(1, latest + again)
 

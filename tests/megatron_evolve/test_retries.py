@@ -152,10 +152,26 @@ def test_a_controller_that_starts_again_counts_the_failures_before(tmp_path: Pat
     assert bench.run({"a": LOST}, retries=Retries(first_wait_s=0.01), stop=failed_twice) == {}
     end = bench.run({"a": LOST}, retries=Retries())["a"]
     assert (end.outcome, end.attempts) == ("lost", 3)
-    again = Bench(tmp_path).run({"a": LOST}, retries=Retries())["a"]
-    assert again == end, "a crash before that was entered changes nothing"
+    for attempts in (4, 5, 5):  # each crash before that was entered is one attempt more, to as many as in a row
+        again = Bench(tmp_path).run({"a": LOST}, retries=Retries())["a"]
+        assert (again.outcome, again.attempts) == ("lost", attempts)
     mended = Bench(tmp_path).run({"a": DONE})["a"]
-    assert (mended.outcome, mended.attempts) == ("finished", 4), "where somebody starts it again, nothing counts"
+    assert (mended.outcome, mended.attempts) == ("finished", 6), "where somebody starts it again, nothing counts"
+
+
+def test_a_stop_in_an_outage_costs_no_job_its_place(tmp_path: Path) -> None:
+    """Two jobs that failed three times together were not given up; the controller after it took that as their end."""
+    bench = Bench(tmp_path)
+    commands = dict.fromkeys("ab", f"[ -e {tmp_path}/mended ] || {LOST}; {DONE}")
+
+    def failed_thrice() -> bool:
+        return all(sum((path / "outcome.json").exists() for path in bench.attempts(name)) >= 3 for name in "ab")
+
+    # Both in one look or not, that is as many in a row as here they may.
+    assert bench.run(commands, retries=Retries(first_wait_s=0.01, in_a_row=9), stop=failed_thrice) == {}
+    (tmp_path / "mended").touch()
+    ends = bench.run(commands, retries=Retries())
+    assert {end.outcome for end in ends.values()} == {"finished"}
 
 
 def test_an_attempt_with_a_damaged_outcome_is_tried_again(tmp_path: Path) -> None:
