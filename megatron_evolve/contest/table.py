@@ -88,7 +88,7 @@ def _ratio(mine: Rows, cost: str) -> dict[str, float] | None:
     if not costs.sum():
         return None
     ratio = float(gains.sum() / costs.sum())
-    error = float((gains - ratio * costs).std(ddof=1)) * math.sqrt(len(surfaces)) / costs.sum()
+    error = float((gains - ratio * costs).std(ddof=1) * math.sqrt(len(surfaces)) / costs.sum())
     return {"mean": ratio, "low": ratio - Z * error, "high": ratio + Z * error}
 
 
