@@ -185,7 +185,7 @@ def launch(tiling: Tiling, tile: Tile, W: Matrices, adapter: Adapter | None) -> 
 def _blocks(tile: Tile, rows: int, columns: int, item_bytes: int, adapter_depth: int) -> tuple[int, dict[str, int]]:
     """Blocks of columns of the result, and the constants: the same dictionary every time, which nobody may change.
 
-    A model has a handful; made anew at each of the 13 launches of a layer they were a tenth of the host's time.
+    A model has a handful, and a layer with adapters launches 13 times, forward and backward.
     """
     width = min(tile.columns, max(16, triton.next_power_of_2(rows)))
     depth = tile.depth * 2 // item_bytes

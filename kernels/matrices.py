@@ -59,7 +59,7 @@ def matrices(W: Tensor | Sequence[Tensor]) -> Matrices:
         return Matrices(base.detach(), table_E, unit, *base.shape, *base.stride(), count, step)
     first = W[0]
     shape, strides, dtype, device = first.shape, first.stride(), first.dtype, first.device
-    for w in W:  # not a set of kinds: to hash four things of each of 128 matrices was a tenth of the host's time
+    for w in W:  # not a set of kinds: to hash four things of each of 128 matrices takes longer than to compare them
         if w.shape != shape or w.stride() != strides or w.dtype != dtype or w.device != device:
             kinds = len({(w.shape, w.stride(), w.dtype, w.device) for w in W})
             raise ValueError(

@@ -36,8 +36,8 @@ MOST, LEAST = 5e-2, 1e-3
 FEW = 128  # numbers, one a Mamba head: of so few the errors of two forms differ by chance, 1.7 times seen of 8
 MARGIN = 0.02  # of scores between 0 and 1, of which bfloat16 loses up to 0.004
 STEPS, WARM = 6, 2
-# Comparing took 45 s on an H100 (24 of them the CPU's), LoRA with the fused kernels 20, most of it to compile them. The
-# order is that of what is least known: a run that was cut at 75 s had no row of full training.
+# On an H100 the float32 process took 24 s and the first fused step 11, most of it to compile. The order is that of what
+# is least known: a run that was cut at 75 s had no row of full training.
 TRAININGS = (("sft", "triton"), ("lora", "triton"), ("lora", "eager"), ("sft", "eager"))
 SECONDS = 300
 WEIGHTS, GIVEN, FOUND = "weights.safetensors", "given.safetensors", "found.safetensors"

@@ -15,8 +15,8 @@ from tests.substrate.enlarged import SMALL, build_enlarged
 
 HEADED = Architecture.model_validate(SMALL.model_dump() | {"mtp_pattern": "*E", "mtp_depths": 2})
 LENGTHS = [5, 1, 24, 2]
-# float32 sums in another order, relative by norm: measured at most 2e-6
-CLOSE = 1e-5
+# float32 sums in another order, relative by norm: measured at most 7e-7 eager and 1.1e-6 with the fused kernels
+CLOSE = 4e-6
 
 
 @pytest.fixture(scope="module", autouse=True)
