@@ -5,15 +5,13 @@ to the account and fsynced first (`pay`), and only then may its items be drawn a
 target has a budget, and the final split opens once. Paying twice for the same question is no second look: after a crash
 the look that was paid for is given back.
 
-What selection and the next policy may read of repeated looks at the same items is what `ladder` releases. Verdicts are
-computed on raw values, inside the judge.
+Verdicts are computed on what was answered; what selection and the next policy may read of repeated looks at the same
+items is less (`megatron_evolve.released`).
 """
 
 import errno
 import json
-import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -175,51 +173,6 @@ def _must_be_same(before: Look, look: Look) -> None:
             )
 
 
-def ladder(scores: Sequence[Sequence[float]], weights: Sequence[float] | None = None) -> list[float]:
-    """What may be released of scores asked one after another on the same items: the parameter-free Ladder.
-
-    `scores[t][i]` is question t's score on item i, higher is better, and `weights` (summing to 1, equal if None) makes
-    its mean. A question that beats the best so far by more than the standard error of their paired difference becomes
-    the best, released rounded to 1/n; any other releases the best's number again, and so tells nothing about itself.
-    Pure, so an auditor gets the same numbers. Raises ValueError if the questions differ in items.
-
-    Blum & Hardt, The Ladder: A Reliable Leaderboard for Machine Learning Competitions, 2015 (arXiv 1502.04585).
-    """
-    released: list[float] = []
-    best: list[float] | None = None
-    for asked in scores:
-        n = len(asked)
-        if n == 0 or n != len(scores[0]) or (weights is not None and n != len(weights)):
-            raise ValueError(
-                f"expected every question on the same {len(scores[0])} items, got {n}: ask on one item set"
-            )
-        values = (
-            list(asked)
-            if weights is None
-            else [n * weight * score for weight, score in zip(weights, asked, strict=True)]
-        )
-        if best is None or _mean(values) > released[-1] + _standard_error(values, best):
-            best = values
-            released.append(round_to(_mean(values), 1.0 / n))
-        else:
-            released.append(released[-1])
-    return released
-
-
 def round_to(value: float, step: float) -> float:
     """`value` to the nearest multiple of `step` > 0, as a leaderboard shows it; its variance grows by step²/12."""
     return round(value / step) * step
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _standard_error(values: Sequence[float], best: Sequence[float]) -> float:
-    """Standard error of the mean paired difference; 0 for a single item, which has none to estimate."""
-    n = len(values)
-    if n == 1:
-        return 0.0
-    differences = [new - old for new, old in zip(values, best, strict=True)]
-    mean = _mean(differences)
-    return math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)

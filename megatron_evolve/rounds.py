@@ -183,7 +183,7 @@ def ask_external(runs: RoundRuns, stage: Stage) -> None:
     # Where there is nothing to compare with, or nothing would be started, no look is spent.
     if desk.account.spent is not None or not desk.facts(policy.round).has_anchor:
         return
-    asked = [runs.anchor.id, *ranked_or_all(runs)]
+    asked = [runs.anchor.id, *asked_explorers(runs, stage)]
     stages: list[tuple[Run, Stage]] = []
     for name in asked:
         mine = [run for run in runs.runs[name] if runs.finished(run, "dev")]
@@ -200,10 +200,24 @@ def ask_external(runs: RoundRuns, stage: Stage) -> None:
     runs.drive(stages, follow=False)
 
 
-def ranked_or_all(runs: RoundRuns) -> list[str]:
-    """Which explorers' external score is asked."""
+def asked_explorers(runs: RoundRuns, stage: Stage) -> list[str]:
+    """Which explorers' external score is asked: all, or the one that leads on the A half of the objective.
+
+    Where external itself is the objective, its A half is asked first of as many as can be: it is what ranks them.
+    """
+    policy, looks = runs.policy, runs.desk.looks
     explorers = [name for name in runs.runs if name != runs.anchor.id]
-    return explorers if runs.policy.ask_external == "all" else ranked(runs)[:1]
+    if policy.ask_external == "all":
+        return explorers
+    if policy.objective == "external" and stage == "external-a":
+        before = sum(one.round < policy.round and one.split.startswith("external") for one in looks.entries)
+        return explorers[: looks_for_ranking(looks.external_budget - before)]
+    return ranked(runs)[:1]
+
+
+def looks_for_ranking(left: int) -> int:
+    """Explorers whose A half can be asked of `left` looks, the anchor's two and the leader's B half set aside."""
+    return max(0, left - 3)
 
 
 # --- the round -------------------------------------------------------------------------------------------------------

@@ -1,16 +1,12 @@
 """The account of looks: on disk first, never twice, within budget, final once; and what the Ladder releases."""
 
-import itertools
 import os
-import random
 import subprocess
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from megatron_evolve.eval.looks import BudgetSpent, Look, Looks, ladder, round_to
+from megatron_evolve.eval.looks import BudgetSpent, Look, Looks, round_to
 from megatron_evolve.launch.rundir import RunDirError
 
 
@@ -157,45 +153,6 @@ def test_a_process_killed_after_pay_has_paid(path):
     ended = subprocess.run([sys.executable, "-c", program, look().model_dump_json()], check=False)
     assert ended.returncode == -9
     assert Looks(path, external_budget=1).entries == (look(),)
-
-
-# --- the Ladder ---
-
-
-def test_the_ladder_repeats_until_an_improvement_is_significant():
-    base = [1.0] * 50 + [0.0] * 50
-    lucky = [1.0] * 51 + [0.0] * 49  # gain .01, standard error of the paired difference .01
-    better = [1.0] * 60 + [0.0] * 40
-    worse = [0.0] * 100
-    assert ladder([base, lucky, better, worse, base]) == [0.5, 0.5, 0.6, 0.6, 0.6]
-
-
-def test_the_ladder_rounds_weighted_scores_to_one_item():
-    released = ladder([[1.0, 0.0, 0.0]], weights=[0.5, 0.3, 0.2])
-    assert released == [pytest.approx(2 / 3)]  # .5 to the nearest third; halves go to even
-
-
-def test_the_ladder_refuses_other_items():
-    with pytest.raises(ValueError, match="ask on one item set"):
-        ladder([[1.0, 0.0], [1.0]])
-    assert ladder([]) == []
-    assert ladder([[1.0], [0.0]]) == [1.0, 1.0]
-
-
-def test_the_ladder_resists_fishing_where_the_raw_maximum_does_not():
-    rng = random.Random(11)
-    asked = [[float(rng.random() < 0.5) for _ in range(400)] for _ in range(200)]
-    raw_maximum = max(sum(scores) / 400 for scores in asked)
-    assert ladder(asked)[-1] < raw_maximum
-
-
-@given(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=8, max_size=8), min_size=1, max_size=12))
-def test_released_scores_never_fall_and_are_known_early(asked):
-    released = ladder(asked)
-    assert len(released) == len(asked)
-    assert all(later >= earlier for earlier, later in itertools.pairwise(released))
-    assert ladder(asked[:-1]) == released[:-1]
-    assert all(abs(value * 8 - round(value * 8)) < 1e-9 for value in released)
 
 
 def test_round_to():

@@ -77,7 +77,7 @@ def test_never_more_than_its_cores(
 ) -> None:
     active = tmp_path / "active"
     active.mkdir()
-    script = f"touch {active}/$$; sleep 0.1; ls {active} | wc -l > $RUN/done; sleep 0.1; rm {active}/$$"
+    script = f"touch {active}/$$; sleep 0.3; ls {active} | wc -l > $RUN/done; sleep 0.3; rm {active}/$$"
     jobs = [make_job(f"j{i}", script) for i in range(6)]
     jobs.append(make_job("wide", f"ls {active} | wc -l > $RUN/done", resources=Resources(cores=2)))
     for job in jobs:

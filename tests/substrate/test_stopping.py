@@ -19,8 +19,8 @@ def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act) -> None:
     """Have `act` happen while step `number` is recorded."""
     add = Record.add
 
-    def recording(self: Record, **entry) -> None:
-        add(self, **entry)
+    def recording(self: Record, seconds: float, **entry) -> None:
+        add(self, seconds, **entry)
         if entry["step"] == number:
             act()
 
