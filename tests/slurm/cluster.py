@@ -58,7 +58,25 @@ class Cluster:
                 cluster.stop()
                 raise Unavailable(f"it did not start: {(root / 'start.log').read_text()[-500:]!r}")
             time.sleep(0.1)
+        try:
+            cluster._try_a_job(nodes)
+        except subprocess.SubprocessError as error:
+            cluster.stop()
+            raise Unavailable(f"it takes no job: {error}") from error
         return cluster
+
+    def _try_a_job(self, nodes: int) -> None:
+        """Raises Unavailable unless a job on all nodes runs a step: daemons may answer where no job can start."""
+        sign, log = self.root / "tried", self.root / "tried.log"
+        words = f"srun --input=none hostname && touch {sign}"
+        self.run("sbatch", f"--nodes={nodes}", f"--output={log}", "--wrap", words)
+        end = time.monotonic() + START_S
+        while not sign.exists():
+            if time.monotonic() > end:
+                said = log.read_text()[-500:] if log.exists() else self.run("squeue", "--format=%T %r")
+                self.stop()
+                raise Unavailable(f"a job on all nodes did not run: {said!r}")
+            time.sleep(0.1)
 
     def stop(self) -> None:
         """End every process of the cluster, the jobs' included."""
