@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_evolve.eval.looks import is_budgeted
-from megatron_evolve.ledger import GENESIS, Event, event_hash
+from megatron_evolve.ledger import GENESIS, Event, check_follows, parsed_event
 
 
 class Tail:
@@ -81,20 +81,8 @@ class Follower:
             self._tail.read()
 
     def _take_line(self, line: bytes) -> None:
-        where = f"{self.path} line {self._count + 1}"
-        try:
-            fields = json.loads(line)
-        except ValueError:
-            raise ValueError(
-                f"{where} is corrupt: expected one JSON event, got {line[:40]!r}; restore it from a copy"
-            ) from None
-        event = Event.parse(fields, where=where)
-        expected = event_hash(self._count, event.time, event.kind, event.key, event.data, self._last)
-        if event.number != self._count or event.previous != self._last or event.hash != expected:
-            raise ValueError(
-                f"{where} breaks the chain: expected hash {expected[:12]}, got {event.hash[:12]}; a line was changed, "
-                "removed or moved; restore the ledger from a copy"
-            )
+        event = parsed_event(self.path, line, self._count)
+        check_follows(self.path, event, self._last)
         self._count, self._last = self._count + 1, event.hash
         self._take(event)
 

@@ -62,7 +62,8 @@ class History:
             with open(path, "rb") as file:
                 for line in file:
                     if line.endswith(b"\n"):
-                        event = self._chained(line)
+                        event = self._parsed(line, len(self))
+                        check_follows(path, event, self.last)
                         self._note(event, len(line))
                         see(event)
         except FileNotFoundError:
@@ -126,24 +127,29 @@ class History:
             self._rounds.setdefault((kind, int(first)), []).append(event.number)
 
     def _parsed(self, line: bytes, number: int) -> Event:
-        where = f"{self.path} line {number + 1}"
-        try:
-            fields = json.loads(line)
-        except ValueError:
-            raise ValueError(
-                f"{where} is corrupt: expected one JSON event, got {line[:40]!r}; restore it from a copy"
-            ) from None
-        event = Event.parse(fields, where=where)
-        expected = event_hash(number, event.time, event.kind, event.key, event.data, event.previous)
-        if event.number != number or event.hash != expected:
-            raise _broken(where, expected, event.hash)
-        return event
+        return parsed_event(self.path, line, number)
 
-    def _chained(self, line: bytes) -> Event:
-        event = self._parsed(line, len(self))
-        if event.previous != self.last:
-            raise _broken(f"{self.path} line {len(self) + 1}", self.last, event.previous)
-        return event
+
+def parsed_event(path: Path, line: bytes, number: int) -> Event:
+    """The event in a line, its own hash checked. Raises ValueError in one sentence, with the line's place."""
+    where = f"{path} line {number + 1}"
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        raise ValueError(
+            f"{where} is corrupt: expected one JSON event, got {line[:40]!r}; restore it from a copy"
+        ) from None
+    event = Event.parse(fields, where=where)
+    expected = event_hash(number, event.time, event.kind, event.key, event.data, event.previous)
+    if event.number != number or event.hash != expected:
+        raise _broken(where, expected, event.hash)
+    return event
+
+
+def check_follows(path: Path, event: Event, last: str) -> None:
+    """Raises ValueError unless an event is chained to the hash before it."""
+    if event.previous != last:
+        raise _broken(f"{path} line {event.number + 1}", last, event.previous)
 
 
 def _broken(where: str, expected: str, got: str) -> ValueError:

@@ -100,8 +100,10 @@ def test_a_stale_handle_is_no_end(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_each_line_is_checked_once(tmp_path: Path, monkeypatch) -> None:
-    seen, hashed = [], follow.event_hash
-    monkeypatch.setattr(follow, "event_hash", lambda number, *more: seen.append(number) or hashed(number, *more))
+    seen, parsed = [], follow.parsed_event
+    monkeypatch.setattr(
+        follow, "parsed_event", lambda path, line, number: seen.append(number) or parsed(path, line, number)
+    )
     ledger = Ledger(tmp_path)
     reader = Reader(tmp_path / "ledger.jsonl")
     for number in range(20):
