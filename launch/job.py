@@ -161,6 +161,19 @@ class JobOutcome:
         return cls(**(fields | {"kind": OutcomeKind(fields["kind"])}))
 
 
+def num_nodes(job: Job, gpus_per_node: int) -> int:
+    """Nodes that a job takes: one, or all GPUs of several. Raises ValueError where they do not come out even."""
+    gpus, tasks = job.resources.gpus, job.resources.tasks
+    if gpus <= gpus_per_node:
+        return 1
+    if gpus_per_node == 0 or gpus % gpus_per_node or tasks % (gpus // gpus_per_node):
+        raise ValueError(
+            f"job {job.key} must fill whole nodes of {gpus_per_node} GPUs with equally many tasks each; it asks for "
+            f"{gpus} GPUs and {tasks} tasks: change the number of ranks or the node's GPUs"
+        )
+    return gpus // gpus_per_node
+
+
 JobState = JobOutcome | Literal["pending", "running"]
 
 

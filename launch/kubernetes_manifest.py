@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from megatron_evolve.launch import rundir
-from megatron_evolve.launch.job import Job
+from megatron_evolve.launch.job import Job, num_nodes
 
 Manifest = dict[str, Any]
 
@@ -118,7 +118,7 @@ def object_name(job: Job, attempt: int) -> str:
 
 def manifest(job: Job, attempt: int, cluster: Cluster) -> Manifest:
     """The object that runs this attempt. Raises ValueError where its GPUs or tasks do not fill whole pods."""
-    pods = num_pods(job, cluster)
+    pods = num_nodes(job, cluster.gpus_per_node)
     is_train_job = pods > 1 and cluster.training_runtime is not None
     return (_train_job if is_train_job else _indexed_job)(job, attempt, cluster, pods)
 
@@ -128,19 +128,6 @@ def render(job: Job, attempt: int, cluster: Cluster) -> str:
     document = yaml.safe_dump(manifest(job, attempt, cluster), sort_keys=False, width=2**16)
     argv = json.dumps(job.argv, ensure_ascii=True)  # one line, whatever the words hold
     return f"# runs {argv}\n{document}"
-
-
-def num_pods(job: Job, cluster: Cluster) -> int:
-    """Pods of a job: one, or one a node that its GPUs fill. Raises ValueError where they do not come out even."""
-    gpus, tasks, node = job.resources.gpus, job.resources.tasks, cluster.gpus_per_node
-    if gpus <= node:
-        return 1
-    if node == 0 or gpus % node or tasks % (gpus // node):
-        raise ValueError(
-            f"job {job.key} must fill whole nodes of {node} GPUs with equally many tasks each; it asks for {gpus} GPUs "
-            f"and {tasks} tasks: change the number of ranks or the node's GPUs"
-        )
-    return gpus // node
 
 
 def check_place(job: Job, cluster: Cluster) -> None:

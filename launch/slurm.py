@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_evolve.launch import rundir
-from megatron_evolve.launch.job import Job, canonical_json
+from megatron_evolve.launch.job import Job, canonical_json, num_nodes
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "slurm"
 # Before its end a job is told to stop: its own grace to save in, and a minute, by which Slurm may be early or late.
@@ -123,23 +123,10 @@ def minutes(job: Job, queue: Queue) -> int:
     return int(min(wanted, longest))
 
 
-def num_nodes(job: Job, queue: Queue) -> int:
-    """Nodes that a job takes: one, or all GPUs of several. Raises ValueError where they do not come out even."""
-    gpus, tasks = job.resources.gpus, job.resources.tasks
-    if gpus <= queue.gpus_per_node:
-        return 1
-    if queue.gpus_per_node == 0 or gpus % queue.gpus_per_node or tasks % (gpus // queue.gpus_per_node):
-        raise ValueError(
-            f"job {job.key} must fill whole nodes of {queue.gpus_per_node} GPUs with equally many tasks each; it asks "
-            f"for {gpus} GPUs and {tasks} tasks: change the number of ranks or the node's GPUs"
-        )
-    return gpus // queue.gpus_per_node
-
-
 def _filled(
     job: Job, queue: Queue, name: str, attempt: Path, log: Path, array: str | None, command: Sequence[str]
 ) -> Script:
-    nodes, asked = num_nodes(job, queue), job.resources
+    nodes, asked = num_nodes(job, queue.gpus_per_node), job.resources
     values: dict[str, Sequence[str]] = {
         "name": _one(name),
         "array": _one(array),

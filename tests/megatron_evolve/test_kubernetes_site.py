@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 from megatron_evolve.campaign import Campaign, find_campaign
 from megatron_evolve.document import load_yaml
 from megatron_evolve.dry_run import dry_run
-from megatron_evolve.launch.job import Job, OutcomeKind
-from megatron_evolve.launch.kubernetes_manifest import num_pods
+from megatron_evolve.launch.job import Job, OutcomeKind, num_nodes
 from megatron_evolve.loop import Session, launcher_of
 from megatron_evolve.prepare import run_one
 from megatron_evolve.site import Site, load_site
@@ -166,7 +165,7 @@ def test_a_campaign_s_jobs_run_in_the_cluster(running_cluster: FakeCluster, tmp_
     session = Session(tmp_path / "run", tmp_path / "store", lambda what, facts: None, lambda: False, site)
     run_dir = tmp_path / "store" / "one"
     job = Job("build/one", ("/bin/sh", "-c", f"touch {run_dir}/done"), run_dir, 30.0, "done")
-    assert num_pods(job, site.cluster) == 1
+    assert num_nodes(job, site.gpus_per_node) == 1
     with launcher_of(campaign, session) as launcher:
         assert run_one(launcher, job, lambda: False).kind is OutcomeKind.FINISHED
         assert run_one(launcher, job, lambda: False).attempt == 1  # once more: adopted
