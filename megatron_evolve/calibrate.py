@@ -29,6 +29,7 @@ from megatron_evolve.origin import EXTERNAL_SPLITS
 from megatron_evolve.prepare import origin_ground
 from megatron_evolve.simulate.campaigns import run_campaigns
 from megatron_evolve.simulate.draw import Plan, of_families
+from megatron_evolve.simulate.exam import EVEN
 from megatron_evolve.simulate.noise import Noise
 from megatron_evolve.simulate.scenarios import SCENARIOS
 
@@ -182,7 +183,7 @@ def simulated(record: Record, noise: Noise, campaigns: int, seed: int) -> dict[s
     """False accepts in campaigns in which nothing changes anything: a move per round, an alarm per campaign."""
     constitution, replicates = record.campaign.constitution, record.campaign.search.replicates
     dev, external = (equal_items(record, side) for side in ("dev", "external"))
-    plan = Plan(constitution, replicates, len(record.origin.seeds), of_families(dev))
+    plan = Plan(constitution, replicates, len(record.origin.seeds), of_families(dev, len(EVEN.families)))
     nothing = replace(SCENARIOS["null"], external_share=external / plan.items)
     told = run_campaigns(nothing, noise, campaigns, seed, plan)
     return {

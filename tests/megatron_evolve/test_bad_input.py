@@ -184,7 +184,8 @@ def test_a_damaged_checkpoint_becomes_a_kind_and_no_score(own_ground: Ground, va
     assert all("train again" in end["reason"] for end in failed.values())
     shown = {one["id"]: one for one in json.loads(ended.stdout)["rounds"][0]["candidates"]}
     assert all(shown[name]["dev"] is None for name in explorers)
-    assert verify_campaign(folder)["ok"]
+    broken = verify_campaign(folder)["first_broken"]
+    assert "checkpoint" in broken["where"], "what a run was to hand on is not there any more"
 
 
 def one_of(folder: Path, pattern: str) -> Path:

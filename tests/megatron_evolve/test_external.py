@@ -301,17 +301,18 @@ def test_the_ladders_rule():
 
 
 @pytest.mark.slow
-def test_a_campaign_waits_for_an_operator_and_goes_on(ground, variant, tmp_path):
+def test_a_campaign_waits_for_an_operator_and_goes_on(own_ground, variant, tmp_path):
     """Paused with a status of its own, told what is awaited, refused what is wrong, then closed and verified."""
-    settings = ground.settings()
+    settings = own_ground.settings()
     settings |= {"claim": "infrastructure", "comparator": None}
     settings["judge"]["external"] = dict(TARGET)
     settings["constitution"] |= {"rounds": 1, "workers": 2, "anchor_seeds": 2, "external_looks": 4}
     file, folder = variant(settings, "told"), tmp_path / "told"
-    paused = ground.run(folder, file=file)
+    paused = own_ground.run(folder, file=file)
     assert paused.returncode == AWAITING, paused.stderr
     assert "external list" in paused.stdout + paused.stderr
-    assert json.loads(command("status", folder, "--json").stdout)["state"] == "awaiting external scores"
+    status = json.loads(command("status", folder, "--json").stdout)
+    assert status["state"] == "paused" and "external score(s) are awaited" in status["paused"]
     listed = json.loads(command("external", "list", folder, "--json").stdout)
     assert {one["state"] for one in listed} == {"awaited"} and len(listed) >= 3
     assert all(Path(one["weights"]).is_dir() for one in listed)
@@ -324,7 +325,7 @@ def test_a_campaign_waits_for_an_operator_and_goes_on(ground, variant, tmp_path)
     ):
         refused = command("external", "submit", *words, "--dir", folder)
         assert refused.returncode == 1 and named in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
-    assert ground.run(folder, file=file).returncode == AWAITING
+    assert own_ground.run(folder, file=file).returncode == AWAITING
     for place, one in enumerate(listed):
         done = command("external", "submit", one["run"], 0.5 + 0.01 * place, "--dir", folder, "--n", 400, "--json")
         assert done.returncode == 0, done.stderr
@@ -333,7 +334,7 @@ def test_a_campaign_waits_for_an_operator_and_goes_on(ground, variant, tmp_path)
     assert again.returncode == 0, "the same score once more is no change"
     changed = command("external", "submit", first, "0.6", "--dir", folder)
     assert changed.returncode == 1 and "never changed" in changed.stderr
-    closed = ground.run(folder, "--json", file=file)
+    closed = own_ground.run(folder, "--json", file=file)
     assert closed.returncode == 0, closed.stderr
     found = json.loads(closed.stdout)
     assert found["state"] == "closed" and found["looks"]["external"] == 2

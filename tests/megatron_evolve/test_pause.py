@@ -46,7 +46,7 @@ def test_five_failures_in_a_row_pause_it_and_the_same_command_goes_on(
     kinds = [event["kind"] for event in events(folder)]
     assert kinds.count("resumed") == 1 and "ended" in kinds
     status = json.loads(command("status", folder, "--json").stdout)
-    assert (status["state"], status["paused"]) == ("running", None)
+    assert (status["state"], status["paused"]) == ("stopped", None), "it was killed, and pauses no more"
     end = next(event for event in events(folder) if event["kind"] == "ended")
     number, name, seed, stage = end["key"].split("/")
     run = folder / "rounds" / number / name / "runs" / seed / stage
