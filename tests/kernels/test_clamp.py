@@ -92,6 +92,7 @@ def test_fused_and_every_gradient(case, layer, clamp):
     assert all(e <= FLOAT32 for e in errors.values()), errors
 
 
+@pytest.mark.slow
 def test_fused_in_bfloat16_is_as_good_as_eager():
     idx, values = inputs("odd", torch.bfloat16, cases=TILE_CASES)
     values["p"] = values["p"].detach().float().requires_grad_()

@@ -96,6 +96,7 @@ def reported_pool(pool, campaign):
     return pool_alone(type(pool)(tuple(flat(group) for group in pool.groups)), campaign)
 
 
+@pytest.mark.slow
 def test_worlds_without_a_cue_alarm_in_at_most_5_per_cent():
     """Measured 0 of 500 each; a judge that alarmed in 10 % would pass with probability .0002 (at most 3 of 100)."""
     found = {one["world"]: one for one in simulate_worlds(100, 1, items=300)}

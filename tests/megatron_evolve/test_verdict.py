@@ -119,6 +119,7 @@ def alarm_rate(campaigns, world, dev, external, **settings) -> float:
 
 # A campaign may alarm falsely in 5 % of cases. The overall half has 2.5 %, and 0 to 2 % was measured in 300 campaigns
 # of each world; at 2 %, more than 5 of 100 campaigns would come by chance with probability .02.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "dev", "external"),
     [
@@ -132,6 +133,7 @@ def test_harmless_campaigns_alarm_in_at_most_5_per_cent(world, dev, external):
     assert alarm_rate(100, World(**world), all_at(dev), all_at(external)) <= 0.05
 
 
+@pytest.mark.slow
 def test_slope_at_beta_with_domains_alarms_in_at_most_5_per_cent():
     rate = alarm_rate(40, World(seed_sd=0.012), all_at(0.10), all_at(0.05), domains=FAMILIES)
     assert rate <= 0.05
@@ -152,6 +154,7 @@ def pooled_power(anchors: int, rounds: int, origin_items: int = 2000, campaigns:
     return found / campaigns
 
 
+@pytest.mark.slow
 def test_power_grows_with_anchors_and_rounds():
     """Specified, with known noise: .36/.57/.83 after 1/2/4 rounds with one anchor run, .67/.86/.99 with three.
 
@@ -163,6 +166,7 @@ def test_power_grows_with_anchors_and_rounds():
     assert pooled_power(anchors=3, rounds=4) >= 0.88
 
 
+@pytest.mark.slow
 def test_decoupled_is_found_within_four_rounds_with_alpha_paid():
     """Measured .84 in 200 campaigns; bound is that less three Monte-Carlo errors of 90."""
     world = World(origin_items=2000)

@@ -149,6 +149,7 @@ print(*results, repr(work(1)))
 """
 
 
+@pytest.mark.slow
 def test_children_of_a_warm_parent_compute_what_a_cold_process_does() -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(

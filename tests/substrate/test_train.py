@@ -91,6 +91,7 @@ def test_micro_batches_change_neither_loss_nor_gradient(monkeypatch):
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [{}, {"mtp_depths": 2, "mtp_pattern": "*E"}], ids=["plain", "a head used twice"])
 def test_fused_experts_add_their_gradients_over_micro_batches(monkeypatch, head):
     """They write into Megatron's buffers themselves, and there stands what the eager experts' gradients add up to."""

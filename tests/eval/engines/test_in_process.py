@@ -69,6 +69,7 @@ def prompts() -> list[Prompt]:
     return [Prompt(text="", tokens=one, message="") for one in tokens]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True], ids=["plain", "adapter"])
 def test_same_completions_item_by_item(adapter: bool, prompts: list[Prompt], tmp_path: Path) -> None:
     run = run_of(enlarged(ARCHITECTURE, adapter=adapter), ARCHITECTURE, tmp_path)

@@ -103,6 +103,7 @@ def test_silence_beyond_patience_is_told(
 FAULTS = st.tuples(st.sampled_from(["POST", "GET"]), st.sampled_from([0, 429, 500, 503]), st.booleans(), st.booleans())
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(faults=st.lists(FAULTS, max_size=5), kill=st.booleans())
 def test_whatever_is_lost_an_attempt_is_one_object(
