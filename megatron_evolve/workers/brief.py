@@ -5,6 +5,7 @@ and what a delta may reach. Nothing of earlier rounds is in it beyond the policy
 The answer is one delta, or `nothing` with the reason.
 """
 
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import Field, field_serializer, model_validator
@@ -43,7 +44,7 @@ class Brief(Frozen):
     def _failed(self, delta: Delta | None) -> dict[str, Any] | None:
         return delta_document(delta)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 of the brief: the prompt digest that the ledger keeps."""
         return digest_of(document(self))
