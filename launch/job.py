@@ -201,6 +201,34 @@ class Launcher(Protocol):
         ...
 
 
+class Known(Protocol):
+    """What a launcher holds of a submitted job: the job, its latest attempt, and where that stands."""
+
+    job: Job
+    attempt: int
+    state: JobState
+
+
+def is_new_attempt(job: Job, attempt: int, known: Known | None) -> bool:
+    """Whether submitting this asks for an attempt that has yet to be started; the rule of `Launcher.submit`.
+
+    Raises ValueError for a job that changed its run folder, or an attempt before the one ahead of it has ended.
+    """
+    if known is not None and known.job.run_dir != job.run_dir:
+        raise ValueError(
+            f"job {job.key} must keep its run folder {known.job.run_dir}; got {job.run_dir}: submit it there"
+        )
+    latest, state = (0, None) if known is None else (known.attempt, known.state)
+    if attempt <= latest or (isinstance(state, JobOutcome) and state.kind is OutcomeKind.FINISHED):
+        return False
+    if attempt != latest + 1 or not (latest == 0 or isinstance(state, JobOutcome)):
+        raise ValueError(
+            f"attempt {attempt} at job {job.key} must follow the end of attempt {attempt - 1}; "
+            f"attempt {latest} is {state if isinstance(state, str) else 'the latest'}: wait for it"
+        )
+    return True
+
+
 def canonical_json(document: object) -> str:
     """One text for one value: sorted keys, no spaces, no NaN, a final newline."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n"

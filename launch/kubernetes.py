@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_evolve.launch import rundir
-from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind
+from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind, is_new_attempt
 from megatron_evolve.launch.kubernetes_client import TRIES, Client, KubernetesError, Refused, Unanswered
 from megatron_evolve.launch.kubernetes_ending import Cause, cause_of, is_finished, why_it_cannot_start
 from megatron_evolve.launch.kubernetes_manifest import (
@@ -118,18 +118,7 @@ class KubernetesLauncher:
         check_place(job, self._cluster)
         kind = manifest(job, 1, self._cluster)["kind"]
         entry = self._entries.get(job.key) or self._adopted(job, kind)
-        if entry is not None and entry.job.run_dir != job.run_dir:
-            raise ValueError(
-                f"job {job.key} must keep its run folder {entry.job.run_dir}; got {job.run_dir}: submit it there"
-            )
-        latest, state = (0, None) if entry is None else (entry.attempt, entry.state)
-        is_new = attempt > latest and not (isinstance(state, JobOutcome) and state.kind is OutcomeKind.FINISHED)
-        if is_new:
-            if attempt != latest + 1 or not (latest == 0 or isinstance(state, JobOutcome)):
-                raise ValueError(
-                    f"attempt {attempt} at job {job.key} must follow the end of attempt {attempt - 1}; "
-                    f"attempt {latest} is {state if isinstance(state, str) else 'the latest'}: wait for it"
-                )
+        if is_new_attempt(job, attempt, entry):
             entry = _Entry(job, attempt, kind)
             with contextlib.suppress(Unanswered):
                 self._create(entry, only_try=True)  # what the cluster would refuse leaves no trace in the run folder

@@ -97,7 +97,7 @@ class Cluster:
                 "copy it from the registry"
             )
         if not self.mount.startswith("/") or ":" in self.mount or self.mount == "/":
-            raise ValueError(f"kubernetes.mount must be an absolute folder; got {self.mount!r}: as in /work")
+            raise ValueError(f"kubernetes.mount must be an absolute folder; got {self.mount!r}: as in /claim")
         if self.memory is not None and not _QUANTITY.fullmatch(self.memory):
             raise ValueError(f"kubernetes.memory must be a quantity as in 200Gi; got {self.memory!r}: add its unit")
 

@@ -22,7 +22,7 @@ from types import TracebackType
 from megatron_evolve.launch import rundir
 from megatron_evolve.launch.ending import read_tail
 from megatron_evolve.launch.gpus import DEVICES_VARIABLE, ORDER, Gpu, GpusFilled, filled_by_others, gpus_here
-from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind
+from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind, is_new_attempt
 from megatron_evolve.launch.process import ProcessIdentity, kill_left_behind
 from megatron_evolve.launch.warm_client import WarmClient, WarmSettings
 
@@ -86,20 +86,8 @@ class LocalLauncher:
     def submit(self, job: Job, attempt: int = 1) -> None:
         """See `Launcher.submit`. Raises ValueError for a job that can never run here, RunDirError for a bad folder."""
         self._check_fits(job)
-        entry = self._entries.get(job.key)
-        if entry is None:
-            entry = self._adopted(job)
-        elif entry.job.run_dir != job.run_dir:
-            raise ValueError(
-                f"job {job.key} must keep its run folder {entry.job.run_dir}; got {job.run_dir}: submit it there"
-            )
-        latest, state = (0, None) if entry is None else (entry.attempt, entry.state)
-        if attempt > latest and not (isinstance(state, JobOutcome) and state.kind is OutcomeKind.FINISHED):
-            if attempt != latest + 1 or not (latest == 0 or isinstance(state, JobOutcome)):
-                raise ValueError(
-                    f"attempt {attempt} at job {job.key} must follow the end of attempt {attempt - 1}; "
-                    f"attempt {latest} is {state if isinstance(state, str) else 'the latest'}: wait for it"
-                )
+        entry = self._entries.get(job.key) or self._adopted(job)
+        if is_new_attempt(job, attempt, entry):
             entry = _Entry(job, attempt, "pending")
         self._file(entry)
 

@@ -21,7 +21,7 @@ from types import TracebackType
 from megatron_evolve.launch import rundir, slurm_queue
 from megatron_evolve.launch.ending import read_tail
 from megatron_evolve.launch.fence import Fenced, Token, raise_fence, read_fence
-from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind
+from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind, is_new_attempt
 from megatron_evolve.launch.slurm import Queue, Script, inside, minutes, name_of, render, render_array, shape
 from megatron_evolve.launch.slurm_batch import OWNER_FILE, charged, earlier_starts
 from megatron_evolve.launch.slurm_queue import Row, SlurmError, SlurmSilent
@@ -118,20 +118,8 @@ class SlurmLauncher:
         """
         job = inside(job, self._queue)
         render(job, self._queue, attempt)
-        entry = self._entries.get(job.key)
-        if entry is None:
-            entry = self._adopted(job)
-        elif entry.job.run_dir != job.run_dir:
-            raise ValueError(
-                f"job {job.key} must keep its run folder {entry.job.run_dir}; got {job.run_dir}: submit it there"
-            )
-        latest, state = (0, None) if entry is None else (entry.attempt, entry.state)
-        if attempt > latest and not (isinstance(state, JobOutcome) and state.kind is OutcomeKind.FINISHED):
-            if attempt != latest + 1 or not (latest == 0 or isinstance(state, JobOutcome)):
-                raise ValueError(
-                    f"attempt {attempt} at job {job.key} must follow the end of attempt {attempt - 1}; "
-                    f"attempt {latest} is {state if isinstance(state, str) else 'the latest'}: wait for it"
-                )
+        entry = self._entries.get(job.key) or self._adopted(job)
+        if is_new_attempt(job, attempt, entry):
             rundir.prepare_attempt(job, attempt)
             entry = _Entry(job, attempt)
         self._file(entry)

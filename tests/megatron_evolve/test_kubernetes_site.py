@@ -72,7 +72,7 @@ def test_the_dry_run_prints_the_very_manifests(runtime: str | None, tmp_path: Pa
     command = (train["spec"]["trainer"] if runtime else train["spec"]["template"]["spec"]["containers"][0])["command"]
     assert command[2] == "megatron_evolve.launch.kubernetes_pod" and command[4] == "2"
     assert "torch.distributed.run" not in steps["train"]["argv"]  # each rank is a task, which its pod starts
-    assert any("Pods see the claim work at /work" in note for note in told["notes"])
+    assert any("Pods see the claim work at /claim" in note for note in told["notes"])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -163,7 +163,7 @@ ENDINGS = [
     (disrupted("TerminationByKubelet", "low on memory"), OutcomeKind.LOST, "low on memory"),
     ({"phase": "Failed", "reason": "Evicted", "message": "disk"}, OutcomeKind.LOST, "by its node: Evicted, disk"),
     ({"phase": "Failed", "reason": "DeadlineExceeded"}, OutcomeKind.LOST, "deadline while it waited to begin"),
-    (terminated("Error", 1, "cannot read /work"), OutcomeKind.LOST, "status 1 (Error, cannot read /work)"),
+    (terminated("Error", 1, "cannot read /claim"), OutcomeKind.LOST, "status 1 (Error, cannot read /claim)"),
 ]
 
 

@@ -22,12 +22,12 @@ from megatron_evolve.launch.kubernetes_manifest import (
 from tests.launch.kubernetes.rules import broken_rules, check_schema
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "kubernetes.md"
-PLAIN = Cluster("here", "registry.example/evolve:1", "work", "/work", gpus_per_node=8)
+PLAIN = Cluster("here", "registry.example/evolve:1", "work", "/claim", gpus_per_node=8)
 FULL = Cluster(
     "here",
     "host:5000/a/evolve@sha256:" + "0" * 64,
     "work",
-    "/work",
+    "/claim",
     gpus_per_node=8,
     training_runtime="evolve",
     memory="1.5Ti",
@@ -43,7 +43,7 @@ FULL = Cluster(
 
 
 def job(key: str = "1/ab/train", run: str = "run", **fields: object) -> Job:
-    return Job(key, ("/bin/sh", "-c", "it's; here"), Path("/work") / run, 90.0, "done", **fields)
+    return Job(key, ("/bin/sh", "-c", "it's; here"), Path("/claim") / run, 90.0, "done", **fields)
 
 
 # Whole nodes of eight GPUs, or a part of one, with equally many tasks a pod.
@@ -103,7 +103,7 @@ def test_a_job_of_several_nodes_is_a_train_job_where_there_is_a_runtime() -> Non
     command = indexed["spec"]["template"]["spec"]["containers"][0]["command"]
     assert command[2:] == [
         "megatron_evolve.launch.kubernetes_pod",
-        "/work/run/attempts/1",
+        "/claim/run/attempts/1",
         "2",
         f"{name}-0.megatron-evolve:29500",
     ]
