@@ -77,11 +77,11 @@ def test_runs_of_one_candidate_differ_by_as_much_as_measured():
     dev, outside = (np.array([run.accuracies_2F[split] @ w for run in runs]) for split in (0, 1))
     assert dev.std() == pytest.approx(lab.noise.seed_sd, rel=4 / np.sqrt(800))
     assert np.corrcoef(dev, outside)[0, 1] == pytest.approx(0.9, abs=0.05)
-    sheet = lab.sheet("dev", 2000)
+    sheet = lab.sheet("dev")
     first, second = (lab.answers(runs[0], sheet) for _ in range(2))
     accuracy = runs[0].accuracies_2F[0]
     expected = (2 * accuracy * (1 - accuracy) * (1 - (1 - lab.noise.redraw) ** 2)).mean()
-    assert (first != second).mean() == pytest.approx(expected, abs=4 * np.sqrt(0.2 / 12000))
+    assert (first != second).mean() == pytest.approx(expected, abs=4 * np.sqrt(0.2 / 2400))
 
 
 # --- methods ---
@@ -166,7 +166,7 @@ def test_without_an_anchor_both_sides_items_count():
 
 def test_moves_stay_within_what_a_delta_may_reach():
     lab = laboratory("cue", 7)
-    mutate, settings = Mutation(lab.surface, lab.rng), ORIGIN
+    mutate, settings = Mutation(lab.space, lab.rng), ORIGIN
     for _ in range(40):
         settings = mutate(settings)
         assert settings.recipe.steps <= 200
