@@ -12,7 +12,7 @@ same items and share every run that they have in common; a killed attempt goes o
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from megatron_evolve.contest.protocol import (
 )
 from megatron_evolve.contest.rivals import HAND_ON
 from megatron_evolve.contest.sealed_half import SealedHalf
-from megatron_evolve.contest.shared_runs import Execute, SharedGround, SharedRuns
+from megatron_evolve.contest.shared_runs import Execute, SharedGround, SharedRuns, asked_by
 from megatron_evolve.contest.space import Space
 from megatron_evolve.contest.workshop import Workshop
 from megatron_evolve.delta import canonical_change
@@ -218,7 +218,7 @@ def _ground(
     execute = executed_by(launcher, tour.stop)
     shared, frozen, fresh, again = (
         SharedRuns(one, substrate.digest, campaign.seed, execute)
-        for one in (ours, theirs, *(replace(one, judge=second, scores=place / "sealed") for one in (ours, theirs)))
+        for one in (ours, theirs, *(asked_by(one, second, place / "sealed") for one in (ours, theirs)))
     )
     seeds = prepared.judge.origin.seeds
     half = SealedHalf(space, fresh, again, seeds, campaign.constitution.anchor_seeds)

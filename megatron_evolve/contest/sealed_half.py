@@ -16,7 +16,9 @@ from megatron_evolve.jobs import FINAL_STAGE, Run, Stage
 from megatron_evolve.origin import ORIGIN_ROUND
 from megatron_evolve.substrate.settings import Settings
 
-ROUND = 0  # the items that the second judge draws
+# Whose items the second judge draws. Not the origin's: a launcher knows a job by round, run and stage, and the first
+# judge has asked the origin's runs in that one.
+ROUND = 1
 ASKED: dict[str, tuple[Stage, tuple[str, ...]]] = {
     "external": (FINAL_STAGE, ("final",)),
     "dev": ("dev", ("dev-a", "dev-b")),

@@ -10,7 +10,7 @@ again, by anybody, in any later process.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,12 @@ class SharedGround(Ground):
         if stage == "train":
             return kept / stage
         return super().stage_dir(run, stage) if self.scores else kept / f"{stage}-{run.round}"
+
+
+def asked_by(ground: Ground, judge: Path, scores: Path) -> SharedGround:
+    """The runs of a ground, asked by another judge; what it says lies in `scores`."""
+    kept = {one.name: getattr(ground, one.name) for one in fields(Ground)}
+    return SharedGround(**kept | {"judge": judge, "scores": scores})
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from megatron_evolve.contest.protocol import METHODS, PRODUCT
 from megatron_evolve.contest.real import THAT_MATTER, RealGround, drawn, run_real
 from megatron_evolve.contest.real_table import figures, page
 from megatron_evolve.contest.sealed_half import SealedHalf
-from megatron_evolve.contest.shared_runs import SEARCHED, SHIPPED, SharedGround, SharedRuns
+from megatron_evolve.contest.shared_runs import SEARCHED, SHIPPED, SharedGround, SharedRuns, asked_by
 from megatron_evolve.contest.space import Spent, demo
 from megatron_evolve.contest.surface import FAMILIES, ORIGIN, draw_surface
 from megatron_evolve.contest.workshop import Workshop
@@ -45,11 +45,13 @@ class Jobs:
     def __init__(self, limit=None, ends_as="finished"):
         self.surface = draw_surface("cue", "real", 1)
         self.asked, self.limit, self.ends_as = Counter(), limit, ends_as
+        self.folders = {}
 
     def __call__(self, ground, run, stage):
         if self.limit is not None and self.asked.total() >= self.limit:
             raise KeyboardInterrupt
         folder = ground.stage_dir(run, stage)
+        assert self.folders.setdefault(f"{run.key}/{stage}", folder) == folder, "a launcher's key names one folder"
         make_folder(folder)
         self.asked[str(folder)] += 1
         if stage != "train":
@@ -73,14 +75,15 @@ class Jobs:
 
 
 def ground_of(root, jobs, number=1, rounds=1):
-    """A ground whose jobs are `jobs`."""
+    """A ground whose jobs are `jobs`; each has a launcher of its own."""
+    jobs.folders = {}
     campaign = demo().replace(constitution=demo().constitution.replace(rounds=rounds), seed=number)
     space = replace(jobs.surface.space, campaign=campaign)
     ours = SharedGround(CampaignFolder(root / f"campaign-{number}"), root, root, 60.0)
     theirs = Ground(CampaignFolder(root / "origin"), root, root, 60.0)
     shared, frozen, fresh, again = (
         SharedRuns(one, space.substrate, number, jobs)
-        for one in (ours, theirs, *(replace(one, scores=root / "sealed" / str(number)) for one in (ours, theirs)))
+        for one in (ours, theirs, *(asked_by(one, root, root / "sealed" / str(number)) for one in (ours, theirs)))
     )
     seeds = tuple(range(8))
     half = SealedHalf(space, fresh, again, seeds, 3)
@@ -187,16 +190,16 @@ def test_the_policy_gets_what_a_campaign_would(tmp_path):
 
 
 def test_a_killed_attempt_goes_on_and_trains_nothing_twice(tmp_path, attempt):
-    whole_jobs = Jobs()
-    whole = attempt(tmp_path / "whole", whole_jobs)
+    names, whole_jobs = [PRODUCT, "random search"], Jobs()
+    whole = attempt(tmp_path / "whole", whole_jobs, methods=names)
     part_jobs = Jobs(limit=whole_jobs.asked.total() // 3)
     with pytest.raises(KeyboardInterrupt):
-        attempt(tmp_path / "part", part_jobs)
+        attempt(tmp_path / "part", part_jobs, methods=names)
     part_jobs.limit = None
-    assert attempt(tmp_path / "part", part_jobs) == whole
+    assert attempt(tmp_path / "part", part_jobs, methods=names) == whole
     assert set(part_jobs.asked.values()) == {1} and part_jobs.asked.total() == whole_jobs.asked.total()
-    assert [(row["campaign"], row["method"]) for row in whole] == [(n, name) for n in (1, 2) for name in WITHOUT_OPTUNA]
-    assert attempt(tmp_path / "part", Jobs(limit=0)) == whole, "a finished attempt asks nothing"
+    assert [(row["campaign"], row["method"]) for row in whole] == [(n, name) for n in (1, 2) for name in names]
+    assert attempt(tmp_path / "part", Jobs(limit=0), methods=names) == whole, "a finished attempt asks nothing"
 
 
 def test_a_row_counts_shared_runs_as_if_its_method_had_trained_them(tmp_path, attempt):
