@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from megatron_evolve.contest.protocol import METHODS, PRODUCT
 from megatron_evolve.contest.table import interval_text, markdown
@@ -60,9 +59,11 @@ def _by_campaign(rows: Rows, name: str, field: str) -> dict[int, float]:
 
 def interval(values: Sequence[float]) -> dict[str, float]:
     """A mean over campaigns with Student's interval; without a second campaign it has no bounds."""
+    from scipy.special import stdtrit
+
     middle, half = float(np.mean(values)), math.inf
     if len(values) > 1:
-        t = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
+        t = float(stdtrit(len(values) - 1, (1 + LEVEL) / 2))
         half = t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return {"mean": middle, "low": middle - half, "high": middle + half}
 

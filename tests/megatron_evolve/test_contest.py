@@ -173,6 +173,23 @@ def test_moves_stay_within_what_a_delta_may_reach():
     assert settings != ORIGIN
 
 
+# What the surfaces gave before real training came: gain, CPU-seconds and looks on development surface 1, first twin.
+DRAWN = {
+    PRODUCT: (0.2780447025796131, 1398.7582147153475, 62),
+    "greedy on dev": (0.2660981279001997, 1283.9692502816622, 0),
+    "random search": (0.06275816906733722, 852.2173855714944, 0),
+    "hand-off specialists": (0.17659974483415586, 1113.3322128654877, 0),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_one_seam_for_both_laboratories_moves_no_simulated_result(name):
+    attempt = {"phase": "development", "surfaces": 2}
+    number, surface = list(surfaces_of(attempt))[1]
+    row = protocol.one_campaign(attempt, number, surface, 0, name)
+    assert (row["gain"], row["cpu_seconds"], row["looks"]) == pytest.approx(DRAWN[name], rel=1e-9)
+
+
 # --- the protocol ---
 
 
