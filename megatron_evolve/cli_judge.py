@@ -1,8 +1,9 @@
 """The commands that put the judge itself to the test: simulated campaigns, the anchor against itself, false answers."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,27 +60,64 @@ def simulate(
 def compare(
     dir: Annotated[Path, typer.Option("--dir", help="folder of the attempt; it is resumed")],
     held_out: Annotated[
-        bool, typer.Option("--held-out", help="surfaces that follow from the code's digest; run once, after tuning")
+        bool, typer.Option("--held-out", help="seeds that follow from the code's digest; run once, after tuning")
     ] = False,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="by name; otherwise all, with --real the four that matter")
+    ] = None,
     surfaces: Annotated[int, typer.Option(help="simulated landscapes, two campaigns on each", min=2)] = 100,
-    methods: Annotated[list[str] | None, typer.Option("--method", help="by name; all of them otherwise")] = None,
+    real: Annotated[bool, typer.Option("--real", help="really train on a frozen substrate, nothing simulated")] = False,
+    campaigns: Annotated[int, typer.Option(help="with --real: campaigns of each method", min=2)] = 3,
+    rounds: Annotated[int, typer.Option(help="with --real: rounds of each campaign", min=1)] = 2,
+    base: Annotated[str, typer.Option("--campaign", help="with --real: a campaign's file, or a shipped name")] = "demo",
+    store: Annotated[
+        Path | None, typer.Option(help="with --real: where substrates and judges are kept", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """This policy against other ways to spend the same runs, on simulated surfaces: what each truly gains outside."""
+    """This policy against other ways to spend the same runs: what each truly gains outside.
+
+    On simulated surfaces, or with --real by training.
+    """
     from megatron_evolve.cli import guarded
 
-    def answer() -> None:
-        from megatron_evolve.contest.protocol import run_attempt
-        from megatron_evolve.contest.table import figures, page, plot
-        from megatron_evolve.launch.rundir import write_whole
+    phase = "held-out" if held_out else "development"
 
-        rows = run_attempt(dir, "held-out" if held_out else "development", surfaces, methods or ())
-        found = figures(rows)
-        write_whole(dir / "contest.md", page(found))
-        write_whole(dir / "contest.svg", plot(found))
-        typer.echo("\n".join(json.dumps(one) for one in found) if as_json else page(found))
+    def answer() -> None:
+        if real:
+            found, told = _compared_by_training(dir, store, base, phase, campaigns, rounds, methods or ())
+        else:
+            found, told = _compared_on_surfaces(dir, phase, surfaces, methods or ())
+        typer.echo("\n".join(json.dumps(one) for one in found) if as_json else told)
 
     guarded(answer, as_json)
+
+
+def _compared_on_surfaces(dir: Path, phase: Any, surfaces: int, methods: Sequence[str]) -> tuple[list[Any], str]:
+    from megatron_evolve.contest.protocol import run_attempt
+    from megatron_evolve.contest.table import figures, page, plot
+    from megatron_evolve.launch.rundir import write_whole
+
+    found = figures(run_attempt(dir, phase, surfaces, methods))
+    write_whole(dir / "contest.md", page(found))
+    write_whole(dir / "contest.svg", plot(found))
+    return found, page(found)
+
+
+def _compared_by_training(
+    dir: Path, store: Path | None, base: str, phase: Any, campaigns: int, rounds: int, methods: Sequence[str]
+) -> tuple[list[Any], str]:
+    from megatron_evolve.campaign import find_campaign, load_campaign
+    from megatron_evolve.contest.real import run_real
+    from megatron_evolve.contest.real_table import figures, page
+    from megatron_evolve.launch.rundir import write_whole
+    from megatron_evolve.prepare import default_store
+
+    campaign = load_campaign(find_campaign(base))
+    rows = run_real(dir, store or default_store(), campaign, phase, campaigns, rounds, methods)
+    found = figures(rows)
+    write_whole(dir / "contest.md", page(found))
+    return found, page(found)
 
 
 def calibrate(

@@ -8,6 +8,7 @@ from megatron_evolve.substrate.digest import digest_file, digest_of
 POLICY = ("axes.py", "comparisons.py", "constitution.py", "dead_ends.py", "delta.py", "edits.py", "evidence.py")
 POLICY += ("facts.py", "gap.py", "meta.py", "policy.py", "promotion.py", "reading.py", "released.py", "review.py")
 POLICY += ("stance.py", "verdict.py", "window.py")
+PAGES = ("contest/table.py", "contest/real_table.py")  # they tell what came, and decide nothing
 STATISTICS = ("paired.py", "reported.py", "score.py", "seeds.py")
 
 
@@ -31,7 +32,7 @@ def policy_sources() -> dict[str, str]:
     for name in ("contest", "simulate", "workers"):
         found |= {f"{name}/{path.name}": path for path in (here / name).glob("*.py")}
     found |= {f"eval/{name}": _beside(here, "eval") / name for name in STATISTICS}
-    return {name: digest_file(path) for name, path in sorted(found.items())}
+    return {name: digest_file(path) for name, path in sorted(found.items()) if name not in PAGES}
 
 
 def _beside(here: Path, room: str) -> Path:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_evolve.contest.space import Space, Spent
 from megatron_evolve.contest.surface import FAMILIES, SCORING_SECONDS, Learnt, Surface
 from megatron_evolve.eval.seeds import weight_vector
 from megatron_evolve.simulate.noise import MEASURED, Noise
@@ -19,10 +20,6 @@ from megatron_evolve.substrate.settings import Settings
 # Of what a run knew, and of its luck, in a run that starts from its weights. Not measured: nano campaigns never hand
 # weights on. Luck is weights, so nearly all of it stays where the next run starts.
 KEPT_SKILL, KEPT_LUCK = 0.5, 0.8
-
-
-class Spent(Exception):
-    """The budget of runs is used up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +56,10 @@ class Laboratory:
     seconds: float = 0.0
 
     @property
+    def space(self) -> Space:
+        return self.surface.space
+
+    @property
     def left(self) -> int:
         return self.budget - self.runs
 
@@ -77,9 +78,9 @@ class Laboratory:
         """Runs that were frozen with the judge, before the campaign: they count for nobody."""
         return [self._trained(settings, None) for _ in range(count)]
 
-    def sheet(self, split: str, per_family: int) -> Sheet:
-        """Fresh items of a split."""
-        codes = np.repeat(np.arange(len(FAMILIES)), per_family)
+    def sheet(self, split: str, number: int = 1) -> Sheet:
+        """Fresh items of a split, or of both dev halves; items of one round are no more alike than others here."""
+        codes = np.repeat(np.arange(len(FAMILIES)), self.space.num_items(split))
         ids = np.array([f"{split}/{self.rng.integers(1 << 62)}-{place}" for place in range(len(codes))])
         return Sheet(split, self.rng.random(len(codes)), codes, ids, np.array(FAMILIES)[codes])
 
@@ -90,10 +91,14 @@ class Laboratory:
         by_chance = self.rng.random(len(accuracy_n)) < self.noise.redraw
         return np.where(by_chance, self.rng.random(len(accuracy_n)), sheet.difficulty_n) < accuracy_n
 
+    def scoring_seconds(self, trained: Trained, sheet: Sheet) -> float:
+        """CPU-seconds of one scoring job: of both dev halves, or of one half of the target."""
+        return SCORING_SECONDS["dev" if sheet.split.startswith("dev") else "external"]
+
     def score(self, trained: Trained, sheet: Sheet) -> float:
         """The weighted score of a run on a sheet; its cost and its look are counted."""
         outside = not sheet.split.startswith("dev")
-        self.seconds += SCORING_SECONDS["external" if outside else "dev"]
+        self.seconds += self.scoring_seconds(trained, sheet)
         self.looks += outside
         weights = self.surface.external_weights if outside else self.surface.dev_weights
         right = self.answers(trained, sheet)

@@ -10,12 +10,10 @@ from typing import Protocol
 import numpy as np
 
 from megatron_evolve.axes import generic_axes
-from megatron_evolve.campaign import Campaign
-from megatron_evolve.contest.product import VIEW, Variant, campaign_of
-from megatron_evolve.contest.surface import FAMILIES, ORIGIN, STYLES, Surface
+from megatron_evolve.contest.space import Space
 from megatron_evolve.policy import DomainState, Operator, SearchPolicy
 from megatron_evolve.proposals import brief_of
-from megatron_evolve.substrate.mix import Mix
+from megatron_evolve.substrate.mix import WEIGHT_DIGITS, Mix
 from megatron_evolve.substrate.recipe import Adapter
 from megatron_evolve.substrate.settings import Settings
 from megatron_evolve.workers.propose import propose
@@ -30,14 +28,14 @@ ANY_OPERATOR = MIX_OPERATORS + RECIPE_OPERATORS
 class Mutation:
     """Steps from some settings along a random axis, in a random direction and size."""
 
-    def __init__(self, surface: Surface, rng: np.random.Generator) -> None:
-        self.rng = rng
-        self.campaign: Campaign = campaign_of(Variant()).replace(seed=int(rng.integers(1 << 30)))
+    def __init__(self, space: Space, rng: np.random.Generator) -> None:
+        self.space, self.rng = space, rng
+        self.campaign = space.campaign.replace(seed=int(rng.integers(1 << 30)))
         states = {
             name: DomainState(dev=None, external=None, dev_weight=weight, external_weight=None)
-            for name, weight in surface.dev_weights.items()
+            for name, weight in space.dev_weights.items()
         }
-        self.policy = SearchPolicy(round=1, standing=ORIGIN, axes=generic_axes(), domains=states)
+        self.policy = SearchPolicy(round=1, standing=space.origin, axes=generic_axes(), domains=states)
         self.num_asked = 0
 
     def __call__(self, settings: Settings, operators: Sequence[Operator] = ANY_OPERATOR) -> Settings:
@@ -51,10 +49,10 @@ class Mutation:
             direction=str(self.rng.choice(["up", "down"])),
         )
         policy = self.policy.replace(standing=settings)
-        answer = propose(brief_of(self.campaign, VIEW, policy, self.num_asked, axis, 0, None))
+        answer = propose(brief_of(self.campaign, self.space.view, policy, self.num_asked, axis, 0, None))
         if answer.delta is None:
             return settings
-        found = validate(answer.delta, policy, self.campaign.constitution, VIEW)
+        found = validate(answer.delta, policy, self.campaign.constitution, self.space.view)
         return found if isinstance(found, Settings) else settings
 
 
@@ -84,18 +82,19 @@ class SamplesUniformly:
         return str(choices[self.rng.integers(len(choices))])
 
 
-def point(trial: Suggests, max_steps: int) -> Settings:
+def point(trial: Suggests, space: Space) -> Settings:
     """The settings that a trial names."""
-    weight = {name: trial.suggest_float(f"weight.{name}", 0.25, 4.0, log=True) for name in FAMILIES}
-    style = {name: trial.suggest_categorical(f"style.{name}", STYLES[name]) for name in FAMILIES}
-    steps = trial.suggest_int("steps", 50, max_steps)
+    max_steps = space.campaign.constitution.limits.max_steps
+    weight = {name: trial.suggest_float(f"weight.{name}", 0.25, 4.0, log=True) for name in space.families}
+    style = {name: trial.suggest_categorical(f"style.{name}", space.styles[name]) for name in space.families}
+    steps = trial.suggest_int("steps", max(1, max_steps // 4), max_steps)
     rank = trial.suggest_categorical("adapter", ["none", "16", "64"])
-    recipe = ORIGIN.recipe.replace(
+    recipe = space.origin.recipe.replace(
         lr=trial.suggest_float("lr", 5e-4, 1.2e-2, log=True),
         steps=steps,
         schedule=trial.suggest_categorical("schedule", ["cosine", "linear", "constant"]),
         min_lr_ratio=trial.suggest_float("min_lr_ratio", 0.0, 0.5),
-        warmup_steps=trial.suggest_int("warmup_steps", 0, 40),
+        warmup_steps=trial.suggest_int("warmup_steps", 0, max_steps // 5),
         weight_decay=trial.suggest_float("weight_decay", 0.0, 0.1),
         clip_grad=trial.suggest_float("clip_grad", 0.25, 4.0, log=True),
         adapter=None if rank == "none" else Adapter(rank=int(rank), alpha=float(rank)),
@@ -105,17 +104,23 @@ def point(trial: Suggests, max_steps: int) -> Settings:
     return Settings(mix=Mix(weight=weight, style=style), recipe=recipe)
 
 
-ORIGIN_POINT: dict[str, float | int | str] = {
-    **{f"weight.{name}": 1.0 for name in FAMILIES},
-    **{f"style.{name}": "answer" for name in FAMILIES},
-    "steps": ORIGIN.recipe.steps,
-    "adapter": "none",
-    "lr": ORIGIN.recipe.lr,
-    "schedule": ORIGIN.recipe.schedule,
-    "min_lr_ratio": ORIGIN.recipe.min_lr_ratio,
-    "warmup_steps": ORIGIN.recipe.warmup_steps,
-    "weight_decay": ORIGIN.recipe.weight_decay,
-    "clip_grad": ORIGIN.recipe.clip_grad,
-    "selection": ORIGIN.recipe.checkpoint_selection,
-    "answer_loss_weight": ORIGIN.recipe.answer_loss_weight,
-}
+def origin_point(space: Space) -> dict[str, float | int | str]:
+    """What a trial must name for `point` to give the origin's settings."""
+    mix, recipe = space.origin.mix, space.origin.recipe
+    return {
+        **{
+            f"weight.{name}": round(mix.weight[name] * len(space.families), WEIGHT_DIGITS - 1)
+            for name in space.families
+        },
+        **{f"style.{name}": mix.style[name] for name in space.families},
+        "steps": recipe.steps,
+        "adapter": "none" if recipe.adapter is None else str(recipe.adapter.rank),
+        "lr": recipe.lr,
+        "schedule": recipe.schedule,
+        "min_lr_ratio": recipe.min_lr_ratio,
+        "warmup_steps": recipe.warmup_steps,
+        "weight_decay": recipe.weight_decay,
+        "clip_grad": recipe.clip_grad,
+        "selection": recipe.checkpoint_selection,
+        "answer_loss_weight": recipe.answer_loss_weight,
+    }

@@ -1,8 +1,8 @@
-"""This project's policy on a simulated surface: the product's own proposer, reviewer, judge and meta, run by run.
+"""This project's policy in a laboratory: the product's own proposer, reviewer, judge and meta, run by run.
 
 Nothing here decides. Deltas come from `workers.propose`, are refused by `workers.validate`, evidence is `review`'s on
-per-item answers, verdicts `verdict.judge`'s, and `next_policy` writes the next round. What is new is only that a run is
-drawn from a surface in place of being trained, and that its rows are in memory. A `Variant` leaves one part out.
+per-item answers, verdicts `verdict.judge`'s, and `next_policy` writes the next round. What is new is only that a
+laboratory draws or trains each run, and that its answers are in memory. A `Variant` leaves one part out.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from megatron_evolve.artefacts import CampaignFolder
-from megatron_evolve.campaign import Campaign, find_campaign, load_campaign
+from megatron_evolve.campaign import Campaign
 from megatron_evolve.candidate import candidate_id
 from megatron_evolve.comparisons import Weights
-from megatron_evolve.contest.laboratory import Laboratory, Sheet, Spent, Trained
-from megatron_evolve.contest.surface import ORIGIN, SCORING_SECONDS, STYLES
+from megatron_evolve.contest.space import SPLITS, Lab, Sheet, Spent, Trained
 from megatron_evolve.delta import canonical_change
 from megatron_evolve.eval.paired import Answers, RunItems
 from megatron_evolve.eval.score import ItemRows
@@ -26,23 +25,14 @@ from megatron_evolve.eval.seeds import RunReplicates
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.facts import ProposalFacts, RoundFacts, RunFacts
 from megatron_evolve.meta import initial_policy, next_policy
-from megatron_evolve.origin import Origin
+from megatron_evolve.origin import ORIGIN_ROUND, Origin
 from megatron_evolve.policy import DomainState, Replicates, SearchPolicy
 from megatron_evolve.proposals import Setback, brief_of
 from megatron_evolve.review import a_half_means, first_pooled, review
-from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
 from megatron_evolve.workers.propose import propose
 from megatron_evolve.workers.validate import validate
 
-SUBSTRATE = digest_of("contest")
-VIEW: dict[str, Any] = {
-    "digest": SUBSTRATE,
-    "default": ORIGIN.model_dump(mode="json"),
-    "construction": {"styles": {name: list(styles) for name, styles in STYLES.items()}},
-}
-PER_FAMILY = {"dev-a": 200, "dev-b": 200, "external-a": 100, "external-b": 100}  # the demo's
-ORIGIN_SEEDS = 8
 NOWHERE = CampaignFolder(Path("contest"))
 
 
@@ -55,19 +45,17 @@ class Variant:
     replicates: bool = True
 
 
-@lru_cache(maxsize=8)
-def campaign_of(variant: Variant) -> Campaign:
-    """The demo's campaign; what a variant saves on anchors or replicates is spent on more explorers."""
-    demo = load_campaign(find_campaign("demo"))
-    rules = demo.constitution
+def campaign_of(variant: Variant, base: Campaign) -> Campaign:
+    """The campaign of a variant; what it saves on anchors or replicates is spent on more explorers."""
+    rules = base.constitution
     if not variant.anchor:  # its 3 runs go to 3 explorers
         rules = rules.replace(workers=rules.workers + rules.anchor_seeds)
     if not variant.replicates:  # one anchor run, no further seeds: 2 + 2 runs go to 4 explorers
         rules = rules.replace(workers=rules.workers + 4, anchor_seeds=1)
-    replicates = demo.search.replicates
+    replicates = base.search.replicates
     if not variant.replicates:
         replicates = Replicates(explorer=1, confirm_candidates=0, confirm_seeds=0)
-    return demo.replace(constitution=rules, search=demo.search.replace(replicates=replicates))
+    return base.replace(constitution=rules, search=base.search.replace(replicates=replicates))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +106,12 @@ def _rows(sheet: Sheet, right: np.ndarray) -> ItemRows:
 class ProductCampaign:
     """One campaign of the product, or of a variant, in a laboratory."""
 
-    def __init__(self, lab: Laboratory, variant: Variant, seed: int) -> None:
+    def __init__(self, lab: Lab, variant: Variant, seed: int) -> None:
         self.lab, self.variant = lab, variant
-        self.campaign = campaign_of(variant).replace(seed=seed)
+        self.space = lab.space
+        self.campaign = campaign_of(variant, self.space.campaign).replace(seed=seed)
         self.rules = self.campaign.constitution
-        self.weights = Weights(lab.surface.dev_weights, lab.surface.external_weights)
+        self.weights = Weights(self.space.dev_weights, self.space.external_weights)
         self.origin = self._origin()
         self.closed: list[RoundFacts] = []
         self.evidence: list[Evidence] = []
@@ -138,27 +127,28 @@ class ProductCampaign:
         accuracy = self.origin.family_means("dev-a")
         domains = {
             name: DomainState(dev=accuracy[name], external=None, dev_weight=weight, external_weight=None)
-            for name, weight in self.lab.surface.dev_weights.items()
+            for name, weight in self.space.dev_weights.items()
         }
-        policy = initial_policy(ORIGIN, domains, self.rules)
+        policy = initial_policy(self.space.origin, domains, self.rules)
         return policy.replace(round=1, replicates=self.campaign.search.replicates)
 
     def _origin(self) -> Origin:
-        runs = self.lab.origin_runs(ORIGIN, ORIGIN_SEEDS)
-        sheets = {split: self.lab.sheet(split, count) for split, count in PER_FAMILY.items()}
-        name = candidate_id(SUBSTRATE, ORIGIN)
+        num_seeds = self.campaign.judge.origin_seeds
+        runs = self.lab.origin_runs(self.space.origin, num_seeds)
+        sheets = {split: self.lab.sheet(split, ORIGIN_ROUND) for split in SPLITS}
+        name = candidate_id(self.space.substrate, self.space.origin)
         drawn = self.origin_drawn = [self._answer(name, seed, run, sheets) for seed, run in enumerate(runs)]
         halves = ("external-a", "external-b")
         dev, outside = (
-            Answers.of([run.items(splits) for run in drawn]).replicates(name, range(ORIGIN_SEEDS))
+            Answers.of([run.items(splits) for run in drawn]).replicates(name, range(num_seeds))
             for splits in (("dev-b",), halves)
         )
         means = {}
-        for split in PER_FAMILY:
+        for split in SPLITS:
             answers = Answers.of([run.items((split,)) for run in drawn])
             means[split] = dict(zip(answers.families, answers.family_means_RF().mean(0).tolist(), strict=True))
         replicates = RunReplicates(dev, outside).to_dict()
-        return Origin(candidate=name, seeds=tuple(range(ORIGIN_SEEDS)), means=means, replicates=replicates)
+        return Origin(candidate=name, seeds=tuple(range(num_seeds)), means=means, replicates=replicates)
 
     # --- a round ---
 
@@ -199,8 +189,9 @@ class DrawnRound:
 
     def __init__(self, owner: ProductCampaign, policy: SearchPolicy) -> None:
         self.owner, self.policy, self.lab = owner, policy, owner.lab
-        self.sheets = {split: self.lab.sheet(split, count) for split, count in PER_FAMILY.items()}
-        self.anchor = candidate_id(SUBSTRATE, policy.standing)
+        self.space = owner.space
+        self.sheets = {split: self.lab.sheet(split, policy.round) for split in SPLITS}
+        self.anchor = candidate_id(self.space.substrate, policy.standing)
         self.settings: dict[str, Settings] = {self.anchor: policy.standing}
         self.proposals: list[ProposalFacts] = []
         self.refusals: list[dict[str, Any]] = []
@@ -249,7 +240,7 @@ class DrawnRound:
             folder=NOWHERE,
             policy=self.policy,
             policy_digest="",
-            substrate=SUBSTRATE,
+            substrate=self.space.substrate,
             judge="",
             anchor=self.anchor,
             proposals=tuple(self.proposals),
@@ -261,7 +252,7 @@ class DrawnRound:
         if run is None:
             end = {"outcome": "diverged", "reason": "the loss was not finite", "cpu_seconds": 0.0}
             return DrawnRun(name, seed, NOWHERE.root, {"train": end}, answered={})
-        self.lab.seconds += SCORING_SECONDS["dev"]
+        self.lab.seconds += self.lab.scoring_seconds(run, self.sheets["dev-a"])  # one job asks both halves
         dev = {split: self.sheets[split] for split in ("dev-a", "dev-b")}
         return self.owner._answer(name, seed, run, dev)
 
@@ -273,7 +264,7 @@ class DrawnRound:
         self.lab.looks += 1
         for place in runs:
             run, drawn = self.trained[name][place]
-            self.lab.seconds += SCORING_SECONDS["external"]
+            self.lab.seconds += self.lab.scoring_seconds(run, self.sheets[split])
             sheet = {split: self.sheets[split]}
             self.trained[name][place] = run, self.owner._answer(name, drawn.seed, run, sheet, drawn)
 
@@ -281,13 +272,13 @@ class DrawnRound:
         """Asks a worker until a candidate of its trains, or its repairs are used up."""
         owner, setback, refused = self.owner, None, ""
         for attempt in range(owner.rules.repairs + 1):
-            brief = brief_of(owner.campaign, VIEW, self.policy, worker, axis, attempt, setback)
+            brief = brief_of(owner.campaign, self.space.view, self.policy, worker, axis, attempt, setback)
             proposal = propose(brief)
             if proposal.delta is None:
                 refused, setback = proposal.nothing, Setback(None, "", proposal.nothing)
                 continue
-            settings = validate(proposal.delta, self.policy, owner.rules, VIEW)
-            name = candidate_id(SUBSTRATE, settings)
+            settings = validate(proposal.delta, self.policy, owner.rules, self.space.view)
+            name = candidate_id(self.space.substrate, settings)
             if name in self.settings and attempt:
                 return
             self.settings[name] = settings

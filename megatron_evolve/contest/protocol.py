@@ -12,15 +12,17 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from megatron_evolve.constitution import Constitution
-from megatron_evolve.contest.laboratory import Laboratory, Trained
-from megatron_evolve.contest.product import ProductCampaign, Variant, campaign_of
+from megatron_evolve.campaign import Campaign
+from megatron_evolve.contest.laboratory import Laboratory
+from megatron_evolve.contest.product import ProductCampaign, Variant
 from megatron_evolve.contest.rivals import RIVALS
+from megatron_evolve.contest.space import Lab, demo
 from megatron_evolve.contest.surface import FAMILIES, KINDS, ORIGIN, Kind, Surface, draw_surface
 from megatron_evolve.contest.unanchored import UnanchoredCampaign
 from megatron_evolve.eval.seeds import weight_vector
@@ -34,25 +36,36 @@ TWINS = 2
 ATTEMPT, ROWS = "attempt.json", "rows.jsonl"
 PRODUCT = "this policy"
 
-Method = Callable[[Laboratory], Trained]
+Method = Callable[[Lab], Any]
 
 
-def _product(variant: Variant, kind: type[ProductCampaign] = ProductCampaign) -> Method:
-    return lambda lab: kind(lab, variant, int(lab.rng.integers(1 << 31))).run()
+@dataclass(frozen=True)
+class Product:
+    """The product, or a variant of it, as a method."""
+
+    variant: Variant
+    kind: type[ProductCampaign] = ProductCampaign
+
+    def open(self, lab: Lab) -> ProductCampaign:
+        """The campaign before its first round."""
+        return self.kind(lab, self.variant, int(lab.rng.integers(1 << 31)))
+
+    def __call__(self, lab: Lab) -> Any:
+        return self.open(lab).run()
 
 
 METHODS: dict[str, Method] = {
-    PRODUCT: _product(Variant()),
-    "no anchor": _product(Variant(anchor=False), UnanchoredCampaign),
-    "no dead ends": _product(Variant(dead_ends=False)),
-    "no replicates": _product(Variant(replicates=False)),
+    PRODUCT: Product(Variant()),
+    "no anchor": Product(Variant(anchor=False), UnanchoredCampaign),
+    "no dead ends": Product(Variant(dead_ends=False)),
+    "no replicates": Product(Variant(replicates=False)),
     **RIVALS,
 }
 
 
-def budget_of(rules: Constitution) -> int:
+def budget_of(campaign: Campaign) -> int:
     """Training runs that every method may use: what the product's own plan takes at most."""
-    replicates = campaign_of(Variant()).search.replicates
+    rules, replicates = campaign.constitution, campaign.search.replicates
     explorers = (rules.workers - 1) * replicates.explorer
     return rules.rounds * (rules.anchor_seeds + explorers + replicates.confirm_candidates * replicates.confirm_seeds)
 
@@ -64,7 +77,11 @@ def contest_sources() -> str:
 
 def open_attempt(root: Path, phase: Phase, surfaces: int) -> dict[str, Any]:
     """The attempt in `root`, opened if it is new. Raises ValueError if other code or another size opened it."""
-    wanted = {"schema": "contest/1", "phase": phase, "surfaces": surfaces, "code": contest_sources()}
+    return open_folder(root, {"schema": "contest/1", "phase": phase, "surfaces": surfaces, "code": contest_sources()})
+
+
+def open_folder(root: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The attempt that a folder holds, opened if it is new. Raises ValueError in one sentence if it is another one."""
     path = root / ATTEMPT
     make_folder(root)
     if not path.exists():
@@ -85,10 +102,11 @@ def surfaces_of(attempt: dict[str, Any]) -> Iterator[tuple[int, Surface]]:
     held_out = attempt["phase"] == "held-out"
     kinds = KINDS if held_out else DEVELOPMENT_KINDS
     for number in range(attempt["surfaces"]):
-        yield number, draw_surface(kinds[number % len(kinds)], *_material(attempt), number)
+        yield number, draw_surface(kinds[number % len(kinds)], *material_of(attempt), number)
 
 
-def _material(attempt: dict[str, Any]) -> tuple[str, ...]:
+def material_of(attempt: dict[str, Any]) -> tuple[str, ...]:
+    """What an attempt's seeds follow from: of a held-out one, the code."""
     return ("held-out", attempt["code"]) if attempt["phase"] == "held-out" else ("development",)
 
 
@@ -96,11 +114,7 @@ def run_attempt(root: Path, phase: Phase, surfaces: int, methods: Sequence[str] 
     """Runs what is missing of an attempt and returns all its rows. Raises ValueError in one sentence."""
     if surfaces < 2:
         raise ValueError(f"expected at least 2 surfaces, got {surfaces}: an interval needs two")
-    for name in methods:
-        if name not in METHODS:
-            raise ValueError(f"expected a method, got {name!r}: choose from {', '.join(METHODS)}")
-    chosen = list(methods) or list(METHODS)
-    _check_optuna(chosen)
+    chosen = chosen_methods(methods, list(METHODS))
     attempt = open_attempt(root, phase, surfaces)
     with Lock(root / "lock"):
         rows = read_rows(root)
@@ -109,11 +123,18 @@ def run_attempt(root: Path, phase: Phase, surfaces: int, methods: Sequence[str] 
             for twin in range(TWINS):
                 for name in chosen:
                     if (name, number, twin) not in done:
-                        rows.append(_append(root, one_campaign(attempt, number, surface, twin, name)))
+                        rows.append(append_row(root, one_campaign(attempt, number, surface, twin, name)))
+                        if sys.stderr.isatty():
+                            print(f"{name}, surface {number}: {100 * rows[-1]['gain']:+.1f} pt", file=sys.stderr)
     return rows
 
 
-def _check_optuna(chosen: Sequence[str]) -> None:
+def chosen_methods(named: Sequence[str], usual: Sequence[str]) -> list[str]:
+    """The methods named, or the usual ones. Raises ValueError for an unknown one, or where Optuna is missing."""
+    for name in named:
+        if name not in METHODS:
+            raise ValueError(f"expected a method, got {name!r}: choose from {', '.join(METHODS)}")
+    chosen = list(named or usual)
     if any(name.startswith("TPE") for name in chosen):
         try:
             import optuna  # noqa: F401
@@ -122,12 +143,13 @@ def _check_optuna(chosen: Sequence[str]) -> None:
                 "expected optuna, against which this policy is compared, found none: pip install optuna, or name the "
                 "methods without TPE"
             ) from None
+    return chosen
 
 
 def one_campaign(attempt: dict[str, Any], number: int, surface: Surface, twin: int, name: str) -> dict[str, Any]:
     """One campaign of one method, as its row."""
-    seed = digest_of({"attempt": _material(attempt), "surface": number, "twin": twin, "method": name})
-    budget = budget_of(campaign_of(Variant()).constitution)
+    seed = digest_of({"attempt": material_of(attempt), "surface": number, "twin": twin, "method": name})
+    budget = budget_of(demo())
     lab = Laboratory(surface, np.random.default_rng(int(seed[:16], 16)), budget)
     start = time.process_time()
     shipped = METHODS[name](lab)
@@ -163,12 +185,12 @@ def read_rows(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def _append(root: Path, row: dict[str, Any]) -> dict[str, Any]:
+def append_row(root: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """Adds a finished campaign's line and returns it as a reader finds it."""
+    line = json.dumps(row).encode()
     with open(root / ROWS, "ab", buffering=0) as file:
-        file.write(json.dumps(row).encode() + b"\n")
-    if sys.stderr.isatty():
-        print(f"{row['method']}, surface {row['surface']}: {100 * row['gain']:+.1f} pt", file=sys.stderr)
-    return row
+        file.write(line + b"\n")
+    return json.loads(line)
 
 
 def result(root: Path) -> dict[str, Any]:

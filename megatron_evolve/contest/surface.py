@@ -18,10 +18,12 @@ source is named, the others are chosen to keep the single steps of 8 to 16 point
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 
+from megatron_evolve.contest.space import Space, demo
 from megatron_evolve.eval.seeds import weight_vector
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.mix import Mix
@@ -44,6 +46,11 @@ ORIGIN = Settings(
     mix=Mix(weight=dict.fromkeys(FAMILIES, 1 / len(FAMILIES)), style=dict.fromkeys(FAMILIES, "answer")),
     recipe=Recipe(),
 )
+VIEW: dict[str, Any] = {
+    "digest": digest_of("contest"),
+    "default": ORIGIN.model_dump(mode="json"),
+    "construction": {"styles": {name: list(styles) for name, styles in STYLES.items()}},
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +84,11 @@ class Surface:
     @property
     def external_weights(self) -> dict[str, float]:
         return dict.fromkeys(FAMILIES, 1.0 / len(FAMILIES))
+
+    @cached_property
+    def space(self) -> Space:
+        """What a method may know of it."""
+        return Space(demo(), VIEW, ORIGIN, self.dev_weights, self.external_weights)
 
     def does_diverge(self, settings: Settings) -> bool:
         """Whether training blows up: a rate this many octaves above the origin's, more with a warm-up."""

@@ -101,34 +101,36 @@ HEADER += ("looks", "pt a look", "CPU-s", "pt per 1,000 CPU-s")
 def page(found: Sequence[dict[str, Any]]) -> str:
     """Two Markdown tables: all methods, and what each reached on each kind of surface."""
     kinds = [kind for kind in KINDS if any(kind in one["by_kind"] for one in found)]
-    first = _markdown(HEADER, [_row(one) for one in found])
-    by_kind = [[one["method"], *(_told(one["by_kind"].get(kind), 100, 1) for kind in kinds)] for one in found]
-    return f"{first}\n\n{_markdown(('method', *kinds), by_kind)}\n"
+    first = markdown(HEADER, [_row(one) for one in found])
+    by_kind = [[one["method"], *(interval_text(one["by_kind"].get(kind), 100, 1) for kind in kinds)] for one in found]
+    return f"{first}\n\n{markdown(('method', *kinds), by_kind)}\n"
 
 
 def _row(one: dict[str, Any]) -> list[str]:
     return [
         one["method"],
-        _told(one["gain"], 100, 1),
-        _told(one["against"], 100, 1),
+        interval_text(one["gain"], 100, 1),
+        interval_text(one["against"], 100, 1),
         f"{100 * one['again']['mean']:+.1f}",
         f"{100 * one['dev_gain']['mean']:+.1f}",
         "-" if one["spread"] is None else f"{100 * one['spread']:.1f}",
         f"{one['looks']:.0f}",
-        _told(one["gain_per_look"], 100, 2),
+        interval_text(one["gain_per_look"], 100, 2),
         f"{one['cpu_seconds']:.0f}",
-        _told(one["gain_per_cpu_second"], 1e5, 1),
+        interval_text(one["gain_per_cpu_second"], 1e5, 1),
     ]
 
 
-def _told(found: dict[str, float] | None, factor: float, digits: int) -> str:
+def interval_text(found: dict[str, float] | None, factor: float, digits: int) -> str:
+    """A mean with its bounds, in points or what `factor` makes of them; a dash for none."""
     if found is None:
         return "-"
     mean, low, high = (f"{factor * found[name]:+.{digits}f}" for name in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
