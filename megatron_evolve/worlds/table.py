@@ -14,7 +14,7 @@ from pydantic import Field
 from megatron_evolve.eval.paired import wilson
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.verdict import OVERALL
-from megatron_evolve.worlds.truth import TrueEffect
+from megatron_evolve.worlds.truth import TRUTH_ALPHA, TrueEffect
 
 EVERYWHERE = "all worlds"
 
@@ -26,6 +26,9 @@ class Alarm(Frozen):
     estimand: str
     scope: str
     outcome: str
+    attributed_to: tuple[str, ...] = Field(
+        default=(), description="families that make up its dev gain, where the target names none; no test of them"
+    )
 
 
 class CampaignResult(Frozen):
@@ -189,6 +192,19 @@ COLUMNS = {
 }
 
 
+def document_of(facts: dict[str, Any], names: Sequence[str], results: Sequence[CampaignResult]) -> dict[str, Any]:
+    """The result as numbers, with its page as `table`. `facts` say what was run, `names` the worlds in order."""
+    found = summaries(names, results)
+    facts = {**facts, "alpha": TRUTH_ALPHA, "cpu_hours": sum(one.cpu_seconds for one in results) / 3600}
+    return {
+        "schema": "worlds-result/1",
+        **facts,
+        "worlds": [one.model_dump(mode="json") for one in found],
+        "campaigns": [one.model_dump(mode="json", by_alias=True) for one in results],
+        "table": page(facts, found, results),
+    }
+
+
 def page(facts: dict[str, Any], found: Sequence[WorldSummary], results: Sequence[CampaignResult]) -> str:
     """The result as Markdown. `facts` fill in how to read it."""
     rows = [[_cell(getattr(one, name)) for name in COLUMNS] for one in found]
@@ -209,7 +225,7 @@ def _campaign_row(one: CampaignResult) -> list[str]:
         if effect.apart and (effect.scope not in largest or effect.g.mean > largest[effect.scope].g.mean):
             largest[effect.scope] = effect
     parted = [f"{scope} {100 * effect.g.mean:+.1f}" for scope, effect in sorted(largest.items())]
-    said = dict.fromkeys(f"{alarm.scope} ({alarm.outcome}, round {alarm.round})" for alarm in one.alarms)
+    said = dict.fromkeys(_said(alarm) for alarm in one.alarms)
     accuracy = one.sealed["accuracy"]
     scores = [f"{accuracy[side]:.3f}" if side in accuracy else "-" for side in ("standing", "maximiser")]
     difference = "-" if one.difference is None else f"{100 * one.difference:+.1f}"
@@ -217,6 +233,11 @@ def _campaign_row(one: CampaignResult) -> list[str]:
         difference = "+0.0 (same settings)"
     told = one.sealed["reason"] or difference
     return [one.campaign, str(one.seed), ", ".join(parted) or "nothing", ", ".join(said) or "nothing", *scores, told]
+
+
+def _said(alarm: Alarm) -> str:
+    by = f", by {' and '.join(alarm.attributed_to)}" if alarm.attributed_to else ""
+    return f"{alarm.scope} ({alarm.outcome}, round {alarm.round}{by})"
 
 
 def _cell(value: Any) -> str:
