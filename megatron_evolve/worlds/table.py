@@ -210,6 +210,12 @@ def page(facts: dict[str, Any], found: Sequence[WorldSummary], results: Sequence
     rows = [[_cell(getattr(one, name)) for name in COLUMNS] for one in found]
     parts = ["# Worlds", HOW_TO_READ.format(**facts), _markdown(list(COLUMNS.values()), rows)]
     parts += ["## Campaigns", _markdown(list(CAMPAIGN_COLUMNS), [_campaign_row(one) for one in results])]
+    told = [one.campaign for one in results if {effect.scope for effect in one.truth} == {OVERALL}]
+    if told:
+        parts.append(
+            f"The target tells scores alone in {', '.join(told)}: what is said and true there is of dev as a whole; "
+            "families beside an alarm are those that made up its dev gain."
+        )
     versions = sorted({one.decisions[:8] for one in results})
     if len(versions) > 1:
         parts.append(f"These campaigns were run by {len(versions)} versions of the code: {', '.join(versions)}.")

@@ -11,6 +11,7 @@ import yaml
 
 from megatron_evolve.audit import open_record, verify_campaign
 from megatron_evolve.campaign import find_campaign, load_campaign
+from megatron_evolve.eval.score import read_rows
 from megatron_evolve.launch.rundir import read_json
 from megatron_evolve.status import status
 from megatron_evolve.worlds.grid import board_judge_of, campaign_of, judge_of, load_grid, truth_judge_of
@@ -92,11 +93,16 @@ def test_a_target_that_is_a_leaderboard_is_asked_once_a_run(own_ground: Ground, 
     ran = [str(place / name / "runs" / seed / "train") for _, name, seed in (run.split("/") for run in asked)]
     assert submitted_runs(board) == sorted(ran), "the leaderboard itself counted"
     assert len(list(record.events.of_kind("external-lost"))) == 1, "the reply that was awaited when the controller died"
-    scores = [read_json(path)["score"] for path in place.glob("*/runs/*/external-b/reported.json")]
-    assert len(scores) == len(asked) - 1 and all(score == round(score, 2) for score in scores)
+    told = {str(path.parents[1] / "train"): read_json(path) for path in place.glob("*/runs/*/external-b/reported.json")}
+    assert len(told) == len(asked) - 1
+    for path in board.parent.glob("submissions/*/submission.json"):
+        answers = read_rows(path.with_name("scores.parquet")).correct
+        one = told.get(read_json(path)["run"])
+        assert one is None or (one["score"], one["items"]) == (round(answers.mean(), 2), len(answers))
     assert verify_campaign(folder)["ok"] and status(folder)["state"] == "closed"
     assert board.resolve() not in folder.resolve().parents and not board.resolve().is_relative_to(out.resolve())
-    assert stat.S_IMODE((board / "manifest.json").stat().st_mode) == 0o600
+    for path in (board / "manifest.json", board.parent / "spec.json"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, "the secret is its owner's alone"
 
     (one,) = read_json(out / "worlds.json")["campaigns"]
     assert {effect["scope"] for effect in one["truth"]} == {"overall"}

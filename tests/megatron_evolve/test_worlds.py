@@ -299,7 +299,12 @@ def test_the_page_prints_whatever_came_out() -> None:
     text = page({**facts, "dev": 10_000, "external": 10_000}, found, results)
     for words in ("2 of 9", "10,000 dev", "a (DECOUPLED, round 2)", "none to count", "2 versions of the code"):
         assert words in text
+    assert "scores alone" not in text
     assert page({**facts, "dev": 1, "external": 1}, [], []).startswith("# Worlds")
+    alarm = Alarm(round=1, estimand="mean", scope="overall", outcome="DECOUPLED", attributed_to=("a", "b"))
+    whole = results[0].replace(alarms=(alarm,), truth=results[0].truth[:1])
+    text = page({**facts, "dev": 1, "external": 1}, [], [whole])
+    assert "scores alone in w-1" in text and "overall (DECOUPLED, round 1, by a and b)" in text
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_evolve.cli import app
 from megatron_evolve.worlds.merge import merged
 from tests.megatron_evolve.test_worlds import CODE, result
 
@@ -33,6 +35,8 @@ def test_the_committed_results_give_the_committed_page() -> None:
     title, body = merged([COMMITTED / "worlds"])["table"].split("\n\n", 1)
     page = (COMMITTED / "worlds.md").read_text()
     assert page.startswith(f"{title}\n\n") and page.endswith(body)
+    told = CliRunner().invoke(app, ["worlds-table", str(COMMITTED / "worlds")])
+    assert told.exit_code == 0 and told.output.strip().endswith(body.strip())
 
 
 def test_grids_of_several_versions_make_one_table(tmp_path: Path) -> None:
