@@ -10,6 +10,7 @@ items is less (`megatron_evolve.released`).
 """
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -63,6 +64,7 @@ class Looks:
         self.external_budget = external_budget
         self._paid: dict[tuple, bytes] = {}  # the line of each look: as a Look it takes four times the memory
         self._counts = {"dev": 0, "external": 0}
+        self._sha = hashlib.sha256()
         self._whole_bytes = 0
         self._secured = False  # whether what is in the file, and its name, survive a power cut
         if self.path.exists():
@@ -109,12 +111,27 @@ class Looks:
         """Counts for people and scripts: looks at dev, at the external target, and its budget."""
         return {**self._counts, "external_budget": self.external_budget}
 
+    @property
+    def digest(self) -> str:
+        """sha256 of every line so far: what a ledger keeps of the account, so that none of it changes afterwards."""
+        return self._sha.hexdigest()
+
+    def digests(self) -> list[str]:
+        """The digest after no look, after the first, and so on to the last."""
+        sha = hashlib.sha256()
+        found = [sha.hexdigest()]
+        for line in self._paid.values():
+            sha.update(line + b"\n")
+            found.append(sha.hexdigest())
+        return found
+
     def _look(self, key: tuple) -> Look | None:
         line = self._paid.get(key)
         return None if line is None else Look.model_validate_json(line)
 
     def _enter(self, look: Look, line: bytes) -> None:
         self._paid[look.key] = line
+        self._sha.update(line + b"\n")
         self._counts["dev"] += look.split.startswith("dev")
         self._counts["external"] += is_budgeted(look.split)
 

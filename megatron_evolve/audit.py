@@ -168,6 +168,7 @@ def _check_ground(record: Record, notes: list[str]) -> None:
         if "source changed" not in str(error):
             raise
         notes.append(f"frozen by another version of the code: {error}")
+    _check_looks(record, notes)
     if record.pruned:
         notes.append(f"the weights of {len(record.pruned)} runs were pruned, as {folder.pruned.name} says")
     for event in record.events:
@@ -180,6 +181,17 @@ def _check_ground(record: Record, notes: list[str]) -> None:
             number, worker, attempt = event.key.split("/")
             path = folder.worker(int(number), int(worker)) / attempt / PROPOSAL
             _must_hold(path, event.data["call"]["reply"])
+
+
+def _check_looks(record: Record, notes: list[str]) -> None:
+    """The account of looks as every round and the close left it: none was changed, added between or taken out since."""
+    kept = [event for kind in ("evidence", "campaign-closed") for event in record.events.of_kind(kind)]
+    digests = set(record.looks.digests())
+    for event in kept:
+        if event.data.get("looks", record.looks.digest) not in digests:
+            raise Broken(str(record.folder.looks), f"the looks paid before {event.kind} {event.key}".rstrip(), "others")
+    if any("looks" not in event.data for event in kept):
+        notes.append("the account of looks was kept by a version of the code that left no digest of it in the ledger")
 
 
 def _check_stage(record: Record, event: Event) -> None:

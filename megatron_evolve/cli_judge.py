@@ -16,6 +16,7 @@ def add_judge_commands(app: typer.Typer) -> None:
     app.command("compare")(compare)
     app.command("calibrate")(calibrate)
     app.command("verify-eval")(verify_eval)
+    app.command("worlds-table")(worlds_table)
 
 
 def simulate(
@@ -153,5 +154,21 @@ def verify_eval(
         typer.echo(json.dumps(found) if as_json else words(found))
         if not found["ok"]:
             raise typer.Exit(1)
+
+    guarded(answer, as_json)
+
+
+def worlds_table(
+    paths: Annotated[list[Path], typer.Argument(help="folders of grids, or their result files", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """One page over the finished campaigns of several grids of worlds, whichever code ran them."""
+    from megatron_evolve.cli import emit, guarded
+
+    def answer() -> None:
+        from megatron_evolve.worlds.merge import merged
+
+        found = merged(paths)
+        emit(found) if as_json else typer.echo(found["table"])
 
     guarded(answer, as_json)

@@ -13,7 +13,7 @@ from megatron_evolve.candidate import Candidate, candidate, run_seed
 from megatron_evolve.comparisons import INTERVAL_ALPHA, Weights, seeds_of
 from megatron_evolve.desk import Awaiting, Desk
 from megatron_evolve.eval.looks import Look
-from megatron_evolve.eval.paired import RunItems, effect, probability_better
+from megatron_evolve.eval.paired import RunItems, effect, minimum_detectable_effect, probability_better
 from megatron_evolve.eval.score import comparison_of, read_rows
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.evidence import Evidence
@@ -40,7 +40,7 @@ def close_campaign(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
         desk.ledger.once("survey", "", lambda: final_survey(desk, policy))
     spent = desk.ledger.find("budget-spent")
     said = finding(desk.campaign, desk.all_evidence(), final, spent.data if spent else None)
-    statement = {"claim": desk.campaign.claim, "final": final, "finding": said}
+    statement = {"claim": desk.campaign.claim, "final": final, "finding": said, "looks": desk.looks.digest}
     return desk.ledger.append("campaign-closed", "", statement).data
 
 
@@ -160,13 +160,17 @@ def sealed_answers(folder: CampaignFolder, run: Run) -> RunItems:
 def compare(
     mine: Sequence[RunItems], theirs: Sequence[RunItems], origin: Origin, weights: Weights, evidence: Sequence[Evidence]
 ) -> dict[str, Any]:
-    """Accuracy of both sides and the paired gain; a side that no run finished has none, and says so."""
+    """Accuracy of both sides and the paired gain; a side that no run finished has none, and says so.
+
+    The smallest visible effect is the true gain whose interval leaves zero out with 80 % power.
+    """
     if not mine or not theirs:
         side = "the origin" if mine else "the standing settings"
         return {"failed": f"no run of {side} finished and was scored"}
     earlier = [RunReplicates.from_dict(one) for found in evidence for one in found.replicates]
     pool = SeedPool((*origin.pooled(), *earlier))
     found = effect(mine, theirs, weights.external, seeds_of(pool, weights, "external"))
+    smallest = minimum_detectable_effect(found, INTERVAL_ALPHA) if found.item_variance else None
     means = {}
     for name, runs in (("standing", mine), ("origin", theirs)):
         means[name] = sum(_mean(run, weights.external) for run in runs) / len(runs)
@@ -180,6 +184,7 @@ def compare(
             "low": found.lower(INTERVAL_ALPHA),
             "high": found.upper(INTERVAL_ALPHA),
             "p_better": probability_better(found),
+            "minimum_detectable_effect": smallest,
         },
     }
 

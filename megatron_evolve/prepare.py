@@ -221,7 +221,9 @@ def freeze(spec: JudgeSpec, substrate: Substrate, store: Path, *, packed: bool =
     document = {name: named[name] for name in ("dev", "secret")}
     document["external"] = named["external"] if spec.target_suite else None
     document["engine"] = {**named["engine"], "version": __version__}
-    write_json(folder.parent / "spec.json", document)
+    spec_file = folder.parent / "spec.json"
+    write_json(spec_file, document)
+    spec_file.chmod(0o600)  # it holds the secret, as the judge's manifest does
     judge_process(*freezing(folder))
     return folder
 

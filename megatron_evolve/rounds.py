@@ -255,7 +255,7 @@ def _write_evidence(desk: Desk, number: int) -> dict[str, Any]:
     window = [desk.facts(one) for one in range(first_pooled(desk.policy(number), rules), number + 1)]
     earlier = [one for past in pooled_rounds(number) for one in desk.evidence(past).replicates]
     evidence = review(window, rules, desk.origin, desk.weights, earlier, desk.looks.summary())
-    return {"digest": save_json(desk.ground.folder.evidence(number), evidence)}
+    return {"digest": save_json(desk.ground.folder.evidence(number), evidence), "looks": desk.looks.digest}
 
 
 def _write_policy(desk: Desk, policy: SearchPolicy, evidence: Evidence) -> dict[str, Any]:

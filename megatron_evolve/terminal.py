@@ -149,6 +149,8 @@ def show_status(found: dict[str, Any]) -> None:
             console.print(f"budget: {one['used']:.4g} of {one['budget']:g} {WORDS[name]} used")
     for one in found["rounds"]:
         console.print(round_table(one))
+    if final := (found.get("closing") or {}).get("final"):
+        console.print(final_table(final))
 
 
 def round_table(one: dict[str, Any]) -> Table:
@@ -171,6 +173,26 @@ def round_table(one: dict[str, Any]) -> Table:
             _score(found["dev"]),
             _score(found["external"]),
         )
+    return table
+
+
+def final_table(final: dict[str, Any]) -> Table | str:
+    """The standing settings against the origin on the sealed items; a line where nothing was compared."""
+    if "gain" not in final:
+        return f"sealed items: {final.get('failed', 'the standing settings are still the origin, nothing to compare')}"
+    gain = final["gain"]
+    smallest = gain.get("minimum_detectable_effect")
+    visible = "unknown" if smallest is None else f"{100 * smallest:.1f} pt"
+    mean, low, high = (f"{100 * gain[name]:+.1f}" for name in ("mean", "low", "high"))
+    table = Table(
+        title=f"sealed items  ({final['items']:,}, asked once; smallest visible difference {visible})",
+        caption=f"standing - origin: {mean} pt [{low}, {high}], P(better) {gain['p_better']:.2f}",
+        title_justify="left",
+    )
+    for column in ("settings", "candidate", "runs", "accuracy"):
+        table.add_column(column, justify="left" if column in ("settings", "candidate") else "right")
+    for name in ("standing", "origin"):
+        table.add_row(name, final[name], f"{final['runs'][name]}", f"{final['accuracy'][name]:.3f}")
     return table
 
 

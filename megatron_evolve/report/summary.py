@@ -7,7 +7,7 @@ from megatron_evolve.budget import WORDS
 from megatron_evolve.campaign import ExternalCsv
 from megatron_evolve.report.charts import beside, final_strip
 from megatron_evolve.report.chronicle import Chapter, Chronicle
-from megatron_evolve.report.figures import NOTHING, Quotes, accuracy, digest, plain, probability, seconds
+from megatron_evolve.report.figures import NOTHING, Quotes, accuracy, digest, plain, probability, seconds, size
 from megatron_evolve.report.markup import Markup, join, note, section, table, tag
 from megatron_evolve.report.wording import (
     change_words,
@@ -163,7 +163,8 @@ def final_comparison(quotes: Quotes) -> Markup | None:
             quotes.number(*here, "gain", "p_better", form=probability),
             ", on ",
             quotes.number(*here, "items"),
-            " items of the external target that no round had asked.",
+            " items of the external target that no round had asked. ",
+            *_visible(quotes, *here, "gain", "minimum_detectable_effect"),
         ]
     )
     return section(
@@ -174,6 +175,16 @@ def final_comparison(quotes: Quotes) -> Markup | None:
             final_strip(final["gain"]),
             table("Sealed items, asked once at the end", ("settings", "candidate", "runs", "accuracy"), rows, (2, 3)),
         ),
+    )
+
+
+def _visible(quotes: Quotes, *path: Any) -> tuple[Any, ...]:
+    if quotes.at(*path) is None:
+        return ("The smallest visible difference is unknown.",)
+    return (
+        "Smallest difference it would have seen: ",
+        quotes.number(*path, form=size),
+        " points (80\u00a0% power, zero outside the interval).",
     )
 
 

@@ -3,19 +3,30 @@
 A world is the base campaign with nothing changed but that. Its cue lies in the pool of training rows and in dev, never
 in the external target. Nobody picks a campaign's seed or its judge's secret: both are hashes of the code that opened
 the grid, the world's name and the campaign's number.
+
+Where a world has `score_only`, its campaigns meet the external suite through a leaderboard alone: a judge of its own,
+under a secret of its own, that a program asks (`leaderboard`).
 """
 
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
-from megatron_evolve.campaign import Campaign, JudgeSpec, SubstrateSpec, find_campaign, load_campaign
+from megatron_evolve.campaign import (
+    Campaign,
+    ExternalScores,
+    JudgeSpec,
+    SubstrateSpec,
+    find_campaign,
+    load_campaign,
+)
 from megatron_evolve.document import find_yaml, load_yaml
 from megatron_evolve.eval.suite import GeneratedSuite
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.frozen import Frozen, nearest
+from megatron_evolve.worlds.leaderboard import SPLIT, argv_of
 
 SHIPPED = Path(__file__).resolve().parent
 
@@ -23,8 +34,14 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(gt=0)]
 
 
+class ScoreOnly(Frozen):
+    """What a leaderboard tells of a run: one number."""
+
+    step: float = Field(ge=0, lt=1, description="what it is rounded to; 0 where it is not")
+
+
 class World(Frozen):
-    """Where dev and the external target part, if they do."""
+    """Where dev and the external target part, if they do, and whether the target shows its items."""
 
     name: str = Field(min_length=1, max_length=48, pattern=r"^[A-Za-z0-9._-]+$")
     cue: dict[str, Rate] = Field(
@@ -35,6 +52,21 @@ class World(Frozen):
         default_factory=dict, description="weight of a family in the external score; 1 if not named"
     )
     preset: str | None = Field(default=None, description="another substrate preset than the base campaign's")
+    score_only: ScoreOnly | None = Field(
+        default=None, description="the external target tells one number a run; none: its items are asked as usual"
+    )
+
+    @model_validator(mode="after")
+    def _a_mean_of_all_items(self) -> "World":
+        if self.score_only and self.external_weight:
+            raise ValueError("a score-only target tells the mean of its items: leave external_weight out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_opened(self, write: Any) -> dict[str, Any]:
+        """Without `score_only` where there is none, so that a grid that was opened before there was any is the same."""
+        told = write(self)
+        return told if self.score_only else {name: value for name, value in told.items() if name != "score_only"}
 
 
 class TruthSize(Frozen):
@@ -75,6 +107,11 @@ def load_grid(spec: Path) -> tuple[Grid, Campaign]:
         )
     for world in grid.worlds:
         judge_of(base, world, secret=base.judge.secret)
+        if world.score_only and "cumulative" in base.constitution.gap.estimands:
+            raise ValueError(
+                f"{path}: world {world.name} has a target that tells scores alone, which is never asked "
+                "for the origin's runs: name a base campaign without the cumulative estimand"
+            )
     return grid, base
 
 
@@ -104,15 +141,38 @@ def pool_of(base: Campaign, world: World) -> tuple[SubstrateSpec, dict[str, floa
     return base.substrate.replace(cue_rate={}, **named), dict(world.cue)
 
 
-def campaign_of(grid: Grid, base: Campaign, world: World, index: int, code: str, substrate: Path) -> Campaign:
-    """One campaign of a world, on its frozen substrate."""
-    return base.replace(
+def campaign_of(
+    grid: Grid, base: Campaign, world: World, index: int, code: str, substrate: Path, board: Path | None = None
+) -> Campaign:
+    """One campaign of a world, on its frozen substrate; `board` is the judge of its leaderboard, if it has one."""
+    campaign = base.replace(
         name=f"{world.name}-{index + 1}",
         seed=int(drawn(code, world, index, "seed")[:8], 16),
         substrate=SubstrateSpec(path=str(substrate)),
         judge=judge_of(base, world, secret=drawn(code, world, index, "judge")),
         constitution=base.constitution.replace(rounds=grid.rounds),
     )
+    if world.score_only is None:
+        return campaign
+    assert board is not None, "a score-only world has its leaderboard before its campaign"
+    suite, step = board_judge_of(base, world, index, code).external, world.score_only.step
+    target = ExternalScores(
+        kind="command",
+        items=suite.items_per_family[SPLIT] * len(suite.families),
+        step=step,
+        command=argv_of(board, substrate, step),
+    )
+    # There are no sealed items that a claim of performance could be measured on.
+    return campaign.replace(judge=campaign.judge.replace(external=target), claim="infrastructure", comparator=None)
+
+
+def board_judge_of(base: Campaign, world: World, index: int, code: str) -> JudgeSpec:
+    """The judge of a campaign's leaderboard: both halves of the world's external suite as one, under another secret."""
+    judge = judge_of(base, world, secret=drawn(code, world, index, "leaderboard"))
+    sizes = judge.external.items_per_family
+    asked = sum(count for split, count in sizes.items() if split != "final")
+    sizes = {SPLIT: asked} | {split: count for split, count in sizes.items() if split == "final"}
+    return judge.replace(external=judge.external.replace(items_per_family=sizes))
 
 
 def truth_judge_of(grid: Grid, base: Campaign, world: World, code: str) -> JudgeSpec:

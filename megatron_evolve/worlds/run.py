@@ -23,7 +23,6 @@ from rich.console import Console
 from megatron_evolve.artefacts import CampaignFolder, save_json
 from megatron_evolve.audit import Record, open_record
 from megatron_evolve.campaign import Campaign
-from megatron_evolve.comparisons import Weights
 from megatron_evolve.desk import Stopped, Unavailable
 from megatron_evolve.jobs import FINAL_STAGE, SCORES_FILE, Ground, Run, drive
 from megatron_evolve.launch.job import Launcher
@@ -35,12 +34,28 @@ from megatron_evolve.sources import decision_sources
 from megatron_evolve.stance import ALARMS
 from megatron_evolve.status import status
 from megatron_evolve.substrate.digest import digest_of
-from megatron_evolve.worlds.grid import Grid, World, campaign_of, load_grid, pool_of, truth_judge_of
+from megatron_evolve.substrate.manifest import Substrate, verify
+from megatron_evolve.worlds.grid import (
+    Grid,
+    World,
+    board_judge_of,
+    campaign_of,
+    load_grid,
+    pool_of,
+    truth_judge_of,
+)
 from megatron_evolve.worlds.ground import substrate_of
 from megatron_evolve.worlds.pace import Pace
 from megatron_evolve.worlds.sealed import compare, maximiser_of, sides
-from megatron_evolve.worlds.table import Alarm, CampaignResult, page, summaries
-from megatron_evolve.worlds.truth import TRUTH_ALPHA, TRUTH_SPLITS, all_facts, truth_ground, truth_of, truth_runs
+from megatron_evolve.worlds.table import Alarm, CampaignResult, document_of
+from megatron_evolve.worlds.truth import (
+    TRUTH_SPLITS,
+    all_facts,
+    truth_ground,
+    truth_of,
+    truth_runs,
+    weights_of,
+)
 
 STOPPED = "stopped as asked: everything finished is kept; run the same command to go on"
 
@@ -139,8 +154,16 @@ def finish_campaign(tour: Tour, world: World, index: int, place: Path) -> None:
     with LocalLauncher(1, place) as launcher:
         spec, cue = pool_of(tour.base, world)
         substrate = substrate_of(spec, cue, tour.store, launcher, tour.pace)
-    campaign = campaign_of(tour.grid, tour.base, world, index, tour.code, substrate)
+    board = board_of(tour, world, index, verify(substrate))
+    campaign = campaign_of(tour.grid, tour.base, world, index, tour.code, substrate, board)
     run_campaign(Session(place / "campaign", tour.store, tour.pace, tour.stop), campaign)
+
+
+def board_of(tour: Tour, world: World, index: int, substrate: Substrate) -> Path | None:
+    """The judge of a campaign's leaderboard, outside the campaign's folder; none where items are asked as usual."""
+    if world.score_only is None:
+        return None
+    return freeze(board_judge_of(tour.base, world, index, tour.code), substrate, tour.store)
 
 
 def is_closed(folder: Path) -> bool:
@@ -153,11 +176,11 @@ def is_closed(folder: Path) -> bool:
 def result_of(tour: Tour, world: World, index: int, place: Path) -> CampaignResult:
     """What a closed campaign said, and what is true."""
     record = open_record(place / "campaign")
-    weights, facts = Weights(**record.suites["weights"]), all_facts(record)
+    facts = all_facts(record)
     judge = freeze(truth_judge_of(tour.grid, tour.base, world, tour.code), record.substrate, tour.store)
-    ground = truth_ground(record, judge, place)
+    ground, weights = truth_ground(record, judge, place), weights_of(judge)
     number, kept = maximiser_of(facts, weights)
-    standing, maximiser = sides(record, kept, place)
+    standing, maximiser = sides(record, kept, place, board_of(tour, world, index, record.substrate))
     with launcher_of(record.campaign, Session(place, tour.store, tour.pace, tour.stop)) as launcher:
         for split in TRUTH_SPLITS:
             score(tour, ground, launcher, [run for one in facts for run in truth_runs(one)], split)
@@ -171,7 +194,7 @@ def result_of(tour: Tour, world: World, index: int, place: Path) -> CampaignResu
         decisions=record.opened["decisions"],
         cpu_seconds=sum(event.data["end"]["cpu_seconds"] for event in record.events if event.kind == "ended"),
         alarms=alarms_of(record),
-        truth=truth_of(record, ground),
+        truth=truth_of(record, ground, weights),
         maximiser_round=number,
         sealed=compare(standing, maximiser, weights),
     )
@@ -180,7 +203,13 @@ def result_of(tour: Tour, world: World, index: int, place: Path) -> CampaignResu
 def alarms_of(record: Record) -> tuple[Alarm, ...]:
     """Every alarming verdict, in order of round."""
     return tuple(
-        Alarm(round=number, estimand=verdict["estimand"], scope=verdict["domain"], outcome=verdict["outcome"])
+        Alarm(
+            round=number,
+            estimand=verdict["estimand"],
+            scope=verdict["domain"],
+            outcome=verdict["outcome"],
+            attributed_to=verdict.get("attributed_to", ()),
+        )
         for number in record.rounds
         for verdict in record.evidence(number).verdicts
         if verdict["outcome"] in ALARMS
@@ -217,7 +246,6 @@ def write_result(tour: Tour) -> dict[str, Any]:
     places = [tour.place(world, index) for world in tour.grid.worlds for index in range(tour.grid.seeds)]
     paths = [place / "result.json" for place in places]
     results = [CampaignResult.parse(read_json(path), where=str(path)) for path in paths if path.exists()]
-    found = summaries([world.name for world in tour.grid.worlds], results)
     facts = {
         "rounds": tour.grid.rounds,
         "base": tour.base.name,
@@ -226,16 +254,8 @@ def write_result(tour: Tour) -> dict[str, Any]:
         "code": tour.code[:12],
         "dev": tour.grid.truth.dev,
         "external": tour.grid.truth.external,
-        "alpha": TRUTH_ALPHA,
-        "cpu_hours": sum(one.cpu_seconds for one in results) / 3600,
     }
-    document = {
-        "schema": "worlds-result/1",
-        **facts,
-        "worlds": [one.model_dump(mode="json") for one in found],
-        "campaigns": [one.model_dump(mode="json", by_alias=True) for one in results],
-        "table": page(facts, found, results),
-    }
+    document = document_of(facts, [world.name for world in tour.grid.worlds], results)
     save_json(tour.root / "worlds.json", document)
     write_whole(tour.root / "worlds.md", document["table"])
     return document

@@ -7,7 +7,8 @@ chooses among what this campaign tried, it does not search by itself.
 Neither side is measured on a run that selected it, or its luck would count as merit. The closing trains fresh runs of
 the standing settings; as many are trained here of the maximiser's, under seeds from the same rule. The origin's frozen
 runs stand for the origin. Same settings on both sides: the difference is zero and nothing is run. All of this happens
-after the campaign is closed and outside its folder.
+after the campaign is closed and outside its folder. A campaign whose target tells scores alone has no sealed items and
+trains nothing at its end: both sides are trained here and asked those of its leaderboard.
 """
 
 import statistics
@@ -21,13 +22,12 @@ from megatron_evolve.audit import Record
 from megatron_evolve.candidate import Candidate, candidate, run_seed
 from megatron_evolve.comparisons import Weights
 from megatron_evolve.eval.paired import Answers, RunItems, effect
-from megatron_evolve.eval.score import read_rows
+from megatron_evolve.eval.score import overall_score, read_rows
 from megatron_evolve.eval.seeds import weight_vector, weighted_sum
 from megatron_evolve.facts import RoundFacts
 from megatron_evolve.jobs import FINAL_STAGE, SCORES_FILE, Ground, Run, write_candidate
 from megatron_evolve.origin import ORIGIN_ROUND
 from megatron_evolve.prepare import origin_ground
-from megatron_evolve.review import round_items
 from megatron_evolve.worlds.truth import read_candidate, truth_ground
 
 
@@ -59,25 +59,38 @@ def best_on_dev(dev_a: Sequence[tuple[int, dict[str, float]]]) -> tuple[int, str
 
 def maximiser_of(facts: Sequence[RoundFacts], weights: Weights) -> tuple[int, Candidate]:
     """What a maximiser of dev keeps, and the round that tried it."""
-    number, name = best_on_dev([(one.number, dict(round_items(one, weights).dev_a)) for one in facts])
+    number, name = best_on_dev([(one.number, dev_a_means(one, weights)) for one in facts])
     return number, read_candidate(next(one for one in facts if one.number == number), name)
 
 
-def sides(record: Record, kept: Candidate, place: Path) -> tuple[Side, Side]:
-    """The standing settings and the maximiser's, each with its fresh runs (the origin: with its frozen ones)."""
-    last = record.policy(len(record.rounds) + 1)
+def dev_a_means(facts: RoundFacts, weights: Weights) -> dict[str, float]:
+    """Mean on dev-A of anchor and explorers, whatever the round searched for, by the runs that selection reads."""
+    found = {}
+    for name in (facts.anchor, *facts.explorers):
+        if runs := facts.first(name, "dev-a"):
+            found[name] = statistics.fmean(overall_score(run.rows("dev-a"), weights.dev).mean for run in runs)
+    return found
+
+
+def sides(record: Record, kept: Candidate, place: Path, board: Path | None = None) -> tuple[Side, Side]:
+    """The standing settings and the maximiser's, each with its fresh runs (the origin: with its frozen ones).
+
+    `board` is the judge of the campaign's leaderboard, if that is what its target is.
+    """
+    last, judge = record.policy(len(record.rounds) + 1), board or Path(record.opened["judge_folder"])
     standing = candidate(record.substrate.digest, last.standing)
-    return tuple(_side(record, one, last.round, place, in_campaign=one.id == standing.id) for one in (standing, kept))
+    closed = [standing.id] if board is None else []  # whose fresh runs the campaign's own end trained
+    return tuple(_side(record, one, last.round, place, judge, one.id in closed) for one in (standing, kept))
 
 
-def _side(record: Record, found: Candidate, number: int, place: Path, in_campaign: bool) -> Side:
+def _side(record: Record, found: Candidate, number: int, place: Path, judge: Path, in_campaign: bool) -> Side:
     if found.id == record.origin.candidate:
-        judge, limit = Path(record.opened["judge_folder"]), record.campaign.constitution.limits.run_seconds
+        limit = record.campaign.constitution.limits.run_seconds
         ground = origin_ground(Path(record.opened["substrate_folder"]), judge, limit, place / "sealed")
         return Side(found, ground, tuple(Run(ORIGIN_ROUND, found, seed) for seed in record.origin.seeds))
     indices = range(record.campaign.constitution.anchor_seeds)
     seeds = [run_seed(record.campaign.seed, number, found.id, index) for index in indices]
-    ground = replace(truth_ground(record, Path(record.opened["judge_folder"]), place), scores=None)
+    ground = replace(truth_ground(record, judge, place), scores=None)
     if not in_campaign:
         ground = replace(ground, folder=CampaignFolder(place / "sealed"))
         write_candidate(ground.folder, number, found)

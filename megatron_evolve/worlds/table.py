@@ -14,7 +14,7 @@ from pydantic import Field
 from megatron_evolve.eval.paired import wilson
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.verdict import OVERALL
-from megatron_evolve.worlds.truth import TrueEffect
+from megatron_evolve.worlds.truth import TRUTH_ALPHA, TrueEffect
 
 EVERYWHERE = "all worlds"
 
@@ -26,6 +26,9 @@ class Alarm(Frozen):
     estimand: str
     scope: str
     outcome: str
+    attributed_to: tuple[str, ...] = Field(
+        default=(), description="families that make up its dev gain, where the target names none; no test of them"
+    )
 
 
 class CampaignResult(Frozen):
@@ -189,11 +192,30 @@ COLUMNS = {
 }
 
 
+def document_of(facts: dict[str, Any], names: Sequence[str], results: Sequence[CampaignResult]) -> dict[str, Any]:
+    """The result as numbers, with its page as `table`. `facts` say what was run, `names` the worlds in order."""
+    found = summaries(names, results)
+    facts = {**facts, "alpha": TRUTH_ALPHA, "cpu_hours": sum(one.cpu_seconds for one in results) / 3600}
+    return {
+        "schema": "worlds-result/1",
+        **facts,
+        "worlds": [one.model_dump(mode="json") for one in found],
+        "campaigns": [one.model_dump(mode="json", by_alias=True) for one in results],
+        "table": page(facts, found, results),
+    }
+
+
 def page(facts: dict[str, Any], found: Sequence[WorldSummary], results: Sequence[CampaignResult]) -> str:
     """The result as Markdown. `facts` fill in how to read it."""
     rows = [[_cell(getattr(one, name)) for name in COLUMNS] for one in found]
     parts = ["# Worlds", HOW_TO_READ.format(**facts), _markdown(list(COLUMNS.values()), rows)]
     parts += ["## Campaigns", _markdown(list(CAMPAIGN_COLUMNS), [_campaign_row(one) for one in results])]
+    told = [one.campaign for one in results if {effect.scope for effect in one.truth} == {OVERALL}]
+    if told:
+        parts.append(
+            f"The target tells scores alone in {', '.join(told)}: what is said and true there is of dev as a whole; "
+            "families beside an alarm are those that made up its dev gain."
+        )
     versions = sorted({one.decisions[:8] for one in results})
     if len(versions) > 1:
         parts.append(f"These campaigns were run by {len(versions)} versions of the code: {', '.join(versions)}.")
@@ -209,7 +231,7 @@ def _campaign_row(one: CampaignResult) -> list[str]:
         if effect.apart and (effect.scope not in largest or effect.g.mean > largest[effect.scope].g.mean):
             largest[effect.scope] = effect
     parted = [f"{scope} {100 * effect.g.mean:+.1f}" for scope, effect in sorted(largest.items())]
-    said = dict.fromkeys(f"{alarm.scope} ({alarm.outcome}, round {alarm.round})" for alarm in one.alarms)
+    said = dict.fromkeys(_said(alarm) for alarm in one.alarms)
     accuracy = one.sealed["accuracy"]
     scores = [f"{accuracy[side]:.3f}" if side in accuracy else "-" for side in ("standing", "maximiser")]
     difference = "-" if one.difference is None else f"{100 * one.difference:+.1f}"
@@ -217,6 +239,11 @@ def _campaign_row(one: CampaignResult) -> list[str]:
         difference = "+0.0 (same settings)"
     told = one.sealed["reason"] or difference
     return [one.campaign, str(one.seed), ", ".join(parted) or "nothing", ", ".join(said) or "nothing", *scores, told]
+
+
+def _said(alarm: Alarm) -> str:
+    by = f", by {' and '.join(alarm.attributed_to)}" if alarm.attributed_to else ""
+    return f"{alarm.scope} ({alarm.outcome}, round {alarm.round}{by})"
 
 
 def _cell(value: Any) -> str:

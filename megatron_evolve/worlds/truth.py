@@ -13,7 +13,8 @@ error is that of the items. A scope is truly apart in a campaign if, for some ro
     D > 0 and T < 0, D < 0 and T > 0 (inverse)
 
 with each one-sided bound at TRUTH_ALPHA over the number of such comparisons in the campaign (Bonferroni). So at most
-TRUTH_ALPHA of the campaigns without any parting are said to have one.
+TRUTH_ALPHA of the campaigns without any parting are said to have one. A campaign whose target tells scores alone is
+judged overall, and so is its truth.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -25,6 +26,7 @@ from pydantic import Field
 from megatron_evolve.audit import Record
 from megatron_evolve.candidate import Candidate
 from megatron_evolve.comparisons import Weights
+from megatron_evolve.eval.freeze import SUITES_FILE
 from megatron_evolve.eval.paired import Estimate, RunItems, estimate
 from megatron_evolve.eval.score import read_rows
 from megatron_evolve.facts import RoundFacts, RunFacts, round_facts
@@ -59,13 +61,19 @@ def is_apart(d: Bounds, t: Bounds, g: Bounds) -> bool:
 
 
 def true_effects(
-    rounds: Sequence[RoundItems], estimands: Sequence[str], beta0: float, window: int, moves: Collection[int] = ()
+    rounds: Sequence[RoundItems],
+    estimands: Sequence[str],
+    beta0: float,
+    window: int,
+    moves: Collection[int] = (),
+    overall_alone: bool = False,
 ) -> tuple[TrueEffect, ...]:
     """The truth behind every verdict of these rounds, in order. An estimand without runs on both sides has none.
 
     `moves` are the rounds from which another objective was searched for: no verdict pools across one.
     """
-    domains = sorted(set(rounds[0].dev_weights) & set(rounds[0].external_weights))
+    shared = set(rounds[0].dev_weights) & set(rounds[0].external_weights)
+    domains = [] if overall_alone else sorted(shared)
     level = TRUTH_ALPHA / (len(rounds) * len(estimands) * (1 + len(domains)))
     found = []
     start = 0
@@ -132,14 +140,22 @@ def read_candidate(facts: RoundFacts, name: str) -> Candidate:
     return Candidate.parse(read_json(path), where=str(path))
 
 
-def truth_items(ground: Ground, facts: RoundFacts, weights: Weights) -> RoundItems:
-    """A round's true answers, set out as the gap test has them; dev-A's winner stays the one of the campaign."""
+def weights_of(judge: Path) -> Weights:
+    """The weights of the two scores that a frozen judge asks."""
+    return Weights(**read_json(judge / SUITES_FILE)["weights"])
+
+
+def truth_items(ground: Ground, facts: RoundFacts, weights: Weights, told: Weights) -> RoundItems:
+    """A round's true answers, set out as the gap test has them; dev-A's winner stays the one of the campaign.
+
+    `told` are the weights of the campaign's own scores.
+    """
     runs = truth_runs(facts)
     dev, external = ([_answers(ground, run, split) for run in runs] for split in TRUTH_SPLITS)
     return RoundItems(
         number=facts.number,
         anchor=facts.anchor,
-        dev_a=round_items(facts, weights).dev_a,
+        dev_a=round_items(facts, told).dev_a,
         dev_b=dev,
         external=external,
         dev_weights=weights.dev,
@@ -152,11 +168,10 @@ def _answers(ground: Ground, run: Run, split: Any) -> RunItems:
     return rows.of_run(run.candidate.id, run.seed, split)
 
 
-def truth_of(record: Record, ground: Ground) -> tuple[TrueEffect, ...]:
-    """The truth of a campaign whose runs the truth judge has scored."""
-    weights = Weights(**record.suites["weights"])
-    rounds = [truth_items(ground, facts, weights) for facts in all_facts(record)]
+def truth_of(record: Record, ground: Ground, weights: Weights) -> tuple[TrueEffect, ...]:
+    """The truth of a campaign whose runs the truth judge has scored. `weights` are those of its scores."""
+    rounds = [truth_items(ground, facts, weights, record.weights) for facts in all_facts(record)]
     judged = {verdict["estimand"] for number in record.rounds for verdict in record.evidence(number).verdicts}
     rule = record.campaign.constitution.gap
     moves = {record.policy(number).objective_since for number in record.rounds}
-    return true_effects(rounds, sorted(judged), rule.beta0, rule.window, moves)
+    return true_effects(rounds, sorted(judged), rule.beta0, rule.window, moves, record.weights.told_alone)

@@ -1,5 +1,6 @@
 """The account of looks: on disk first, never twice, within budget, final once; and what the Ladder releases."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -45,6 +46,19 @@ def test_asking_again_after_a_crash_is_no_second_look(path):
     assert account.pay(look(runs=("c1/1", "c1/0"), purpose="resumed")) == first
     assert account.summary() == {"dev": 0, "external": 1, "external_budget": 1}
     assert path.read_bytes() == before
+
+
+def test_the_digest_of_the_account_is_that_of_its_file_as_it_grew(path):
+    account = Looks(path, external_budget=5)
+    seen = [hashlib.sha256(b"").hexdigest()]
+    for number in (1, 2, 3):
+        account.pay(look(number=number))
+        account.pay(look(number=number))  # paid before: no line
+        seen.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        assert account.digest == seen[-1]
+    path.write_bytes(path.read_bytes() + b'{"cut off')
+    again = Looks(path, external_budget=5)
+    assert again.digests() == account.digests() == seen and again.digest == seen[-1]
 
 
 @pytest.mark.parametrize("changes", [{"runs": ("c1/0", "c1/9")}, {"item_set": "3210"}])

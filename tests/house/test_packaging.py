@@ -56,6 +56,7 @@ def test_plain_install(tmp_path: Path, theirs: Path) -> None:
     assert "demo" in campaigns
     assert not (target / "kernels").exists()
     assert (target / "megatron_evolve" / "slurm" / "train.sbatch").is_file()
+    assert {"worlds", "matrix", "score-only"} <= {path.stem for path in target.glob("megatron_evolve/worlds/*.yaml")}
 
 
 def test_from_the_checkout(theirs: Path, tmp_path: Path) -> None:

@@ -334,6 +334,7 @@ class Story:
     def close(self, policy: SearchPolicy) -> None:
         """The final comparison and the last event."""
         gain = {"mean": 0.0413, "se": 0.0127, "low": 0.0155, "high": 0.0671, "p_better": 0.9988}
+        gain["minimum_detectable_effect"] = 0.0364
         names = {
             "standing": candidate_id(SUBSTRATE, policy.standing),
             "origin": candidate_id(SUBSTRATE, policy.standing.replace(recipe=Recipe())),

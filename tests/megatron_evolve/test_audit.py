@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_evolve.audit import verify_campaign
+from megatron_evolve.ledger import LEDGER, Ledger, read_ledger
 from tests.megatron_evolve.tiny import Ground, command, events
 
 pytestmark = pytest.mark.slow
@@ -51,6 +52,8 @@ CHANGES = {
     "sealed scores": ("rounds/3/*/runs/*/final/scores.parquet", b"PAR1", None),
     "the origin's sealed scores": ("closing/*/*/final/scores.parquet", b"PAR1", None),
     "account of looks": ("looks.jsonl", b'"candidates":["', "looks.jsonl"),
+    "items of a look": ("looks.jsonl", b'"item_set":"', "looks.jsonl"),
+    "purpose of a look": ("looks.jsonl", b'"purpose":"', "looks.jsonl"),
 }
 
 
@@ -146,3 +149,28 @@ def test_on_changed_ground_nothing_goes_on_and_nothing_is_lost(halfway: tuple[Gr
     assert verify_campaign(folder)["ok"]
     os.truncate(weights, weights.stat().st_size - 1)
     assert ground.run(folder, file=file).returncode == 1, "not even a closed campaign is opened on it"
+
+
+def test_a_look_that_was_added_or_taken_out_is_found(copy_of_finished: Path) -> None:
+    """Also one that no score hangs on: the ledger keeps the digest of the account as every round left it."""
+    path = copy_of_finished / "looks.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert b'"split":"dev-a"' in lines[0]
+    added = lines[0].replace(b'"round":1', b'"round":99')
+    for changed in ([added, *lines], [*lines[1:-1], lines[-1], lines[0]]):
+        path.unlink()
+        path.write_bytes(b"".join(changed))
+        broken = verify_campaign(copy_of_finished)["first_broken"]
+        assert (broken["where"], broken["got"]) == (str(path), "others")
+    path.write_bytes(b"".join([*lines, added]))
+    assert verify_campaign(copy_of_finished)["ok"], "a look that was paid after the last digest"
+
+
+def test_a_campaign_whose_ledger_keeps_no_digest_of_the_looks_is_read(copy_of_finished: Path, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for event in read_ledger(copy_of_finished / LEDGER):
+        ledger.append(event.kind, event.key, {name: value for name, value in event.data.items() if name != "looks"})
+    ledger.close()
+    (tmp_path / LEDGER).replace(copy_of_finished / LEDGER)
+    found = verify_campaign(copy_of_finished)
+    assert found["ok"] and any("no digest" in note for note in found["notes"])

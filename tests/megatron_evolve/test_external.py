@@ -31,8 +31,9 @@ from megatron_evolve.jobs import Ground, Run
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.meta import next_policy
 from megatron_evolve.released import released
-from megatron_evolve.review import a_half_means, review
+from megatron_evolve.review import a_half_means, review, round_items
 from megatron_evolve.status import state_of
+from megatron_evolve.worlds.sealed import dev_a_means
 from tests.megatron_evolve.tiny import command, events
 
 TARGET = {"kind": "reported", "items": 400, "step": 0.0025}
@@ -287,6 +288,14 @@ def test_selection_after_the_external_score_ranks_released_scores():
     assert sum(mean == pytest.approx(base) for mean in means.values()) >= 1, "what is not apart is told as the anchor's"
     best = max(means, key=lambda name: means[name])
     assert mean_of(scores, best) == max(mean_of(scores, name) for name in means)
+
+
+def test_a_maximiser_of_dev_reads_dev_whatever_is_searched_for():
+    """The A half of a round that searched for the external score is the external one, which it must not read."""
+    (campaign, facts, _), (_, later, _) = told_round("dev"), told_round("external")
+    before, after = (dev_a_means(one, campaign.weights) for one in (facts, later))
+    assert before == after == round_items(facts, campaign.weights).dev_a
+    assert after != round_items(later, campaign.weights).dev_a
 
 
 def test_the_ladders_rule():

@@ -14,10 +14,21 @@ import yaml
 from megatron_evolve.campaign import find_campaign, load_campaign
 from megatron_evolve.eval.paired import RunItems
 from megatron_evolve.launch.rundir import read_json
+from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.puzzles import families
 from megatron_evolve.verdict import Bounds
 from megatron_evolve.window import RoundItems
-from megatron_evolve.worlds.grid import Grid, campaign_of, drawn, judge_of, load_grid, pool_of, truth_judge_of
+from megatron_evolve.worlds.grid import (
+    SHIPPED,
+    Grid,
+    World,
+    campaign_of,
+    drawn,
+    judge_of,
+    load_grid,
+    pool_of,
+    truth_judge_of,
+)
 from megatron_evolve.worlds.run import opened_by
 from megatron_evolve.worlds.sealed import best_on_dev
 from megatron_evolve.worlds.table import Alarm, CampaignResult, Mean, Rate, page, summaries, summary_of
@@ -26,6 +37,7 @@ from tests.megatron_evolve.tiny import COMMAND, Ground, command, environment
 
 CODE = "0" * 64
 FOLDER = Path("/nowhere/substrate")
+WORLD = (World(name="a"),)
 
 
 def grid_of(tmp_path: Path, *worlds: dict[str, Any], **changes: Any) -> Path:
@@ -100,6 +112,8 @@ def test_truth_asks_as_many_items_as_it_says(tmp_path: Path) -> None:
         ({"name": "a"}, {"campaign": "dmeo"}, "did you mean demo"),
         ({"name": "a"}, {"campaign": "challenge-cpu"}, "external"),
         ({"name": "a"}, {"seeds": 0}, "greater than or equal to 1"),
+        ({"name": "a", "score_only": {"step": 1}}, {}, "less than 1"),
+        ({"name": "a", "score_only": {"step": 0}, "external_weight": {"cipher": 2}}, {}, "leave external_weight out"),
     ],
 )
 def test_a_spec_that_does_not_fit_is_one_sentence(
@@ -109,6 +123,19 @@ def test_a_spec_that_does_not_fit_is_one_sentence(
     with pytest.raises(ValueError, match=said) as error:
         load_grid(path)
     assert "\n" not in str(error.value)
+
+
+def test_the_shipped_grids_differ_in_their_worlds_alone() -> None:
+    """Together they are the matrix. A grid that was opened under an earlier version is still the same grid."""
+    grids = {name: load_grid(Path(name))[0] for name in ("worlds", "matrix", "score-only")}
+    assert sorted(grids) == sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    names = [world.name for grid in grids.values() for world in grid.worlds]
+    assert len(names) == len(set(names)) == 10
+    assert len({digest_of(grid.replace(worlds=WORLD)) for grid in grids.values()}) == 1
+    cues = {tuple(world.cue) for world in grids["matrix"].worlds}
+    assert {("cipher",), ("unit_conversion",), ("gravity",), ("equation", "bit_manipulation"), ()} == cues
+    opened = read_json(Path(__file__).parents[2] / "docs" / "results" / "worlds" / "grid.json")["grid"]
+    assert grids["worlds"].model_dump(mode="json", by_alias=True) == opened
 
 
 def test_no_such_grid() -> None:
@@ -272,7 +299,12 @@ def test_the_page_prints_whatever_came_out() -> None:
     text = page({**facts, "dev": 10_000, "external": 10_000}, found, results)
     for words in ("2 of 9", "10,000 dev", "a (DECOUPLED, round 2)", "none to count", "2 versions of the code"):
         assert words in text
+    assert "scores alone" not in text
     assert page({**facts, "dev": 1, "external": 1}, [], []).startswith("# Worlds")
+    alarm = Alarm(round=1, estimand="mean", scope="overall", outcome="DECOUPLED", attributed_to=("a", "b"))
+    whole = results[0].replace(alarms=(alarm,), truth=results[0].truth[:1])
+    text = page({**facts, "dev": 1, "external": 1}, [], [whole])
+    assert "scores alone in w-1" in text and "overall (DECOUPLED, round 1, by a and b)" in text
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,80 @@
+"""The end of a campaign: the smallest difference that its one comparison could see, printed wherever the gain is."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from megatron_evolve.cli import app
+from megatron_evolve.closing import compare
+from megatron_evolve.comparisons import Weights
+from megatron_evolve.eval.paired import Answers, RunItems
+from megatron_evolve.eval.seeds import RunReplicates
+from megatron_evolve.ledger import LEDGER, read_ledger
+from megatron_evolve.origin import Origin
+from megatron_evolve.report import write_report
+from megatron_evolve.terminal import final_table
+from tests.megatron_evolve.campaign_folder import build_campaign
+
+N = 300
+WEIGHTS = Weights({"a": 1.0}, {"a": 1.0})
+
+
+def run(name: str, seed: int, correct: np.ndarray) -> RunItems:
+    return RunItems(name, seed, np.arange(N), ["a"] * N, correct)
+
+
+def rolled(share: float) -> list[RunItems]:
+    """Eight runs of the origin with the same score on other items: seeds have no luck beyond the items'."""
+    return [run("origin", seed, np.roll(np.arange(N) < share * N, 37 * seed)) for seed in range(8)]
+
+
+def origin_of(runs: list[RunItems]) -> Origin:
+    replicates = Answers.of(runs).replicates("origin", range(8))
+    told = RunReplicates(replicates, replicates).to_dict()
+    return Origin(candidate="origin", seeds=tuple(range(8)), means={}, replicates=told)
+
+
+def test_the_smallest_visible_difference_has_80_per_cent_power_by_another_computation() -> None:
+    """The oracle is statsmodels' paired t test over items; here seeds add nothing, so that it is the whole story."""
+    power = pytest.importorskip("statsmodels.stats.power", reason="statsmodels is the oracle").TTestPower()
+    rng = np.random.default_rng(5)
+    theirs = rolled(0.5)
+    mine = [run("standing", seed, rng.random(N) < 0.6) for seed in range(3)]
+    found = compare(mine, theirs, origin_of(theirs), WEIGHTS, [])["gain"]
+    apart = np.mean([one.correct for one in mine], axis=0) - np.mean([one.correct for one in theirs], axis=0)
+    assert found["mean"] == pytest.approx(apart.mean()) and found["se"] == pytest.approx(apart.std(ddof=1) / N**0.5)
+    size = found["minimum_detectable_effect"] / apart.std(ddof=1)
+    assert power.power(size, N, 0.05, alternative="two-sided") == pytest.approx(0.8, abs=0.003)
+
+
+def test_it_grows_with_the_luck_of_seeds_and_is_unknown_where_no_item_tells_apart() -> None:
+    theirs = rolled(0.5)
+    mine = [run("standing", seed, one.correct) for seed, one in enumerate(rolled(0.6)[:3])]
+    steady = compare(mine, theirs, origin_of(theirs), WEIGHTS, [])["gain"]["minimum_detectable_effect"]
+    lucky = [run("origin", seed, np.roll(np.arange(N) < (0.3 + 0.05 * seed) * N, 37 * seed)) for seed in range(8)]
+    assert compare(mine, theirs, origin_of(lucky), WEIGHTS, [])["gain"]["minimum_detectable_effect"] > 1.5 * steady
+    same = [run("standing", seed, np.ones(N, bool)) for seed in range(3)]
+    all_right = [run("origin", seed, np.ones(N, bool)) for seed in range(8)]
+    nothing = compare(same, all_right, origin_of(theirs), WEIGHTS, [])["gain"]
+    assert nothing["minimum_detectable_effect"] is None
+
+
+def test_report_and_status_print_it_beside_the_gain(tmp_path) -> None:
+    folder = build_campaign(tmp_path / "campaign")
+    page = re.sub(r"<[^>]+>|\s+", " ", write_report(folder, None).read_text())
+    assert re.search(r"Smallest difference it would have seen:\s+3\.6\s+points", page)
+    done = CliRunner().invoke(app, ["status", str(folder)])
+    shown = " ".join(done.output.split())
+    assert done.exit_code == 0 and "smallest visible difference 3.6 pt" in shown and "+4.1 pt [+1.6, +6.7]" in shown
+
+
+def test_a_campaign_that_was_closed_before_it_was_kept_says_that_it_is_unknown(tmp_path) -> None:
+    folder = build_campaign(tmp_path / "campaign")
+    final = next(event.data for event in read_ledger(folder / LEDGER) if event.kind == "final")
+    gain = {name: value for name, value in final["gain"].items() if name != "minimum_detectable_effect"}
+    assert "smallest visible difference unknown" in final_table(json.loads(json.dumps({**final, "gain": gain}))).title
+    assert "nothing to compare" in final_table({"standing": "a", "origin": "a", "same": True})
+    assert "no run of the origin" in final_table({"failed": "no run of the origin finished and was scored"})
