@@ -24,7 +24,11 @@ def state_of(model: "Module") -> dict[str, "Tensor"]:
     """Parameters and persistent buffers by Megatron's names, sharing memory with the model (no `_extra_state`)."""
     import torch
 
-    return {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if torch.is_tensor(value) and not name.endswith("_extra_state")  # Transformer Engine's are tensors, of no bytes
+    }
 
 
 def save_weights(model: "Module", path: Path | str) -> Path:

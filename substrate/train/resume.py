@@ -209,6 +209,8 @@ def _sharded(trainer: "Trainer", selected: dict[str, "Tensor"], *, is_loading: b
     chosen: dict[str, Any] = {}
     for number, chunk in enumerate(trainer.chunks):
         entries = chunk.sharded_state_dict()
+        # Transformer Engine's 8-bit scales, of which there are none: so either kind of layers reads the other's state
+        entries = {name: entry for name, entry in entries.items() if not name.endswith("_extra_state")}
         if adapter:  # the frozen base stands in the substrate
             entries = {name: entry for name, entry in entries.items() if name.endswith((".lora_A", ".lora_B"))}
         state[f"model{number}"] = entries
