@@ -109,9 +109,9 @@ def experts(here: Machine) -> Choice:
 
 
 def loss(here: Machine) -> Choice:
-    """Output table and loss together where the table is frozen (`model.head`); the experts' setting decides both."""
+    """Output table and loss together (`model.head`); the experts' setting decides both."""
     taken = experts(here)
-    return Choice(taken.path, "in chunks of logits over a frozen output table; a trained one takes Megatron's own")
+    return Choice(taken.path, "in chunks of logits; Megatron's own for an adapted table, or a trained one's few logits")
 
 
 def gated_norm(here: Machine) -> Choice:
@@ -199,8 +199,8 @@ def restarts(here: Machine) -> Choice:
     why = "from its last resume checkpoint, in a process of its own"
     if "nvidia_resiliency_ext" in here.versions:
         why += (
-            f"; {here.names('nvidia_resiliency_ext')} is not used: it restarts ranks inside a job, by a launcher in "
-            "torchrun's place or by NCCL, and the controller counts each attempt as a job"
+            f"; {here.names('nvidia_resiliency_ext')} is not used: its restarts happen inside a job, and the process "
+            "that writes its checkpoints outlives a killed rank and writes where the next attempt does"
         )
     if unfit(here):
         why += "; it is hidden from Megatron, which asks for 0.6.0 and cannot be imported beside an older one"

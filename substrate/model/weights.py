@@ -70,6 +70,15 @@ def put_weights(model: "Module", tensors: dict[str, "Tensor"], source: str = "th
             value.copy_(tensors[name])
 
 
+def check_computable(dtype: str, where: str) -> None:
+    """Raises ValueError unless a model can compute in the dtype, as safetensors spells it, of its embedding."""
+    if dtype not in ("F32", "BF16"):
+        raise ValueError(
+            f"{where} must hold float32 or bfloat16; got {dtype}, whose range routing outgrows: convert the checkpoint "
+            "to bfloat16"
+        )
+
+
 def stored_dtype(paths: Iterable[Path]) -> "torch.dtype":
     """The dtype that a model of these files computes in: the one of its embedding. Raises ValueError for float16."""
     import torch
@@ -79,11 +88,7 @@ def stored_dtype(paths: Iterable[Path]) -> "torch.dtype":
     embedding = next(entries, None)
     if embedding is None:
         raise ValueError(f"weights must hold {EMBEDDING}; no file does: freeze the substrate again")
-    if embedding.dtype not in dtypes:
-        raise ValueError(
-            f"{embedding.path} must hold float32 or bfloat16; got {embedding.dtype}, whose range routing outgrows: "
-            "convert the checkpoint to bfloat16"
-        )
+    check_computable(embedding.dtype, str(embedding.path))
     return dtypes[embedding.dtype]
 
 

@@ -141,14 +141,15 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def _taken(form: str, recipe: Recipe, layout: Layout, layers: str) -> dict[str, str]:
-    """Which implementation each operation ran on; a loss of `logits` is Megatron's own."""
+    """Which implementation each operation ran on; a loss of `logits` is Megatron's own (see `model.head`)."""
     from megatron_evolve.substrate.model.mamba_ssm import package_serves
 
-    frozen = recipe.adapter is not None and "output" not in recipe.adapter.targets  # the output table
+    adapted = recipe.adapter is not None and "output" in recipe.adapter.targets  # the output table
+    loss = f"logits, or {form} where they are more than a chunk" if recipe.adapter is None else form
     ours = "triton" if form == "triton" and layout.cp == 1 else "pytorch"
     return {
         "experts": form,
-        "loss": form if frozen and form != "reference" else "logits",
+        "loss": "logits" if adapted or form == "reference" else loss,
         "gated_norm": "mamba-ssm" if package_serves() else ours,
         "layers": operations.linear(_here(), layers).path,
         "optimizer": optimizer_taken(recipe),
