@@ -120,7 +120,7 @@ def test_a_run_goes_on_with_either_kind_of_layers(adapted: bool, theirs: ModuleT
         return Trainer([built(layers, adapted, params_dtype=torch.bfloat16)], recipe), Selector(packer(recipe))
 
     batches = list(packer(recipe).batches(Tally()))
-    first, selector = trainer(TRANSFORMER_ENGINE)
+    first, selector = trainer("pytorch")  # whose norms have no extra state, for which Transformer Engine's would ask
     losses = [first.step(batch, number).loss for number, batch in enumerate(batches[:2])]
     save_resume(tmp_path, "run", 2, first, selector, {"selected": {"step": None, "loss": None}})
     losses += [first.step(batch, number).loss for number, batch in enumerate(batches[2:], 2)]
