@@ -12,6 +12,10 @@ import os
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MODULES = {"reference": "reference", "eager": "eager", "triton": "fused"}
 AUTO = "auto"
@@ -41,3 +45,8 @@ def backend(name: str) -> ModuleType:
             "TRITON_INTERPRET=1 first (slow, for tests)"
         )
     return import_module(f"megatron_evolve.kernels.{MODULES[name]}")
+
+
+def chunk_rows(form: str, W_VH: "Tensor") -> int:
+    """Tokens whose logits from this head (V, H) are one chunk of `chunked_loss`."""
+    return max(1, LOSS_CHUNK_BYTES[form] // (len(W_VH) * W_VH.element_size()))

@@ -1,20 +1,25 @@
-"""The frozen head and the loss together, without ever holding all logits: what the forms of it share.
+"""The output head and the loss together, without ever holding all logits: what the forms of it share.
 
-    loss[t] = log sum_v exp(W_v x_t) - W_target x_t             dx[t] = dloss[t] sum_v (softmax_v - [v = target]) W_v
+    loss[t] = log sum_v exp(W_v x_t) - W_target x_t             g[t, v] = softmax_v - [v = target]
+    dx[t] = dloss[t] sum_v g[t, v] W_v                          dW_v = sum_t g[t, v] dloss[t] x_t
 
 8,192 tokens of 131,072 logits are 2 GiB in bfloat16, and the unfused loss makes 4 GiB more in float32. Tokens go
 through in chunks of 256 MiB of logits (64 in PyTorch) instead: a product, each row's maximum and sum, the logits turned
-into their own gradient, and a second product for dx. Since loss[t] depends on x_t alone, dx is ready in the forward
-pass up to its factor dloss[t]. The two products are dense and large, so the vendor's library does them; what lies
-between is a `Form`.
+into g, and further products. The products are dense and large, so the vendor's library does them; what lies between is
+a `Form`.
+
+A frozen head gets no gradient, as with adapters: dx is then ready in the forward pass up to its factor dloss[t], and a
+third of the products is saved. A trained one needs dloss before it can sum over tokens, so its backward pass makes each
+chunk's logits again from the maxima and sums, and sums dW in float32: a product more, and no memory that grows with the
+tokens.
 
 The head may be cut over the ranks of `group` by vocabulary: maxima, sums and target logits are then reduced over it,
-T numbers each, and dx once. A frozen head gets no gradient: with adapters that is a third of the products less.
+T numbers each, and dx once.
 
 Letters: T tokens, C tokens of a chunk, V vocabulary (of this rank), H model width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_evolve.kernels.backend import LOSS_CHUNK_BYTES
+from megatron_evolve.kernels.backend import chunk_rows
 
 
 class Form(NamedTuple):
@@ -36,9 +41,13 @@ class Form(NamedTuple):
     gradient: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
-def _chunk(x_CH: Tensor, W_VH: Tensor, target_C: Tensor, first_entry: int, group, want_dx: bool, form: Form):
-    """Loss of a chunk of tokens, and this rank's part of its dx for dloss = 1."""
-    logits_CV = x_CH @ W_VH.t()
+def _chunks(num_tokens: int, W_VH: Tensor, form: Form) -> Iterator[slice]:
+    rows = chunk_rows(form.name, W_VH)
+    return (slice(start, start + rows) for start in range(0, num_tokens, rows))
+
+
+def _statistics(logits_CV: Tensor, target_C: Tensor, first_entry: int, group, form: Form):
+    """Loss of a chunk's tokens, and each row's maximum and sum over the whole vocabulary; (C,) each."""
     max_C, sum_C, chosen_C = form.statistics(logits_CV, target_C, first_entry)
     if group is not None:
         own_C = max_C.clone()
@@ -46,26 +55,23 @@ def _chunk(x_CH: Tensor, W_VH: Tensor, target_C: Tensor, first_entry: int, group
         sum_C.mul_(torch.exp(own_C - max_C))
         dist.all_reduce(sum_C, group=group)
         dist.all_reduce(chosen_C, group=group)
-    dx_CH = None
-    if want_dx:
-        dx_CH = form.gradient(logits_CV, target_C, max_C, sum_C, first_entry) @ W_VH
     # in this order: beside a maximum of 1e4 the logarithm would lose all but three digits
-    return (max_C - chosen_C) + torch.log(sum_C), dx_CH
+    return (max_C - chosen_C) + torch.log(sum_C), max_C, sum_C
 
 
-class _ChunkedLoss(torch.autograd.Function):
+class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, W_VH, target_T, first_entry, group, form):
-        rows = max(1, LOSS_CHUNK_BYTES[form.name] // (len(W_VH) * x_TH.element_size()))
         want_dx = ctx.needs_input_grad[0]
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         loss_T = torch.empty(len(x_TH), dtype=wide, device=x_TH.device)
         dx_TH = torch.empty_like(x_TH) if want_dx else None
-        for start in range(0, len(x_TH), rows):
-            here = slice(start, start + rows)
-            loss_T[here], dx_CH = _chunk(x_TH[here], W_VH, target_T[here], first_entry, group, want_dx, form)
+        for here in _chunks(len(x_TH), W_VH, form):
+            logits_CV, target_C = x_TH[here] @ W_VH.t(), target_T[here]
+            loss_T[here], max_C, sum_C = _statistics(logits_CV, target_C, first_entry, group, form)
             if want_dx:
-                dx_TH[here] = dx_CH
+                dx_TH[here] = form.gradient(logits_CV, target_C, max_C, sum_C, first_entry) @ W_VH
+            del logits_CV  # or two chunks' would stand at once
         if want_dx and group is not None:
             dist.all_reduce(dx_TH, group=group)
         ctx.save_for_backward(dx_TH)
@@ -78,13 +84,43 @@ class _ChunkedLoss(torch.autograd.Function):
         return (dx_TH * dloss_T.unsqueeze(-1)).to(dx_TH.dtype), None, None, None, None, None
 
 
+class _TrainedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TH, W_VH, target_T, first_entry, group, form):
+        wide = torch.promote_types(x_TH.dtype, torch.float32)
+        loss_T, max_T, sum_T = torch.empty(3, len(x_TH), dtype=wide, device=x_TH.device)
+        for here in _chunks(len(x_TH), W_VH, form):
+            found = _statistics(x_TH[here] @ W_VH.t(), target_T[here], first_entry, group, form)
+            loss_T[here], max_T[here], sum_T[here] = found
+        ctx.save_for_backward(x_TH, W_VH, target_T, max_T, sum_T)
+        ctx.first_entry, ctx.group, ctx.form = first_entry, group, form
+        return loss_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss_T):
+        x_TH, W_VH, target_T, max_T, sum_T = ctx.saved_tensors
+        dx_TH = torch.empty_like(x_TH)
+        dW_VH = torch.zeros_like(W_VH, dtype=max_T.dtype)
+        for here in _chunks(len(x_TH), W_VH, ctx.form):
+            x_CH, dloss_C1 = x_TH[here], dloss_T[here].unsqueeze(-1)
+            given = (target_T[here], max_T[here], sum_T[here], ctx.first_entry)
+            g_CV = ctx.form.gradient(x_CH @ W_VH.t(), *given)
+            dx_TH[here] = (g_CV @ W_VH) * dloss_C1
+            weighed_CH = (x_CH * dloss_C1).to(x_CH.dtype)  # H numbers a token, where g has V
+            if dW_VH.dtype == W_VH.dtype:
+                dW_VH.addmm_(g_CV.t(), weighed_CH)
+            else:
+                dW_VH += g_CV.t() @ weighed_CH
+            del g_CV
+        if ctx.group is not None:
+            dist.all_reduce(dx_TH, group=ctx.group)
+        return dx_TH, dW_VH.to(W_VH.dtype), None, None, None, None
+
+
 def chunked_loss(
     x_TH: Tensor, W_VH: Tensor, target_T: Tensor, first_entry: int, group: dist.ProcessGroup | None, form: Form
 ) -> Tensor:
-    """Each token's loss (T,), float32 or wider, by this form. Raises ValueError for a head that wants a gradient."""
-    if W_VH.requires_grad:
-        raise ValueError(
-            "the head of linear_cross_entropy must be frozen; got a W that wants a gradient: train it through logits, "
-            "or detach it"
-        )
-    return _ChunkedLoss.apply(x_TH.contiguous(), W_VH, target_T.contiguous(), first_entry, group, form)
+    """Each token's loss (T,), float32 or wider, by this form."""
+    head = _TrainedHead if W_VH.requires_grad else _FrozenHead
+    return head.apply(x_TH.contiguous(), W_VH, target_T.contiguous(), first_entry, group, form)

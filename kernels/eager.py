@@ -219,7 +219,7 @@ def _share(logits_CV: Tensor, target_C: Tensor, max_C: Tensor, sum_C: Tensor, fi
 def linear_cross_entropy(
     x_TH: Tensor, W_VH: Tensor, target_T: Tensor, *, first_entry: int = 0, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """-log softmax(W x)[target] of each token (T,), at least in float32; a frozen W, by chunks (`chunked_loss`).
+    """-log softmax(W x)[target] of each token (T,), at least in float32, by chunks (`chunked_loss`).
 
     With `group`, W holds the entries from `first_entry` on, the same x is on every rank, and so is its gradient.
     """

@@ -1,4 +1,4 @@
-"""The frozen head and the loss together in Triton: the passes over logits between the products of `chunked_loss`.
+"""The output head and the loss together in Triton: the passes over logits between the products of `chunked_loss`.
 
     maximum, sum of exp(logit - maximum), target's logit        one pass, a program a row
     softmax - [v = target]                                      one pass, in place of the logits
@@ -72,7 +72,6 @@ def linear_cross_entropy(
     """Each token's loss (T,) in float32. Every target must be an entry of the vocabulary: weigh a loss to mask it.
 
     With `group`, W holds the entries from `first_entry` on, the same x is on every rank, and so is its gradient.
-    Raises ValueError for a head that wants a gradient.
     """
     check(x_TH, "x")
     return chunked_loss(x_TH, W_VH, target_T, first_entry, group, FORM)

@@ -118,7 +118,9 @@ class Training(Frozen):
     experts: Literal["auto", "eager", "triton", "reference"] = Field(
         default="auto", description="maths of the routed experts; auto takes the fused kernels where a GPU is"
     )
-
+    layers: Literal["auto", "pytorch", "transformer-engine"] = Field(
+        default="auto", description="norms and dense linear layers; auto takes pytorch's"
+    )
     tensorboard: bool = Field(
         default=False, description="also write event files for TensorBoard, where the extra `track` is installed"
     )
@@ -141,7 +143,8 @@ class Training(Frozen):
         recompute = ("--recompute", self.recompute) if self.recompute != "none" else ()
         flags = [f"--{name}" for name in ("packed", "tensorboard") if getattr(self, name)]
         experts = ("--experts", self.experts) if self.experts != "auto" else ()
-        return (*layout, *micro_rows, *flags, *recompute, *experts)
+        layers = ("--layers", self.layers) if self.layers != "auto" else ()
+        return (*layout, *micro_rows, *flags, *recompute, *experts, *layers)
 
 
 class LaunchSpec(Frozen):

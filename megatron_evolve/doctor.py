@@ -18,7 +18,7 @@ from megatron_evolve.substrate.operations import NO_GPU, OPERATIONS, Machine, gp
 
 REQUIRED = ("torch", "megatron-core", "triton", "numpy", "scipy", "pyarrow", "pydantic", "safetensors", "transformers")
 OPTIONAL = {
-    "transformer-engine": "Adam and context parallelism on NVIDIA GPUs: pip install 'megatron-evolve[te]'",
+    "transformer-engine": "Adam, context parallelism and layers on NVIDIA GPUs: pip install 'megatron-evolve[te]'",
     "mamba-ssm": "CUDA kernels of the Mamba-2 scan: pip install 'megatron-evolve[ssm]'",
     "causal-conv1d": "CUDA kernel of Mamba's convolution: pip install 'megatron-evolve[ssm]'",
     "fla-core": "Triton kernel of Mamba's convolution where mamba-ssm is not: pip install 'megatron-evolve[fla]'",

@@ -43,6 +43,7 @@ from megatron_evolve.substrate.model.weight_map import (
     to_huggingface,
     to_megatron,
 )
+from megatron_evolve.substrate.model.weights import EMBEDDING, check_computable
 from megatron_evolve.substrate.puzzles import families
 from megatron_evolve.substrate.puzzles.row import ANSWER_STYLE
 from megatron_evolve.substrate.recipe import Adapter, Recipe
@@ -86,6 +87,9 @@ def import_hf(source: Path, folder: Path, *, name: str | None = None, dt_min: fl
     naming = Naming.of(stored)
     _check_whole(stored, to_huggingface(architecture, naming), f"the checkpoint in {source}")
     outgoing = _converted(stored, to_megatron(architecture, naming))
+    check_computable(
+        next(tensor.dtype for tensor in outgoing if tensor.name == EMBEDDING), f"the checkpoint in {source}"
+    )
     make_folder(folder)
     shards = write_shards(folder, "weights", outgoing, max(path.stat().st_size for path in _paths(stored)))
     files = {file: described for file, (described, _) in shards.items()}

@@ -5,9 +5,10 @@
 Needs this checkout, torch, triton, megatron-core, pydantic, safetensors, einops and psutil. A Nemotron-3-Nano cut to a
 few layers, all of full width, is built on the GPU in bfloat16 and handed to a second process that has no GPU and
 computes in float32 (Megatron and this package choose their device once a process). Compared are every layer alone,
-given the same input, its gradients, and the losses, once in plain PyTorch and once with the fused kernels (experts,
-gated norm, loss): those may be off by what plain PyTorch loses, and half more. Then a few steps of full training and of
-LoRA, with their time and memory beside the plan's; the fused ones first, and none begun after `--seconds`.
+given the same input, its gradients, the losses, and the output table as it is trained, once in plain PyTorch and once
+with the fused kernels (experts, gated norm, loss): those may be off by what plain PyTorch loses, and half more. Then a
+few steps of full training and of LoRA, with their time and memory beside the plan's; the fused ones first, and none
+begun after `--seconds`. `--layers transformer-engine` takes its norms and linears on the GPU's side.
 One JSON line each, as they come. Status 1 where something is wrong, 2 without a GPU.
 """
 
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="write the JSON lines there too")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"begin no training after it ({SECONDS})")
+    parser.add_argument("--layers", default="auto", help="norms and dense linears: auto, pytorch or transformer-engine")
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)  # the float32 process's folder
     options = parser.parse_args(argv)
     from megatron_evolve.substrate.model.architecture import NEMOTRON3_NANO
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     ok = True
     with (options.out or Path(os.devnull)).open("w", encoding="utf-8") as file:
-        for row in report(architecture, time.monotonic() + options.seconds):
+        for row in report(architecture, time.monotonic() + options.seconds, options.layers):
             ok = ok and row.get("ok", True)
             for sink in (sys.stdout, file):
                 sink.write(json.dumps(row) + "\n")
@@ -75,7 +77,7 @@ def shortened(architecture: Any, pattern: str) -> Any:
     return type(architecture).model_validate(architecture.model_dump() | {"name": f"{pattern}", "pattern": pattern})
 
 
-def report(architecture: Any, until: float) -> Iterator[dict]:
+def report(architecture: Any, until: float, layers: str = "auto") -> Iterator[dict]:
     """The machine, the model against float32, and the training steps that begin before `until` on the clock."""
     import torch
 
@@ -83,14 +85,15 @@ def report(architecture: Any, until: float) -> Iterator[dict]:
     from megatron_evolve.substrate.model import build
 
     build.start(seed=1)
-    yield {"device": device_name("cuda"), "torch": torch.__version__, "commit": commit(), "model": architecture.name}
+    machine = {"device": device_name("cuda"), "torch": torch.__version__, "commit": commit()}
+    yield machine | {"model": architecture.name, "layers": layers}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
-        yield from compared(architecture, Path(folder))
-    yield from trainings(architecture, until)
+        yield from compared(architecture, Path(folder), layers=layers)
+    yield from trainings(architecture, until, layers)
     build.stop()
 
 
-def trainings(architecture: Any, until: float) -> Iterator[dict]:
+def trainings(architecture: Any, until: float, layers: str = "auto") -> Iterator[dict]:
     """A row of each training; a reason in place of figures where there was no time or no memory for it."""
     import torch
 
@@ -101,20 +104,21 @@ def trainings(architecture: Any, until: float) -> Iterator[dict]:
             continue
         torch.cuda.empty_cache()
         try:
-            yield trained(architecture, mode, experts)
+            yield trained(architecture, mode, experts, layers)
         except torch.cuda.OutOfMemoryError as failure:
             yield {"steps": mode, "experts": experts, "reason": str(failure).splitlines()[0]}
 
 
-def compared(architecture: Any, folder: Path, command: tuple[str, ...] = ()) -> Iterator[dict]:
-    """The losses, each layer's output and gradients: bfloat16 here against float32 in a process without a GPU."""
+def compared(architecture: Any, folder: Path, command: tuple[str, ...] = (), layers: str = "auto") -> Iterator[dict]:
+    """The losses, each layer's and the table's output and gradients: bfloat16 here against float32 without a GPU."""
     import torch
     from safetensors.torch import load_file, save_file
 
     from megatron_evolve.substrate.model import build, weights
 
     start = time.monotonic()
-    model = build.build_model(architecture, seed=1, experts="eager", params_dtype=torch.bfloat16)
+    how = {"experts": "eager", "layers": layers, "params_dtype": torch.bfloat16}
+    model = build.build_model(architecture, seed=1, **how)
     model.output_layer.requires_grad_(False)  # or its losses were made from logits, whatever the form
     spread_bias(model)
     weights.save_weights(model, folder / WEIGHTS)
@@ -132,6 +136,7 @@ def compared(architecture: Any, folder: Path, command: tuple[str, ...] = ()) -> 
         found = {"losses": losses_of(model, tokens[0], tokens[1])}
         for number in range(len(architecture.pattern)):
             found |= layer_outcome(model, number, want[f"layer {number} input"])
+        found |= table_outcome(model, model.linear_cross_entropy, want["table input"], tokens[1])
         errors[name] = {key: relative(value, want[key]) for key, value in found.items()}
     for key, eager in errors["eager"].items():
         fused = errors["triton"][key]
@@ -160,6 +165,7 @@ def reference(architecture: Any, folder: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
+    from megatron_evolve.kernels.reference import linear_cross_entropy
     from megatron_evolve.substrate.model import build, weights
 
     build.start(seed=1)
@@ -184,6 +190,8 @@ def reference(architecture: Any, folder: Path) -> None:
         if architecture.pattern[number] == "E":
             hidden = decided(model.decoder.layers[number], hidden, architecture.top_k)
         found |= {f"layer {number} input": hidden} | layer_outcome(model, number, hidden)
+    embedded = torch.nn.functional.rms_norm(inputs[0].flatten(0, 1), inputs[0].shape[-1:]).bfloat16().float()
+    found |= {"table input": embedded} | table_outcome(model, linear_cross_entropy, embedded, given["labels"])
     save_file({name: value.contiguous() for name, value in found.items()}, folder / FOUND)
     build.stop()
 
@@ -237,6 +245,23 @@ def layer_outcome(model: "Module", number: int, hidden: "Tensor") -> "dict[str, 
     return {f"layer {number} {name}": t.detach().to("cpu", torch.float32, copy=True) for name, t in found.items()}
 
 
+def table_outcome(model: "Module", loss_of: Any, x_TH: "Tensor", labels: "Tensor") -> "dict[str, Tensor]":
+    """The output table as it is trained: losses, and gradients of a fixed random direction; float32 on the CPU.
+
+    Of the table's own gradient the rows of some labels and some others: all of it would be the size of the table.
+    """
+    import torch
+
+    W_VH, labels = model.output_layer.weight.detach().requires_grad_(), labels.flatten()
+    x_TH = x_TH.to(W_VH.device, W_VH.dtype).requires_grad_()
+    losses = loss_of(x_TH, W_VH, labels.to(W_VH.device))
+    direction = torch.rand(losses.shape, generator=torch.Generator().manual_seed(7)).to(losses)
+    dx_TH, dW_VH = torch.autograd.grad(losses, (x_TH, W_VH), direction)
+    rows = torch.cat([labels[:FEW], torch.arange(min(FEW, len(W_VH)))]).to(dW_VH.device)
+    found = {"losses": losses, "input gradient": dx_TH, "weight": dW_VH[rows]}
+    return {f"table {name}": t.detach().to("cpu", torch.float32, copy=True) for name, t in found.items()}
+
+
 def is_watched(name: str) -> bool:
     """Every kind of weight; of the experts two: all of them would be the size of the model."""
     return "experts.linear" not in name or "shared" in name or name.endswith(("weight0", "weight1"))
@@ -248,7 +273,7 @@ def relative(got: "Tensor", want: "Tensor") -> float:
     return off / size if size else off
 
 
-def prepared(architecture: Any, mode: str, experts: str, rows: int, length: int) -> tuple[Any, Any, Any]:
+def prepared(architecture: Any, mode: str, experts: str, layers: str, rows: int, length: int) -> tuple[Any, Any, Any]:
     """A trainer in bfloat16, a batch of random tokens for it, and the job as the plan takes it."""
     import numpy as np
     import torch
@@ -265,7 +290,8 @@ def prepared(architecture: Any, mode: str, experts: str, rows: int, length: int)
     job = Job(mode=mode, sequence_length=length, micro_batch=rows, batch_size=rows, scan=scan)
     adapter = job.adapter if mode == "lora" else None
     recipe = Recipe(adapter=adapter, lr=1e-4, batch_size=rows, steps=STEPS, warmup_steps=1, sequence_length=length)
-    (model,) = build.build_chunks(architecture, seed=1, experts=experts, params_dtype=torch.bfloat16)
+    how = {"experts": experts, "layers": layers, "params_dtype": torch.bfloat16}
+    (model,) = build.build_chunks(architecture, seed=1, **how)
     if adapter is not None:
         add_lora(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=0)
     tokens_BT = np.random.default_rng(0).integers(0, architecture.vocab_size, (rows, length))
@@ -274,7 +300,9 @@ def prepared(architecture: Any, mode: str, experts: str, rows: int, length: int)
     return Trainer([model], recipe), batch, job
 
 
-def trained(architecture: Any, mode: str, experts: str, rows: int = 4, length: int = 2048) -> dict:
+def trained(
+    architecture: Any, mode: str, experts: str, layers: str = "auto", rows: int = 4, length: int = 2048
+) -> dict:
     """A few optimizer steps: losses, milliseconds a step, tokens a second, peak memory beside the plan's."""
     import torch
 
@@ -285,7 +313,7 @@ def trained(architecture: Any, mode: str, experts: str, rows: int = 4, length: i
     settle = torch.cuda.synchronize if on_gpu else lambda: None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    trainer, batch, job = prepared(architecture, mode, experts, rows, length)
+    trainer, batch, job = prepared(architecture, mode, experts, layers, rows, length)
     losses, norms, times = [], [], []
     for number in range(STEPS):
         settle()

@@ -7,6 +7,7 @@ Nothing is imported to find out, and torch is not needed: a package is there if 
 is what its metadata say. One that is there and broken is taken for good here; who imports it tells its error.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -25,8 +26,13 @@ PACKAGES = {
 }
 # Megatron takes these wherever they can be imported, and their kernels run on a GPU alone: see `model.cpu`.
 MEGATRON_TAKES = ("transformer_engine", "apex")
+# Megatron 0.19 looks for this package's version while it is imported, and does not get past one that is older.
+LEAST_RESILIENCY = (0, 6)
 NO_GPU = "no GPU on this machine"
 REFUSED = "refused"
+TRANSFORMER_ENGINE = "transformer-engine"
+# What a run may ask for its norms and dense linear layers.
+LAYERS = ("auto", "pytorch", TRANSFORMER_ENGINE)
 
 
 @dataclass(frozen=True)
@@ -103,9 +109,9 @@ def experts(here: Machine) -> Choice:
 
 
 def loss(here: Machine) -> Choice:
-    """Output table and loss together where the table is frozen (`model.head`); the experts' setting decides both."""
+    """Output table and loss together (`model.head`); the experts' setting decides both."""
     taken = experts(here)
-    return Choice(taken.path, "in chunks of logits over a frozen output table; a trained one takes Megatron's own")
+    return Choice(taken.path, "in chunks of logits; Megatron's own for an adapted table, or a trained one's few logits")
 
 
 def gated_norm(here: Machine) -> Choice:
@@ -142,24 +148,41 @@ def attention(here: Machine) -> Choice:
 def context_parallel(here: Machine) -> Choice:
     """Core attention where the sequence is split over ranks, which torch's does not do."""
     if here.has("transformer_engine"):
-        return Choice("transformer-engine", f"{here.names('transformer_engine')} installed, and a GPU is there")
+        return Choice(TRANSFORMER_ENGINE, f"{here.names('transformer_engine')} installed, and a GPU is there")
     return Choice(REFUSED, here.lacks("transformer_engine"))
 
 
-def norm(here: Machine) -> Choice:
-    """Norms between layers."""
-    why = "torch's, one kernel on a GPU too"
-    if "transformer_engine" in here.versions:
-        why += "; Transformer Engine's were never run by this project and are not used"
+def norm(here: Machine, asked: str = "auto") -> Choice:
+    """Norms between layers; `asked` is one of LAYERS."""
+    return _layers(here, asked, "torch's, one kernel on a GPU too")
+
+
+def linear(here: Machine, asked: str = "auto") -> Choice:
+    """Dense matrix products outside the experts; `asked` is one of LAYERS."""
+    return _layers(here, asked, "Megatron's own layers over torch's products")
+
+
+def _layers(here: Machine, asked: str, why: str) -> Choice:
+    """Transformer Engine's only where they are asked for: nobody of this project has seen them run.
+
+    What they would add is not open here: 8-bit arithmetic is refused by the experts, norms are not fused with products
+    lest weights change their names, and communication is not overlapped. Left is the same product of the same library.
+    """
+    if asked == TRANSFORMER_ENGINE:
+        if here.has("transformer_engine"):
+            return Choice(TRANSFORMER_ENGINE, f"asked for, {here.names('transformer_engine')} installed")
+        return Choice(REFUSED, here.lacks("transformer_engine"))
+    if asked == "auto" and "transformer_engine" in here.versions:
+        why += "; `launch.training.layers: transformer-engine` takes those, which this project never ran on a GPU"
     return Choice("pytorch", why)
 
 
-def linear(here: Machine) -> Choice:
-    """Dense matrix products outside the experts."""
-    why = "Megatron's own layers, which adapters are made for"
-    if "transformer_engine" in here.versions:
-        why += "; Transformer Engine's take none here, and their 8-bit arithmetic is refused by the experts"
-    return Choice("pytorch", why)
+def check_layers(here: Machine, asked: str) -> None:
+    """Raises ValueError unless `asked` is one of LAYERS and can be had here."""
+    if asked not in LAYERS:
+        raise ValueError(f"layers must be one of {', '.join(LAYERS)}; got {asked!r}: name one of them")
+    if not (choice := linear(here, asked)).serves:
+        raise ValueError(f"layers {asked} cannot be had, {choice.why}: take layers pytorch")
 
 
 def optimizer(here: Machine) -> Choice:
@@ -176,10 +199,20 @@ def restarts(here: Machine) -> Choice:
     why = "from its last resume checkpoint, in a process of its own"
     if "nvidia_resiliency_ext" in here.versions:
         why += (
-            f"; {here.names('nvidia_resiliency_ext')} is not used: it restarts ranks inside a job, by a launcher in "
-            "torchrun's place or by NCCL, and the controller counts each attempt as a job"
+            f"; {here.names('nvidia_resiliency_ext')} is not used: its restarts happen inside a job, and the process "
+            "that writes its checkpoints outlives a killed rank and writes where the next attempt does"
         )
+    if unfit(here):
+        why += "; it is hidden from Megatron, which asks for 0.6.0 and cannot be imported beside an older one"
     return Choice("launcher", why)
+
+
+def unfit(here: Machine) -> tuple[str, ...]:
+    """Modules that keep Megatron from being imported: nvidia-resiliency-ext of a version before 0.6."""
+    version = here.versions.get("nvidia_resiliency_ext")
+    if version is None or tuple(map(int, re.findall(r"\d+", version)[:2])) >= LEAST_RESILIENCY:
+        return ()
+    return ("nvidia_resiliency_ext",)
 
 
 OPERATIONS = {

@@ -7,11 +7,13 @@ on several threads; gloo's and OpenMP's threads do not survive a fork, and a chi
 """
 
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_evolve.kernels.backend import AUTO, resolved
+from megatron_evolve.substrate import operations
 from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.ranks import place_in
@@ -43,6 +45,8 @@ def prepare() -> None:
     """Import torch and Megatron and supply what this machine lacks. Idempotent; 2.4 s once; starts no thread."""
     from megatron_evolve.substrate.model import cpu, mamba_ssm
 
+    for name in operations.unfit(operations.machine(gpu=False)):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # an import of it now fails, and Megatron goes on
     with warnings.catch_warnings():
         # Each of a dozen modules says that Transformer Engine and Apex are absent; `doctor` says it once and in full.
         warnings.simplefilter("ignore", UserWarning)
@@ -209,13 +213,16 @@ def build_model(architecture: Architecture, *, seed: int, **fields: Any) -> "Hyb
     return chunk
 
 
-def build_chunks(architecture: Architecture, *, seed: int, experts: str = AUTO, **fields: Any) -> "list[HybridModel]":
+def build_chunks(
+    architecture: Architecture, *, seed: int, experts: str = AUTO, layers: str = AUTO, **fields: Any
+) -> "list[HybridModel]":
     """This rank's part of a new `HybridModel`, one chunk per virtual pipeline stage, in order of the layers.
 
     Same architecture, layout and seed, same bits. `experts` names the backend of the maths (`kernels.backend`): of the
-    routed experts, and with them of router, gated norm and loss. `fields` are added to the configuration or replace, by
-    Megatron's names (see `transformer_config`). The layers are cut as `Layout.stages` says; raises ValueError if they
-    cannot be.
+    routed experts, and with them of router, gated norm and loss; `layers` the norms and dense linear layers
+    (`operations.LAYERS`). `fields` are added to the configuration or replace, by Megatron's names (see
+    `transformer_config`). The layers are cut as `Layout.stages` says; raises ValueError if they cannot be, or for
+    layers that cannot be had.
     """
     from megatron.core import parallel_state
 
@@ -232,7 +239,7 @@ def build_chunks(architecture: Architecture, *, seed: int, experts: str = AUTO, 
         chunk = LossModel(
             form=form,
             config=transformer_config(architecture, **fields),
-            hybrid_stack_spec=hybrid_stack_spec(architecture, form),
+            hybrid_stack_spec=hybrid_stack_spec(architecture, form, layers),
             vocab_size=architecture.vocab_size,
             max_sequence_length=architecture.max_sequence_length,
             hybrid_layer_pattern="|".join(stages) + f"/{architecture.mtp_pattern}" * architecture.mtp_depths,

@@ -1,11 +1,12 @@
-"""A model's output table and its loss as one operation where the table is frozen: never are all logits there at once.
+"""A model's output table and its loss as one operation: never are all logits there at once.
 
 Megatron keeps logits and their float32 softmax, 6 bytes for each of tokens x vocabulary in bfloat16: 6 GiB at 8,192
 tokens of 131,072 entries, and as much again for each further token that is predicted. Here the table hands its input
 on, and the loss of it is `linear_cross_entropy` of `kernels`, in chunks. There is one loss a token as before, so loss
 weights, padding and packed rows mean what they meant.
 
-A table that is trained, adapted or shared with the embedding, and a call without labels, take Megatron's own way.
+So where the table is frozen, and where it is trained and the logits are more than one chunk: making them twice is worth
+it only then. A table that is adapted or shared with the embedding, and a call without labels, take Megatron's own way.
 
 L sequence, B rows, H model width. Import it after `build.prepare`: it needs Megatron.
 """
@@ -20,7 +21,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer import multi_token_prediction
 from torch import Tensor
 
-from megatron_evolve.kernels.backend import backend
+from megatron_evolve.kernels.backend import backend, chunk_rows
 
 
 class OutputTable(ColumnParallelLinear):
@@ -41,16 +42,18 @@ class LossModel(HybridModel):
     def __init__(self, *args: Any, form: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.linear_cross_entropy: Callable[..., Tensor] | None = None
+        self.form = form
         if form != "reference" and type(getattr(self, "output_layer", None)) is ColumnParallelLinear:
             self.linear_cross_entropy = backend(form).linear_cross_entropy
             self.output_layer.__class__ = OutputTable
             multi_token_prediction._compute_mtp_acceptance_counts = _acceptance_counts
 
-    @property
-    def fuses(self) -> bool:
-        """Whether losses are computed without logits: the table is frozen, and neither adapted nor shared."""
+    def fuses(self, num_tokens: int) -> bool:
+        """Whether losses of so many tokens are computed without logits."""
         table = getattr(self, "output_layer", None)
-        return type(table) is OutputTable and table.weight is not None and not table.weight.requires_grad
+        if type(table) is not OutputTable or table.weight is None:
+            return False
+        return not table.weight.requires_grad or num_tokens > chunk_rows(self.form, table.weight)
 
     def forward(
         self,
@@ -63,7 +66,7 @@ class LossModel(HybridModel):
     ) -> Tensor:
         """As the base class: losses (B, L) where labels are given, else logits (B, L, vocabulary of this rank)."""
         given = (input_ids, position_ids, attention_mask, decoder_input, labels)
-        if labels is None or not self.fuses:
+        if labels is None or not self.fuses(labels.numel()):
             return super().forward(*given, **kwargs)
         self.output_layer.passes = True
         try:
@@ -76,7 +79,7 @@ class LossModel(HybridModel):
 
         While the table passes its input on, that (L, B, H) stands in the place of logits.
         """
-        if not (self.fuses and self.output_layer.passes):
+        if not getattr(self.output_layer, "passes", False):
             return super().compute_language_model_loss(labels, logits)
         weight, group = self.output_layer.weight, self.output_layer.tp_group
         split = {"first_entry": group.rank() * len(weight), "group": group} if group.size() > 1 else {}

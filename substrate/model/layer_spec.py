@@ -1,4 +1,4 @@
-"""How one layer of each kind is put together: Megatron's own modules, without Transformer Engine.
+"""How one layer of each kind is put together, of Megatron's own modules.
 
 `HybridModel` is Megatron's, unmodified; this file fills its spec. Import it after `build.prepare`, which readies the
 process for the modules named here.
@@ -17,7 +17,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm import mamba_mixer
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -46,21 +45,10 @@ from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.model.attention import CausalAttention
 from megatron_evolve.substrate.model.convolution import FLA, fla_causal_conv
 from megatron_evolve.substrate.model.experts import GroupedExperts
+from megatron_evolve.substrate.model.layers import Layers, layers_of
 from megatron_evolve.substrate.model.mamba_ssm import GatedRMSNorm, conv_and_scan
 from megatron_evolve.substrate.model.packed import expect_packed
 from megatron_evolve.substrate.model.router import FusedRouter
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMS norm with Megatron's signature.
-
-    Megatron's own wrapper refuses sequence parallelism. Its mark on the weight is all that is needed: each rank then
-    sees part of the sequence, and the gradient is summed over the tensor-parallel group.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class ClampedMambaMixer(MambaMixer):
@@ -137,24 +125,28 @@ class RecomputableStack(HybridStack):
         return super().forward(hidden_states, *args, **kwargs)
 
 
-def hybrid_stack_spec(architecture: Architecture, form: str) -> ModuleSpec:
-    """The spec that `HybridModel` builds its layers from. `form` is the backend of the maths (`kernels.backend`)."""
+def hybrid_stack_spec(architecture: Architecture, form: str, asked: str = "auto") -> ModuleSpec:
+    """The spec that `HybridModel` builds its layers from.
+
+    `form` is the backend of the maths (`kernels.backend`); norms and linears are those `asked` for (`layers_of`).
+    """
+    layers = layers_of(asked)
     # Megatron names its final norm and latent projections itself, outside the spec, and means Transformer Engine's.
-    hybrid_block.TENorm = RMSNorm
+    hybrid_block.TENorm = layers.norm
     latent.install()
     attends = "*" in architecture.pattern + architecture.mtp_pattern
     return ModuleSpec(
         module=RecomputableStack,
         submodules=HybridStackSubmodules(
-            mamba_layer=_mamba_layer(architecture, form),
-            **({"attention_layer": _attention_layer()} if attends else {}),
-            moe_layer=_moe_layer(form),
-            mtp_block_spec=_prediction_heads(),
+            mamba_layer=_mamba_layer(architecture, form, layers),
+            **({"attention_layer": _attention_layer(layers)} if attends else {}),
+            moe_layer=_moe_layer(form, layers),
+            mtp_block_spec=_prediction_heads(layers),
         ),
     )
 
 
-def _mamba_layer(architecture: Architecture, form: str) -> ModuleSpec:
+def _mamba_layer(architecture: Architecture, form: str, layers: Layers) -> ModuleSpec:
     mixer = ModuleSpec(
         module=ClampedMambaMixer,
         params={
@@ -164,10 +156,11 @@ def _mamba_layer(architecture: Architecture, form: str) -> ModuleSpec:
             "d_conv": architecture.mamba_conv_kernel,
             "chunk_size": architecture.mamba_chunk_size,
         },
-        submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+        submodules=MambaMixerSubmodules(in_proj=layers.column, out_proj=layers.row),
     )
     return ModuleSpec(
-        module=MambaLayer, submodules=MambaLayerSubmodules(norm=RMSNorm, mixer=mixer, mamba_bda=get_bias_dropout_add)
+        module=MambaLayer,
+        submodules=MambaLayerSubmodules(norm=layers.norm, mixer=mixer, mamba_bda=get_bias_dropout_add),
     )
 
 
@@ -185,26 +178,26 @@ def core_attention(context_parallel: int) -> type[torch.nn.Module]:
     return TEDotProductAttention
 
 
-def _attention_layer() -> ModuleSpec:
+def _attention_layer(layers: Layers) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=layers.column,
             core_attention=core_attention(parallel_state.get_context_parallel_world_size()),
-            linear_proj=RowParallelLinear,
+            linear_proj=layers.row,
         ),
     )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm, self_attention=attention, self_attn_bda=get_bias_dropout_add
+            input_layernorm=layers.norm, self_attention=attention, self_attn_bda=get_bias_dropout_add
         ),
     )
 
 
-def _moe_layer(form: str) -> ModuleSpec:
-    shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+def _moe_layer(form: str, layers: Layers) -> ModuleSpec:
+    shared = MLPSubmodules(linear_fc1=layers.column, linear_fc2=layers.row)
     experts = MoESubmodules(
         experts=partial(GroupedExperts, backend=form),
         shared_experts=partial(SharedExpertMLP, submodules=shared),
@@ -213,15 +206,15 @@ def _moe_layer(form: str) -> ModuleSpec:
     return ModuleSpec(
         module=MoETransformerLayer,
         submodules=TransformerLayerSubmodules(
-            pre_mlp_layernorm=RMSNorm, mlp=partial(MoELayer, submodules=experts), mlp_bda=get_bias_dropout_add
+            pre_mlp_layernorm=layers.norm, mlp=partial(MoELayer, submodules=experts), mlp_bda=get_bias_dropout_add
         ),
     )
 
 
-def _prediction_heads() -> ModuleSpec:
+def _prediction_heads(layers: Layers) -> ModuleSpec:
     """Multi-token prediction, built only where the pattern has it; its layers come from the stack's own specs."""
     head = MultiTokenPredictionLayerSubmodules(
-        enorm=RMSNorm, hnorm=RMSNorm, eh_proj=ColumnParallelLinear, mtp_model_layer=None, layer_norm=RMSNorm
+        enorm=layers.norm, hnorm=layers.norm, eh_proj=layers.column, mtp_model_layer=None, layer_norm=layers.norm
     )
     return ModuleSpec(
         module=MultiTokenPredictionBlock,

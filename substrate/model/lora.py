@@ -1,4 +1,4 @@
-"""Low-rank adapters on Megatron's linear layers and on grouped experts (Hu et al. 2021, arXiv 2106.09685).
+"""Low-rank adapters on dense linear layers and on grouped experts (Hu et al. 2021, arXiv 2106.09685).
 
     W x  becomes  W x + (alpha / rank) * B (A x),    A (rank, in), B (out, rank)
 
@@ -12,6 +12,7 @@ columns. The rank-wide u = A x travels between ranks, never a layer-wide tensor.
 it needs Megatron.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -51,28 +54,26 @@ HEADS = "mtp"
 TARGETS = {**KINDS, "output": ("output_layer",), HEADS: tuple(name for names in KINDS.values() for name in names)}
 
 
-class LoraColumnParallelLinear(ColumnParallelLinear):
-    """y = W x + scale * B (A x): A whole on every rank, B split by rows as W is."""
+class _Column:
+    """y = W x + scale * B (A x) over a column-parallel layer: A whole on every rank, B split by rows as W is."""
 
-    def forward(
-        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """As the base class: (L, B, in) to (L, B, out of this rank)."""
-        output, bias = super().forward(input_, weight, runtime_gather_output)
-        u = F.linear(input_, self.lora_A)
-        if self.sequence_parallel:
-            u = gather_from_sequence_parallel_region(u, group=self.tp_group)
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As the layer: (L, B, in) to (L, B, out of this rank)."""
+        output, bias = super().forward(input_, *args, **kwargs)
+        u, group = F.linear(input_, self.lora_A), _ranks()
+        if self.config.sequence_parallel:
+            u = gather_from_sequence_parallel_region(u, group=group)
         else:
-            u = copy_to_tensor_model_parallel_region(u, group=self.tp_group)
+            u = copy_to_tensor_model_parallel_region(u, group=group)
         if output.size(-1) == len(self.lora_B):
             return _add_product(output, u, self.lora_B, self.lora_scale), bias
         delta = F.linear(u * self.lora_scale, self.lora_B)  # the base has gathered its output over ranks
-        return output + gather_from_tensor_model_parallel_region(delta, group=self.tp_group), bias
+        return output + gather_from_tensor_model_parallel_region(delta, group=group), bias
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """As the base class; B is split along axis 0, and by parts where W packs several projections (Mamba)."""
+        """As the layer; B is split along axis 0, and by parts where W packs several projections (Mamba)."""
         sharded = _sharded(self, {"weight": 0, "bias": 0, "lora_B": 0}, prefix, sharded_offsets, metadata)
         parts = getattr(self.weight, "partition_sizes", None)
         if parts is not None:
@@ -81,24 +82,35 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         return sharded
 
 
-class LoraRowParallelLinear(RowParallelLinear):
-    """y = W x + scale * B (A x): A split by columns as W is, B whole on every rank."""
+class _Row:
+    """y = W x + scale * B (A x) over a row-parallel layer: A split by columns as W is, B whole on every rank."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As the base class: (L, B, in of this rank) to (L, B, out)."""
+        """As the layer: (L, B, in of this rank) to (L, B, out)."""
         output, bias = super().forward(input_)
-        u = F.linear(input_, self.lora_A)
-        if self.sequence_parallel:
-            u = reduce_scatter_to_sequence_parallel_region(u, group=self.tp_group)
+        u, group = F.linear(input_, self.lora_A), _ranks()
+        if self.config.sequence_parallel:
+            u = reduce_scatter_to_sequence_parallel_region(u, group=group)
         else:
-            u = reduce_from_tensor_model_parallel_region(u, group=self.tp_group)
+            u = reduce_from_tensor_model_parallel_region(u, group=group)
         return _add_product(output, u, self.lora_B, self.lora_scale), bias
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """As the base class; A is split along axis 1."""
+        """As the layer; A is split along axis 1."""
         return _sharded(self, {"weight": 1, "lora_A": 1}, prefix, sharded_offsets, metadata)
+
+
+@functools.cache
+def _adapted_class(kind: type, base: type) -> type:
+    """The layer's own class with an adapter's forward before it. Transformer Engine's exist only where it is there."""
+    return type(f"Lora{base.__name__}", (kind, base), {})
+
+
+def _ranks() -> torch.distributed.ProcessGroup:
+    """The ranks that a dense layer is split over; Transformer Engine's and Megatron's keep it under other names."""
+    return parallel_state.get_tensor_model_parallel_group()
 
 
 def _add_product(output: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -110,7 +122,7 @@ def _sharded(
     module: torch.nn.Module, axes: dict[str, int], prefix: str, offsets: tuple, metadata: dict
 ) -> ShardedStateDict:
     state = module.state_dict(prefix="", keep_vars=True)
-    groups = {"tp_group": module.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+    groups = {"tp_group": _ranks(), "dp_cp_group": metadata["dp_cp_group"]}
     return make_sharded_tensors_for_checkpoint(state, prefix, axes, offsets, **groups)
 
 
@@ -119,7 +131,7 @@ def add_lora(model: torch.nn.Module, *, rank: int, alpha: float, targets: tuple[
 
     The routers are frozen whole, their selection bias too: an adapter cannot carry the bias, so a bias that kept moving
     would be lost with it. Raises ValueError for an unknown or absent target, a model that has adapters already, and
-    layers whose adapter would be wrong (Transformer Engine's, experts under expert tensor parallelism).
+    layers whose adapter would be wrong (norm and matrix in one, experts under expert tensor parallelism).
     """
     unknown = sorted(set(targets) - set(TARGETS))
     if unknown or not targets:
@@ -180,7 +192,7 @@ def merge(model: torch.nn.Module) -> dict[str, Tensor]:
     state = {
         name: value.detach()
         for name, value in model.state_dict().items()
-        if isinstance(value, Tensor) and not name.endswith((".lora_A", ".lora_B"))
+        if isinstance(value, Tensor) and not name.endswith((".lora_A", ".lora_B", "_extra_state"))
     }
     for name, layer in _adapted(model):
         change = layer.lora_scale * (layer.lora_B.detach() @ layer.lora_A.detach())
@@ -218,29 +230,38 @@ def _check(name: str, layer: torch.nn.Module) -> None:
                 f"expert adapters need expert tensor parallel size 1; {name} is split: use expert parallelism"
             )
         return
-    if type(layer) not in (ColumnParallelLinear, RowParallelLinear, OutputTable) or layer.weight is None:
+    if not _adapter_of(layer) or layer.weight is None:
         raise ValueError(
-            f"an adapter needs a ColumnParallelLinear or RowParallelLinear that holds its own weight; {name} is a "
-            f"{type(layer).__name__}: build the model without Transformer Engine and with untied embeddings"
+            f"an adapter needs a column- or row-parallel linear layer that holds its own weight; {name} is a "
+            f"{type(layer).__name__}: build the model with a norm apart from its matrix, and untied embeddings"
         )
-    if layer.explicit_expert_comm or (type(layer) is RowParallelLinear and not layer.input_is_parallel):
+    communicates = getattr(layer, "explicit_expert_comm", False) or not getattr(layer, "input_is_parallel", True)
+    if communicates:
         raise ValueError(f"an adapter needs {name} to do its own communication: turn moe_shared_expert_overlap off")
 
 
-def _adapt_linear(layer: ColumnParallelLinear | RowParallelLinear, rank: int, seed: int) -> None:
-    size, index = layer.tp_group.size(), layer.tp_group.rank()
-    A = _draw(layer.lora_name, rank, layer.input_size, seed).to(layer.weight)
-    column = isinstance(layer, ColumnParallelLinear)
+def _adapter_of(layer: torch.nn.Module) -> type | None:
+    """The adapter that fits the layer, by what the layer is split along; None for a layer that takes none."""
+    if type(layer) in (ColumnParallelLinear, OutputTable, TEColumnParallelLinear):
+        return _Column
+    return _Row if type(layer) in (RowParallelLinear, TERowParallelLinear) else None
+
+
+def _adapt_linear(layer: torch.nn.Module, rank: int, seed: int) -> None:
+    group, kind = _ranks(), _adapter_of(layer)
+    column = kind is _Column
+    width = layer.weight.size(1) * (1 if column else group.size())
+    A = _draw(layer.lora_name, rank, width, seed).to(layer.weight)
     if not column:
-        A = A.chunk(size, dim=1)[index].contiguous()
+        A = A.chunk(group.size(), dim=1)[group.rank()].contiguous()
     layer.register_parameter("lora_A", torch.nn.Parameter(A))
     layer.register_parameter("lora_B", torch.nn.Parameter(layer.weight.new_zeros(len(layer.weight), rank)))
     set_tensor_model_parallel_attributes(layer.lora_A, not column, -1 if column else 1, 1)
     set_tensor_model_parallel_attributes(layer.lora_B, column, 0 if column else -1, 1)
     # the side that sees only this rank's part of the sequence: Megatron sums its gradient over tensor-parallel ranks
     whole = layer.lora_A if column else layer.lora_B
-    whole.sequence_parallel = layer.sequence_parallel
-    layer.__class__ = LoraColumnParallelLinear if column else LoraRowParallelLinear
+    whole.sequence_parallel = layer.config.sequence_parallel
+    layer.__class__ = _adapted_class(kind, type(layer))
 
 
 def _adapt_experts(layer: ExpertWeights, rank: int, seed: int) -> None:

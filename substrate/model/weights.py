@@ -24,7 +24,11 @@ def state_of(model: "Module") -> dict[str, "Tensor"]:
     """Parameters and persistent buffers by Megatron's names, sharing memory with the model (no `_extra_state`)."""
     import torch
 
-    return {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if torch.is_tensor(value) and not name.endswith("_extra_state")  # Transformer Engine's are tensors, of no bytes
+    }
 
 
 def save_weights(model: "Module", path: Path | str) -> Path:
@@ -66,6 +70,15 @@ def put_weights(model: "Module", tensors: dict[str, "Tensor"], source: str = "th
             value.copy_(tensors[name])
 
 
+def check_computable(dtype: str, where: str) -> None:
+    """Raises ValueError unless a model can compute in the dtype, as safetensors spells it, of its embedding."""
+    if dtype not in ("F32", "BF16"):
+        raise ValueError(
+            f"{where} must hold float32 or bfloat16; got {dtype}, whose range routing outgrows: convert the checkpoint "
+            "to bfloat16"
+        )
+
+
 def stored_dtype(paths: Iterable[Path]) -> "torch.dtype":
     """The dtype that a model of these files computes in: the one of its embedding. Raises ValueError for float16."""
     import torch
@@ -75,11 +88,7 @@ def stored_dtype(paths: Iterable[Path]) -> "torch.dtype":
     embedding = next(entries, None)
     if embedding is None:
         raise ValueError(f"weights must hold {EMBEDDING}; no file does: freeze the substrate again")
-    if embedding.dtype not in dtypes:
-        raise ValueError(
-            f"{embedding.path} must hold float32 or bfloat16; got {embedding.dtype}, whose range routing outgrows: "
-            "convert the checkpoint to bfloat16"
-        )
+    check_computable(embedding.dtype, str(embedding.path))
     return dtypes[embedding.dtype]
 
 

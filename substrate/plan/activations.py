@@ -68,16 +68,26 @@ class Activations:
         states = self.S * a.hidden_size * self.x
         entries = a.vocab_size / self.layout.tp
         further = depths * 2 * states  # input of the projection of state and embedding
+        hidden = self.T * a.hidden_size * self.x
+        chunk = min(self.T * entries * self.x, self._chunk_bytes())
+        passes = 1 if self.fused else 2  # PyTorch's sum of exponentials takes a copy
         if not self.trained and "output" not in self.targets:  # no logits but a chunk's: see `model.head`
-            chunk = min(self.T * entries * self.x, LOSS_CHUNK_BYTES["triton" if self.fused else "eager"])
-            kept = (1 + depths) * (self._norm() - states + self.T * (a.hidden_size * self.x + 12))
-            passes = 1 if self.fused else 2  # PyTorch's sum of exponentials takes a copy
-            return Kept(kept + further, 0.0, passes * chunk + self.T * a.hidden_size * self.x)
+            kept = (1 + depths) * (self._norm() - states + hidden + self.T * 12)
+            return Kept(kept + further, 0.0, passes * chunk + hidden)
+        if self.trained and self.job.loss == "chunks" and self.T * entries * self.x > self._chunk_bytes():
+            gathered = hidden if self.layout.tp > 1 else 0.0  # the table's input, and 3 numbers and a target a token
+            kept = (1 + depths) * (self._norm() + gathered + self.T * 20)
+            table = entries * a.hidden_size * (4 if self.x == 4 else 4 + self.x)  # summed in float32
+            # either the forward pass with its copy, or a chunk turned into its gradient in place beside the table's
+            return Kept(kept + further, 0.0, max(passes * chunk, chunk + table) + hidden)
         logits = self.T * entries
         kept = (1 + depths) * (logits * 4 + self._norm() + self.T * 8)
         copies = logits * self.x if self.fused else 0.0  # the product in bf16 beside its float32 copy
         table = entries * a.hidden_size * self.x if self.trained and not self.fused else 0.0
-        return Kept(kept + further, 0.0, copies + table + self.T * a.hidden_size * self.x)
+        return Kept(kept + further, 0.0, copies + table + hidden)
+
+    def _chunk_bytes(self) -> int:
+        return LOSS_CHUNK_BYTES["triton" if self.fused else "eager"]
 
     def boundary(self) -> float:
         """What a pipeline stage receives and sends for one micro-batch."""

@@ -7,6 +7,7 @@ products cost 2/3 of a trained one's; those between activations (scores, scan) a
 from dataclasses import dataclass
 from math import ceil
 
+from megatron_evolve.kernels.backend import LOSS_CHUNK_BYTES
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.plan.job import Job
 
@@ -72,7 +73,11 @@ def head_flops(a: Architecture, job: Job) -> Flops:
     times = 3 if job.mode == "sft" else 2
     table = 2 * a.vocab_size * a.hidden_size * (1 + a.mtp_depths) + a.mtp_depths * 4 * a.hidden_size**2
     further = pattern_flops(a, a.mtp_pattern * a.mtp_depths, job, job.adapter.in_heads)
-    return Flops(table, times * table, times * table) + further
+    chunk = LOSS_CHUNK_BYTES["triton" if job.precision == "bf16" else "eager"]
+    logits = job.micro_batch * job.sequence_length * a.vocab_size * job.weight_bytes
+    many = job.mode == "sft" and job.loss == "chunks" and logits > chunk
+    again = 2 * a.vocab_size * a.hidden_size * (1 + a.mtp_depths) if many else 0  # see `kernels.chunked_loss`
+    return Flops(table, times * table, times * table + again) + further
 
 
 def token_flops(a: Architecture, job: Job) -> Flops:

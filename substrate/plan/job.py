@@ -31,6 +31,10 @@ class Job(Frozen):
         default="mamba-ssm",
         description="what Mamba layers run on in bf16, as `doctor` says of a machine; float32 always runs on pytorch",
     )
+    loss: Literal["chunks", "logits"] = Field(
+        default="chunks",
+        description="of a trained output table: in chunks of logits (`model.head`), or Megatron's own, which keeps all",
+    )
     precision: Literal["bf16", "float32"] = Field(default="bf16", description="of weights and activations")
     optimizer_state: Literal["full", "reduced"] = Field(
         default="full",

@@ -106,6 +106,7 @@ CASES = {  # by number of processes
         Case("", 8, 8, 96, model=FURTHER),
         Case("", 8, 8, 96, mode="lora", model=FURTHER),
         Case("", 8, 8, 96, mode="lora", model=WORDY),
+        Case("", 8, 8, 96, model=WORDY),
         Case("", 1, 1, 512, mode="lora", model=SCAN),
         Case("", 1, 1, 512, model=SCAN, recompute="full"),
         Case("", 1, 1, 256, model=SCAN, precision="bf16"),

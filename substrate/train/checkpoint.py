@@ -2,8 +2,7 @@
 
 Two kinds. `weights` or `adapter` is what a run hands on to its evaluation. `resume` also holds the optimizer's
 moments, the random generators and the trainer's own state, so that a run killed after it goes on bit for bit as if it
-had not been. Files are safetensors and JSON: no pickles, and 0.02 CPU-seconds (nano) in
-place of the 3 s of a distributed save.
+had not been. Files are safetensors and JSON, no pickles: 0.02 CPU-seconds (nano).
 
 A folder is written under a temporary name, its manifest last, and renamed. What a run hands on is one whole model,
 which rank 0 writes as it gathers it, a tensor at a time; how several ranks save what they need to go on is `resume`'s

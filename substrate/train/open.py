@@ -19,12 +19,12 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def open_chunks(
-    folder: Path, substrate: Substrate, experts: str = "auto", recompute: str = "none"
+    folder: Path, substrate: Substrate, experts: str = "auto", recompute: str = "none", layers: str = "auto"
 ) -> "list[HybridModel]":
     """This rank's part of the model with the substrate's own weights, in the layout of the running process group.
 
     It computes in the dtype in which the weights are stored. `experts` names the backend of the maths, `recompute` what
-    a backward pass computes again (`build.RECOMPUTE`).
+    a backward pass computes again (`build.RECOMPUTE`), `layers` the norms and linears (`operations.LAYERS`).
     """
     from megatron_evolve.substrate.model import build
     from megatron_evolve.substrate.model.architecture import Architecture
@@ -32,7 +32,7 @@ def open_chunks(
 
     architecture, paths = Architecture.model_validate(substrate.architecture), substrate.weight_paths(folder)
     fields = {"params_dtype": stored_dtype(paths), **build.RECOMPUTE[recompute]}
-    chunks = build.build_chunks(architecture, seed=0, experts=experts, **fields)
+    chunks = build.build_chunks(architecture, seed=0, experts=experts, layers=layers, **fields)
     load_part(chunks, paths)
     return chunks
 

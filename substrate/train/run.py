@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         help="computed again in the backward pass: nothing, expert layers, or all layers",
     )
     parser.add_argument("--experts", default="auto", metavar="BACKEND", help="auto, eager, triton or reference")
+    parser.add_argument("--layers", default="auto", help=f"norms and dense linears: {', '.join(operations.LAYERS)}")
     return parser
 
 
@@ -120,7 +121,7 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
     runtime = build.start(arguments.seed, layout)
     try:
-        chunks = open_chunks(arguments.substrate, substrate, arguments.experts, arguments.recompute)
+        chunks = open_chunks(arguments.substrate, substrate, arguments.experts, arguments.recompute, arguments.layers)
         tokenizer = read_tokenizer(arguments.substrate)
         packer = Packer(settings.mix, substrate.construction, tokenizer, settings.recipe, arguments.seed, excluded)
         how = {name: getattr(arguments, name) for name in ("save_every", "micro_rows", "packed", "tensorboard")}
@@ -130,7 +131,7 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
         build.stop()
     if runtime.rank == 0:
         check_fence()
-        taken = _taken(resolved(arguments.experts), settings.recipe, layout)
+        taken = _taken(resolved(arguments.experts), settings.recipe, layout, arguments.layers)
         write_json(arguments.out / RESULT_FILE, {**result_of(fitted, identity), **taken})
         shutil.rmtree(arguments.out / RESUME_FOLDER, ignore_errors=True)
         log.info(
@@ -139,16 +140,18 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
     return 0
 
 
-def _taken(form: str, recipe: Recipe, layout: Layout) -> dict[str, str]:
-    """Which implementation each operation ran on; a loss of `logits` is Megatron's own."""
+def _taken(form: str, recipe: Recipe, layout: Layout, layers: str) -> dict[str, str]:
+    """Which implementation each operation ran on; a loss of `logits` is Megatron's own (see `model.head`)."""
     from megatron_evolve.substrate.model.mamba_ssm import package_serves
 
-    frozen = recipe.adapter is not None and "output" not in recipe.adapter.targets  # the output table
+    adapted = recipe.adapter is not None and "output" in recipe.adapter.targets  # the output table
+    loss = f"logits, or {form} where they are more than a chunk" if recipe.adapter is None else form
     ours = "triton" if form == "triton" and layout.cp == 1 else "pytorch"
     return {
         "experts": form,
-        "loss": form if frozen and form != "reference" else "logits",
+        "loss": "logits" if adapted or form == "reference" else loss,
         "gated_norm": "mamba-ssm" if package_serves() else ours,
+        "layers": operations.linear(_here(), layers).path,
         "optimizer": optimizer_taken(recipe),
     }
 
@@ -178,9 +181,14 @@ def _layout(arguments: argparse.Namespace, substrate: Substrate, settings: Setti
         ranks=ranks,
         batch_size=settings.recipe.batch_size,
         adapter=settings.recipe.adapter is not None and settings.recipe.adapter.on_experts,
-        context_parallel=operations.context_parallel(operations.machine(bool(operations.gpu_names()))).serves,
+        context_parallel=operations.context_parallel(_here()).serves,
     )
+    operations.check_layers(_here(), arguments.layers)
     return layout
+
+
+def _here() -> operations.Machine:
+    return operations.machine(bool(operations.gpu_names()))
 
 
 def _settings(document: Any, substrate: Substrate, path: Path) -> Settings:

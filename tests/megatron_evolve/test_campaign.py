@@ -72,6 +72,7 @@ def test_training_on_several_ranks_is_a_setting_of_the_place() -> None:
     assert Training(micro_rows=1, packed=True).options == ("--micro-rows", "1", "--packed")
     assert Training(packed=True, tensorboard=True).options == ("--packed", "--tensorboard")
     assert Training(recompute="full").options == ("--recompute", "full")
+    assert Training(layers="transformer-engine").options == ("--layers", "transformer-engine")
     with pytest.raises(ValueError, match="layout tp=2 runs on a multiple of 2 ranks; got 3"):
         Training.parse({"ranks": 3, "layout": {"tp": 2}}, where="launch")
     with pytest.raises(ValueError, match="packed rows lie whole on a rank; got cp=2"):

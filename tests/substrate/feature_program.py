@@ -3,8 +3,8 @@
     python feature_program.py WEIGHTS FOLDER CASES.json
 
 Latent experts, prediction heads, and rows of packed sequences, one row a micro-batch. The last rank, which has the
-losses in every layout, writes for each case its steps: main loss, loss of each depth, gradient norm. In a `frozen` case
-the output table is not trained, so that its losses are made without logits.
+losses in every layout, writes for each case its steps: main loss, loss of each depth, gradient norm. Losses are made
+without logits in a `frozen` case, whose output table is not trained, and with `chunk_bytes` of logits less than all.
 """
 
 import json
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_evolve.kernels.backend import LOSS_CHUNK_BYTES
 from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.model import build
 from megatron_evolve.substrate.model.architecture import Architecture
@@ -41,7 +42,7 @@ def steps_of(weights: Path, frozen: bool) -> list[list[float]]:
     load_part([model], [weights])
     if frozen and model.post_process:
         model.output_layer.requires_grad_(False)
-        assert model.fuses
+        assert model.fuses(1)
     model = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
     settings = OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0, use_distributed_optimizer=True)
     optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
@@ -82,6 +83,7 @@ def main(weights: str, folder: str, cases: str) -> None:
     found = {}
     for name, case in json.loads(Path(cases).read_text()).items():
         os.environ["MASTER_PORT"] = str(case["port"])
+        LOSS_CHUNK_BYTES["eager"] = case.get("chunk_bytes", 2**26)
         build.start(1, Layout.from_text(case["layout"]))
         found[name] = steps_of(Path(weights), case.get("frozen", False))
         build.stop()

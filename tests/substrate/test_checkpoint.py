@@ -116,7 +116,8 @@ def test_a_run_leaves_a_checkpoint_and_its_result_last(substrate, tmp_path, monk
     result = json.loads((folder / "result.json").read_text())
     assert result["ending"] == "trained" and result["diverged"] is None and result["chosen_step"] == 8
     assert sum(result["rows"].values()) == 8 * 16 and result["checkpoint"] == "checkpoint"
-    assert (result["loss"], result["gated_norm"]) == ("logits", "pytorch")
+    assert result["loss"] == "logits, or eager where they are more than a chunk"
+    assert (result["gated_norm"], result["layers"]) == ("pytorch", "pytorch")
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint", "metrics.jsonl", "result.json"]
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(8))
     before = (folder / "result.json").stat().st_mtime_ns
@@ -347,6 +348,8 @@ def test_ranks_of_torchrun_hand_on_one_whole_checkpoint_that_opens_alone(substra
         (["--layout", "tp"], "a layout is written as in `tp=2,ep=2`"),
         (["--micro-rows", "0"], "--micro-rows must be at least 1; got 0"),
         (["--packed", "--layout", "cp=2"], "--packed lays rows whole on a rank; got cp=2"),
+        (["--layers", "transformer-engine"], "layers transformer-engine cannot be had, no GPU on this machine"),
+        (["--layers", "torch"], "layers must be one of auto, pytorch, transformer-engine; got 'torch'"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused_before_anything_starts(substrate, tmp_path, capsys, options, said):

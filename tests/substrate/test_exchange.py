@@ -228,6 +228,11 @@ def _shard(change: Callable[[dict[str, torch.Tensor]], object], indexed: bool = 
     return edit
 
 
+def _half(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
+
+
 def _tokens(count: int) -> Callable[[Path], None]:
     """Tokens added to the vocabulary, up to `count`."""
 
@@ -282,6 +287,10 @@ BROKEN = {
     "missing": (_shard(lambda s: s.pop(K_PROJ)), f"missing: {K_PROJ}; left over: none"),
     "in two files": (_shard(_add(ELSEWHERE, torch.ones(2)), indexed=False), f"{ELSEWHERE} stands in"),
     "mixed dtypes": (_shard(lambda s: s.update({K_PROJ: s[K_PROJ].half()})), "must have one dtype; got F16, F32"),
+    "half precision": (
+        _shard(lambda s: s.update({n: t.half() for n, t in s.items()})),
+        "bfloat16; got F16, whose range",
+    ),
     "integers": (_shard(lambda s: s.update({K_PROJ: s[K_PROJ].to(torch.int8)})), f"{K_PROJ} has I8: give the unquant"),
 }
 

@@ -28,6 +28,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[fl
     build.stop()
     program = Path(feature_program.__file__)
     cases = {name: {"layout": LAYOUTS[name.removesuffix(FROZEN)], "frozen": name.endswith(FROZEN)} for name in NAMES}
+    for name in LAYOUTS:
+        cases[name]["chunk_bytes"] = 2**12  # of 48 tokens 13, or 26 where the vocabulary is cut; alone all at once
     one = {f"alone{kind}": {"layout": "", "frozen": bool(kind)} for kind in ("", FROZEN)}
     alone = test_train_layouts.run(1, one, weights, folder / "alone", program=program)
     return alone | test_train_layouts.run(2, cases, weights, folder / "two", program=program)

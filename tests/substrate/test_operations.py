@@ -55,12 +55,12 @@ def test_without_a_gpu_every_operation_is_plain_pytorch_whatever_is_installed() 
         (("causal_conv1d", "fla"), "convolution", "pytorch", "triton not installed"),
         (("triton",), "convolution", "pytorch", "fla-core not installed"),
         ((), "norm", "pytorch", "torch's, one kernel on a GPU too"),
-        (("transformer_engine",), "norm", "pytorch", "Transformer Engine's were never run"),
-        ((), "linear", "pytorch", "Megatron's own layers, which adapters are made for"),
-        (("transformer_engine",), "linear", "pytorch", "Transformer Engine's take none here"),
+        (("transformer_engine",), "norm", "pytorch", "`launch.training.layers: transformer-engine` takes those"),
+        ((), "linear", "pytorch", "Megatron's own layers over torch's products"),
+        (("transformer_engine",), "linear", "pytorch", "which this project never ran on a GPU"),
         (("mamba_ssm", "causal_conv1d"), "mamba scan", "mamba-ssm", "mamba-ssm 9.1 and causal-conv1d 9.1 installed"),
-        ((), "loss", "eager", "in chunks of logits over a frozen output table"),
-        (("triton",), "loss", "triton", "a trained one takes Megatron's own"),
+        ((), "loss", "eager", "in chunks of logits; Megatron's own for an adapted table"),
+        (("triton",), "loss", "triton", "or a trained one's few logits"),
         ((), "gated norm", "pytorch", "triton not installed"),
         (("triton",), "gated norm", "triton", "one kernel after the PyTorch scan"),
         (("triton", "mamba_ssm", "causal_conv1d"), "gated norm", "mamba-ssm", "its scan applies the gate"),
@@ -75,6 +75,15 @@ def test_without_a_gpu_every_operation_is_plain_pytorch_whatever_is_installed() 
 def test_on_a_gpu_the_packages_decide(modules: tuple[str, ...], operation: str, path: str, why: str) -> None:
     found = chosen(True, *modules)[operation]
     assert found.path == path and why in found.why
+
+
+def test_layers_of_transformer_engine_are_taken_where_they_are_asked_for_and_there() -> None:
+    there = {"transformer_engine": "9.1"}
+    for choose in (operations.norm, operations.linear):
+        assert choose(Machine(True, there), "transformer-engine").why == "asked for, transformer-engine 9.1 installed"
+        assert choose(Machine(True, there), "pytorch").path == choose(Machine(True, there)).path == "pytorch"
+        for here, why in ((Machine(True, {}), "transformer-engine not installed"), (Machine(False, there), NO_GPU)):
+            assert choose(here, "transformer-engine") == operations.Choice(operations.REFUSED, why)
 
 
 def test_a_package_is_there_if_its_module_can_be_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -132,6 +141,33 @@ for folder, gpu in json.loads(sys.argv[1]):
         os._exit(0)
     assert os.wait()[1] == 0
 """
+
+
+@pytest.mark.parametrize(("version", "fits"), [("0.4.1", False), ("0.5.0rc1", False), ("0.6.0", True), ("1.0", True)])
+def test_a_resiliency_package_that_megatron_cannot_be_imported_beside_is_hidden(
+    version: str, fits: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """0.4.1 has the modules that Megatron asks for and no `__version__`, as in its wheel."""
+    from megatron_evolve.substrate.model import build
+
+    build.prepare()
+    from megatron.core.dist_checkpointing.strategies import nvrx
+
+    asked = tmp_path / "nvidia_resiliency_ext" / "checkpointing" / "async_ckpt"
+    asked.mkdir(parents=True)
+    for name in ("core", "cached_metadata_filesystem_reader", "filesystem_async", "state_dict_saver"):
+        (asked / f"{name}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    here = Machine(True, {"nvidia_resiliency_ext": version})
+    monkeypatch.setattr(operations, "machine", lambda gpu: here)
+    assert bool(operations.unfit(here)) == ("hidden from Megatron" in operations.restarts(here).why) == (not fits)
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "nvidia_resiliency_ext", raising=False)
+        build.prepare()
+        assert ("nvidia_resiliency_ext" in sys.modules) == (not fits)
+        if not fits:
+            assert nvrx.has_nvrx_async_support() is False
+        sys.modules.pop("nvidia_resiliency_ext", None)
 
 
 @pytest.mark.slow

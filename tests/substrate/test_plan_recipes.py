@@ -115,7 +115,7 @@ def test_what_does_not_fit_as_published_is_said() -> None:
 def test_planned_memory_against_published_peaks(
     model: Architecture, gpus: int, layout: str, job: dict[str, Any], published_gib: float, within: float
 ) -> None:
-    planned = peak(model, Layout.from_text(layout), gpus, Job(**job)).total / GIB
+    planned = peak(model, Layout.from_text(layout), gpus, Job(**job, loss="logits")).total / GIB  # as it was run
     assert abs(planned / published_gib - 1) < within
 
 

@@ -3,7 +3,7 @@
 And when Transformer Engine's attention is taken, which itself was not run.
 """
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +11,11 @@ import torch
 
 from megatron_evolve.substrate import operations
 from megatron_evolve.substrate.model import build
+from megatron_evolve.substrate.model.architecture import NANO_CPU
 from megatron_evolve.substrate.model.weights import save_weights
 from megatron_evolve.substrate.operations import Machine
+from megatron_evolve.substrate.recipe import Recipe
+from megatron_evolve.substrate.train import run as run_module
 from tests.substrate.rank_program import architecture_of
 from tests.substrate.test_train_layouts import LORA, assert_same, run
 
@@ -81,3 +84,22 @@ def test_attention_is_transformer_engine_s_only_where_it_must_and_can(
     monkeypatch.setattr(transformer_engine, "TEDotProductAttention", theirs)
     assert layer_spec.core_attention(2) is theirs
     assert layer_spec.core_attention(1).__name__ == "CausalAttention"
+
+
+def test_the_trainer_offers_it_where_it_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    given = ["--substrate", "s", "--candidate", "c", "--seed", "1", "--out", "o", "--layout", "cp=2"]
+    arguments, settings = run_module._parser().parse_args(given), SimpleNamespace(recipe=Recipe())
+    substrate = SimpleNamespace(architecture=NANO_CPU.model_dump())
+    monkeypatch.setattr(operations, "machine", lambda gpu: Machine(True, {"transformer_engine": "9.1"}))
+    assert run_module._layout(arguments, substrate, settings).cp == 2
+    monkeypatch.setattr(operations, "machine", lambda gpu: Machine(True, {}))
+    with pytest.raises(ValueError, match="needs a GPU and Transformer Engine's attention; set cp=1"):
+        run_module._layout(arguments, substrate, settings)
