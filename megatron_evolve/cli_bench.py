@@ -35,7 +35,12 @@ def bench_kernels(
         list[float] | None,
         typer.Option(help="largest load of an expert over the mean, less 1; repeatable; 0 otherwise"),
     ] = None,
-    provider: Annotated[list[str] | None, typer.Option(help="triton, unfused, eager or loop, repeatable")] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="triton, unfused, eager, loop, sequential-mlp, te-grouped-mlp, scattermoe or quack, repeatable"
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(help="timed runs of each provider, in turns", min=1)] = 20,
     out: Annotated[Path | None, typer.Option(help="write the rows there too")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="rows are JSON in any case; errors too with this")] = False,
@@ -92,6 +97,7 @@ def write(rows: Iterable[dict[str, Any]], out: Path | None) -> None:
 def bench_tiles(
     out: Annotated[Path | None, typer.Option(help="write the rows there too")] = None,
     save: Annotated[bool, typer.Option("--write", help="put the winners into the table that the kernels read")] = False,
+    table: Annotated[Path | None, typer.Option(help="write the table with the winners there instead")] = None,
     rounds: Annotated[int, typer.Option(help="timed runs of each candidate, in turns", min=1)] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="rows are JSON in any case; errors too with this")] = False,
 ) -> None:
@@ -103,7 +109,7 @@ def bench_tiles(
 
         if run.default_device() == "cpu":
             raise ValueError("bench tiles needs a GPU and torch finds none: run it on a machine with one")
-        write(tune.rows("cuda", rounds=rounds, save=save), out)
+        write(tune.rows("cuda", rounds=rounds, table=table or (tune.FILE if save else None)), out)
 
     guarded(answer, as_json)
 
