@@ -15,10 +15,12 @@ from megatron_evolve.kernels.bench.clock import Clock, interleaved, spread
 from megatron_evolve.kernels.bench.providers import PEERS, PROVIDERS
 from megatron_evolve.kernels.bench.rows import measure
 from megatron_evolve.kernels.bench.run import bench, model, model_others
-from megatron_evolve.kernels.roofline import Shape
+from megatron_evolve.kernels.roofline import CHIPS, Shape
 from tests.kernels.expert_cases import DEVICE
 
 KEYS = {"op", "pass", "provider", "version", "shape", "median_ms", "error", "ratio_to", "device", "commit"}
+COLUMNS = KEYS | {"spread_ms", "errors", "flops", "bytes", "tflops", "gb_per_s", "predicted_ms", "percent_of_ceiling"}
+COLUMNS |= {"saved_bytes", "syncs", "bitwise_repeat", "clock"}
 TINY = Shape("tiny", 24, 5, 2, 16, 24)
 ADAPTED = TINY._replace(rank=4)
 
@@ -160,7 +162,30 @@ def test_predicted_rows_tell_that_they_are():
         case_of("nano", 1, 1, "qlora")
     with pytest.raises(ValueError, match="got cuda: name some"):
         list(bench([], "cpu", ("cuda",)))
-    assert {case.shape.model for case in GPU_CASES} == {"nano", "super", "ultra"}
+
+
+def test_the_default_list_of_a_gpu_covers_every_axis():
+    shapes = [case.shape for case in GPU_CASES]
+    assert {(s.model, s.ep) for s in shapes} == {(model, ep) for model in ("nano", "super", "ultra") for ep in (1, 8)}
+    assert {128, 2048, 8192, 32768} <= {s.tokens for s in shapes}
+    assert {case.max_vio for case in GPU_CASES} == {0, 1.3, 5, 12}
+    assert {(case.mode, case.shape.rank) for case in GPU_CASES} == {
+        ("frozen", 0),
+        ("full", 0),
+        ("lora", 8),
+        ("lora", 32),
+    }
+
+
+def test_a_row_has_every_column():
+    """In bfloat16, where bytes and operations are counted, with the ceilings of a chip."""
+    rows = list(bench([tiny("frozen", "bfloat16")], "cpu", ("eager", "loop"), rounds=2, chip=CHIPS["h100"]))
+    for row in rows:
+        assert set(row) >= COLUMNS, row["provider"]
+        assert row["tflops"] == pytest.approx(row["flops"] / row["median_ms"] * 1e-9)
+        assert 0 < row["percent_of_ceiling"] < 100 and row["spread_ms"][0] <= row["median_ms"] <= row["spread_ms"][1]
+        assert row["syncs"] is None and row["bitwise_repeat"] is True and row["device"] == "CPU"
+        assert set(row["ratio_to"]) == {"eager", "loop"} - {row["provider"]}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU gets the long list of cases")

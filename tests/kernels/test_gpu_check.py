@@ -67,6 +67,12 @@ def test_ops_that_move_memory_are_checked():
     assert all(row["ok"] for row in rows), [row for row in rows if not row["ok"]]
 
 
+def test_every_op_is_captured_in_a_graph():
+    found = [problem.op for problem, _ in checks.graph_problems(DEVICE, SIZES._replace(tokens=3))]
+    beside = ["route_plan", "permute", "unpermute", "router", "gated_norm", "linear_cross_entropy"]
+    assert found == ["experts, full", "experts, lora", *beside]
+
+
 def test_bfloat16_is_held_to_plain_pytorch():
     problem, prepare = experts(Case(Shape("check", 24, 5, 2, 16, 24), "frozen", 0.0, "bfloat16"), "cpu", ("eager",))
     plain = prepare["eager"][1]()
