@@ -114,6 +114,24 @@ def bench_tiles(
     guarded(answer, as_json)
 
 
+@bench_app.command("host")
+def bench_host(
+    beside: Annotated[Path | None, typer.Option(help="another checkout, measured in turns with this one")] = None,
+    turns: Annotated[int, typer.Option(help="processes of each, with --beside", min=1)] = 3,
+    out: Annotated[Path | None, typer.Option(help="write the rows there too")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="rows are JSON in any case; errors too with this")] = False,
+) -> None:
+    """What a layer of experts costs the host, launches stopped short of the driver: needs no GPU."""
+    from megatron_evolve.cli import guarded
+
+    def answer() -> None:
+        from megatron_evolve.kernels.bench import host
+
+        write(host.beside(beside, turns) if beside else host.apart(), out)
+
+    guarded(answer, as_json)
+
+
 @bench_app.command("train")
 def bench_train(
     rounds: Annotated[int, typer.Option(help="timed steps of each, in turns", min=1)] = 10,
