@@ -49,7 +49,7 @@ def bench_kernels(
     from megatron_evolve.cli import guarded
 
     def answer() -> None:
-        from megatron_evolve.kernels.bench import cases, run
+        from megatron_evolve.kernels.bench import cases, run, targets
 
         device = run.default_device()
         if size is None:
@@ -71,12 +71,11 @@ def bench_kernels(
             beside = run.model_others(chip) if size is None else ()
             write(chain(run.model(chosen, chip), beside), out)
             return
-        rows = [run.bench(chosen, device, tuple(provider or run.providers_on(device)), rounds=rounds)]
+        each = {"rounds": rounds, "chip": None if device == "cpu" else targets.ceilings(device)}
+        rows = [run.bench(chosen, device, tuple(provider or run.providers_on(device)), **each)]
         if size is None and device != "cpu":
-            rows.append(run.bench_memory_bound(device, rounds=rounds))
-            rows.append(
-                run.bench_gated([cases.shape_of("nano", 8192, ranks) for ranks in (8, 1)], device, rounds=rounds)
-            )
+            rows.append(run.bench_memory_bound(device, **each))
+            rows.append(run.bench_gated([cases.shape_of("nano", 8192, ranks) for ranks in (8, 1)], device, **each))
         write(chain(*rows, run.without_time(device)), out)
 
     guarded(answer, as_json)
@@ -117,7 +116,7 @@ def bench_tiles(
 @bench_app.command("host")
 def bench_host(
     beside: Annotated[Path | None, typer.Option(help="another checkout, measured in turns with this one")] = None,
-    turns: Annotated[int, typer.Option(help="processes of each, with --beside", min=1)] = 3,
+    rounds: Annotated[int, typer.Option(help="timed runs of each layer, in turns", min=1)] = 60,
     out: Annotated[Path | None, typer.Option(help="write the rows there too")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="rows are JSON in any case; errors too with this")] = False,
 ) -> None:
@@ -127,7 +126,7 @@ def bench_host(
     def answer() -> None:
         from megatron_evolve.kernels.bench import host
 
-        write(host.beside(beside, turns) if beside else host.apart(), out)
+        write(host.rows(beside, rounds), out)
 
     guarded(answer, as_json)
 

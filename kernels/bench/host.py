@@ -6,8 +6,8 @@
 Few tokens keep the host busy for longer than the GPU: at 2,048 tokens on one of eight ranks with adapters that is the
 layer's time. No GPU is needed to see it: tensors have no storage (torch's `meta` device), kernels are compiled for
 Hopper, and a launch ends where the driver would be called. So the driver's part and the filling of tensor descriptors
-are missing, and torch's `new_empty` of such a tensor is 5 us slower than a real one. CPU time of the process, the least
-of many runs, since others on the machine only add to it; even so only ratios taken in turns say anything.
+are missing, and torch's `new_empty` of such a tensor is 5 us slower than a real one. CPU time of the process; on a busy
+machine only ratios taken run by run say anything: whole processes in turns once differed by 8 % either way.
 """
 
 import json
@@ -84,23 +84,17 @@ def layer(mode: str, num_experts: int) -> Callable[[], object]:
     return run
 
 
-def rows(rounds: int = ROUNDS) -> Iterator[dict]:
-    """A row for each case: launches, and milliseconds of the host."""
+def answer() -> None:
+    """In a process of its own: for each line that comes, one run of each case, its launches and milliseconds."""
     with short_of_the_driver() as num_launches:
         runs = {case: layer(*case) for case in CASES}
-        launched, times = {}, {case: [] for case in CASES}
-        for turn in range(WARM + rounds):
-            for case, run in runs.items():
+        for _ in sys.stdin:
+            told = []
+            for run in runs.values():
                 before, start = num_launches(), time.process_time()
                 run()
-                spent_ms = (time.process_time() - start) * 1e3
-                launched[case] = num_launches() - before
-                if turn >= WARM:
-                    times[case].append(spent_ms)
-    for (mode, num_experts), spent in times.items():
-        shape = {"model": "nano", "tokens": TOKENS, "experts": num_experts, "mode": mode}
-        row = {"op": "host", "pass": "both", "shape": shape, "launches": launched[mode, num_experts]}
-        yield row | {"median_ms": round(median(spent), 4), "least_ms": round(min(spent), 4)}
+                told.append((num_launches() - before, (time.process_time() - start) * 1e3))
+            print(json.dumps(told), flush=True)
 
 
 def checked(checkout: Path) -> Path:
@@ -109,36 +103,47 @@ def checked(checkout: Path) -> Path:
     return checkout.resolve()
 
 
-def apart(checkout: Path = OWN) -> Iterator[dict]:
-    """Rows of this source, or of another checkout's, measured in a process of its own by this file."""
-    root = checked(checkout)
-    command = [sys.executable, str(Path(__file__).resolve())]
-    env = os.environ | {"PYTHONPATH": str(root), "TRITON_INTERPRET": "0"}
-    told = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, check=False)
-    if told.returncode:
-        lines = told.stderr.strip().splitlines() or ["no message"]
-        raise ValueError(
-            f"expected rows from {root}; got status {told.returncode}, {lines[-1]}: run {command[1]} there"
-        )
-    yield from (json.loads(line) for line in told.stdout.splitlines())
+def _asked(checkout: Path) -> subprocess.Popen:
+    """A process that answers with that checkout's kernels: this file, whichever it is."""
+    env = os.environ | {"PYTHONPATH": str(checkout), "TRITON_INTERPRET": "0"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    return subprocess.Popen([sys.executable, str(Path(__file__).resolve())], env=env, cwd=checkout, **pipes)
 
 
-def beside(checkout: Path, turns: int) -> Iterator[dict]:
-    """Rows of this source and of another, in turns, then how many times as long the other takes, least by least."""
-    roots = {"this": OWN, "other": checked(checkout)}
-    found: dict[str, dict[str, list[float]]] = {}
-    for _ in range(turns):
-        for name, root in roots.items():
-            for row in apart(root):
-                yield row | {"checkout": name}
-                found.setdefault(json.dumps(row["shape"]), {}).setdefault(name, []).append(row["least_ms"])
-    for shape, by_name in found.items():
-        ratio = median(by_name["other"]) / median(by_name["this"])
-        yield {"op": "host", "shape": json.loads(shape), "ratio_to": {"other": round(ratio, 4)}}
+def rows(beside: Path | None = None, rounds: int = ROUNDS) -> Iterator[dict]:
+    """A row for each case and checkout: launches, and milliseconds of the host. Checkouts take turns run by run.
+
+    `ratio_to` is the median over the rounds of how many times as long the other took. Raises ValueError where `beside`
+    is no checkout, RuntimeError where its kernels did not answer.
+    """
+    roots = {"this": OWN} | ({} if beside is None else {"other": checked(beside)})
+    asked = {name: _asked(root) for name, root in roots.items()}
+    found: dict[str, list[list]] = {name: [] for name in roots}
+    try:
+        for turn in range(WARM + rounds):
+            for name, process in asked.items():
+                process.stdin.write("\n")
+                line = process.stdout.readline()
+                if not line:
+                    raise RuntimeError(f"the kernels in {roots[name]} did not answer: what they said stands above")
+                if turn >= WARM:
+                    found[name].append(json.loads(line))
+    finally:
+        for process in asked.values():
+            process.communicate()
+    for n, (mode, num_experts) in enumerate(CASES):
+        shape = {"model": "nano", "tokens": TOKENS, "experts": num_experts, "mode": mode}
+        spent = {name: [told[n][1] for told in rounds_of] for name, rounds_of in found.items()}
+        for name in roots:
+            row = {"op": "host", "pass": "both", "shape": shape, "checkout": name, "launches": found[name][-1][n][0]}
+            row |= {"median_ms": round(median(spent[name]), 4), "least_ms": round(min(spent[name]), 4), "ratio_to": {}}
+            if name == "this" and beside is not None:
+                pairs = zip(spent["other"], spent["this"], strict=True)
+                row["ratio_to"] = {"other": round(median(other / this for other, this in pairs), 4)}
+            yield row
 
 
 if __name__ == "__main__":
     # A script's own folder comes first in its path, and holds files named like other people's packages.
     sys.path.pop(0)
-    for found_row in rows():
-        print(json.dumps(found_row), flush=True)
+    answer()
