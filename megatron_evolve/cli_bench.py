@@ -60,13 +60,7 @@ def bench_kernels(
                 "can do, or add --model for what is predicted"
             )
         else:
-            chosen = [
-                cases.case_of(size, t, ranks, kind, vio)
-                for kind in mode or ("frozen", "lora32")
-                for ranks in ep or (1, 8)
-                for t in tokens or (8192,)
-                for vio in max_vio or (0.0,)
-            ]
+            chosen = cases.asked(size, tokens, ep, mode, max_vio)
         if predict:
             beside = run.model_others(chip) if size is None else ()
             write(chain(run.model(chosen, chip), beside), out)

@@ -38,6 +38,19 @@ def case_of(model: str, tokens: int, ep: int, mode: str, max_vio: float = 0.0) -
     return Case(shape_of(model, tokens, ep, int(rank)), kind, max_vio)
 
 
+def asked(
+    model: str, tokens: list[int] | None, ep: list[int] | None, modes: list[str] | None, max_vio: list[float] | None
+) -> list[Case]:
+    """Every combination of what is named, and of the usual where nothing is."""
+    return [
+        case_of(model, t, ranks, mode, vio)
+        for mode in modes or ("frozen", "lora32")
+        for ranks in ep or (1, 8)
+        for t in tokens or (8192,)
+        for vio in max_vio or (0.0,)
+    ]
+
+
 GPU_CASES = (
     *(case_of("nano", 8192, 8, mode) for mode in ("frozen", "full", "lora32", "lora8")),
     *(case_of("nano", 8192, 1, "frozen", max_vio) for max_vio in (0, 1.3, 5, 12)),
