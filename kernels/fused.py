@@ -8,13 +8,14 @@ from megatron_evolve.kernels.gated_norm import gated_rms_norm
 from megatron_evolve.kernels.grouped_linear import grouped_linear
 from megatron_evolve.kernels.linear_cross_entropy import linear_cross_entropy
 from megatron_evolve.kernels.permute import permute, unpermute
-from megatron_evolve.kernels.reference import GroupedLora, RoutePlan
+from megatron_evolve.kernels.reference import GroupedLora, RoutePlan, experts_of_chunks
 from megatron_evolve.kernels.route_plan import route_plan
 from megatron_evolve.kernels.router import router, router_from_tokens
 
 __all__ = [
     "GroupedLora",
     "RoutePlan",
+    "experts_of_chunks",
     "gated_rms_norm",
     "grouped_experts",
     "grouped_linear",

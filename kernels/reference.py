@@ -69,6 +69,19 @@ def route_plan(idx_TK: Tensor, num_experts: int) -> RoutePlan:
     return RoutePlan(choice_of_row_M, row_of_choice_M.view_as(idx_TK), counts_E)
 
 
+def experts_of_chunks(counts_RE: Tensor, num_rows: int) -> Tensor:
+    """The expert of each row (M, 1) that R ranks sent in turn, each its own rows sorted by the E experts here.
+
+    Such rows are tokens with one choice, so `route_plan` of this sorts them by expert, ranks in order within each:
+    `permute` and `unpermute` are then Megatron's sort of chunks after its exchange and the reverse, and the fused
+    experts read and write rows as they were received. counts_RE are the rows of each chunk, on the rows' device;
+    nothing is read back, so that they sum to num_rows is the caller's to know.
+    """
+    stop_C = counts_RE.flatten().cumsum(0)
+    chunk_M = torch.searchsorted(stop_C, torch.arange(num_rows, device=stop_C.device), right=True)
+    return (chunk_M % counts_RE.size(1)).unsqueeze(1)
+
+
 def permute(x_TH: Tensor, p_TK: Tensor, plan: RoutePlan) -> tuple[Tensor, Tensor]:
     """Rows (M, H) and their probabilities (M,), sorted by expert."""
     return x_TH[plan.token_of_row_M], p_TK.flatten()[plan.choice_of_row_M]

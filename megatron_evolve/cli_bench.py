@@ -35,7 +35,12 @@ def bench_kernels(
         list[float] | None,
         typer.Option(help="largest load of an expert over the mean, less 1; repeatable; 0 otherwise"),
     ] = None,
-    provider: Annotated[list[str] | None, typer.Option(help="triton, unfused, eager or loop, repeatable")] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="triton, unfused, eager, loop, sequential-mlp, te-grouped-mlp, scattermoe or quack, repeatable"
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(help="timed runs of each provider, in turns", min=1)] = 20,
     out: Annotated[Path | None, typer.Option(help="write the rows there too")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="rows are JSON in any case; errors too with this")] = False,
@@ -44,7 +49,7 @@ def bench_kernels(
     from megatron_evolve.cli import guarded
 
     def answer() -> None:
-        from megatron_evolve.kernels.bench import cases, run
+        from megatron_evolve.kernels.bench import cases, run, targets
 
         device = run.default_device()
         if size is None:
@@ -55,23 +60,16 @@ def bench_kernels(
                 "can do, or add --model for what is predicted"
             )
         else:
-            chosen = [
-                cases.case_of(size, t, ranks, kind, vio)
-                for kind in mode or ("frozen", "lora32")
-                for ranks in ep or (1, 8)
-                for t in tokens or (8192,)
-                for vio in max_vio or (0.0,)
-            ]
+            chosen = cases.asked(size, tokens, ep, mode, max_vio)
         if predict:
             beside = run.model_others(chip) if size is None else ()
             write(chain(run.model(chosen, chip), beside), out)
             return
-        rows = [run.bench(chosen, device, tuple(provider or run.providers_on(device)), rounds=rounds)]
+        each = {"rounds": rounds, "chip": None if device == "cpu" else targets.ceilings(device)}
+        rows = [run.bench(chosen, device, tuple(provider or run.providers_on(device)), **each)]
         if size is None and device != "cpu":
-            rows.append(run.bench_memory_bound(device, rounds=rounds))
-            rows.append(
-                run.bench_gated([cases.shape_of("nano", 8192, ranks) for ranks in (8, 1)], device, rounds=rounds)
-            )
+            rows.append(run.bench_memory_bound(device, **each))
+            rows.append(run.bench_gated([cases.shape_of("nano", 8192, ranks) for ranks in (8, 1)], device, **each))
         write(chain(*rows, run.without_time(device)), out)
 
     guarded(answer, as_json)
@@ -92,6 +90,7 @@ def write(rows: Iterable[dict[str, Any]], out: Path | None) -> None:
 def bench_tiles(
     out: Annotated[Path | None, typer.Option(help="write the rows there too")] = None,
     save: Annotated[bool, typer.Option("--write", help="put the winners into the table that the kernels read")] = False,
+    table: Annotated[Path | None, typer.Option(help="write the table with the winners there instead")] = None,
     rounds: Annotated[int, typer.Option(help="timed runs of each candidate, in turns", min=1)] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="rows are JSON in any case; errors too with this")] = False,
 ) -> None:
@@ -103,7 +102,25 @@ def bench_tiles(
 
         if run.default_device() == "cpu":
             raise ValueError("bench tiles needs a GPU and torch finds none: run it on a machine with one")
-        write(tune.rows("cuda", rounds=rounds, save=save), out)
+        write(tune.rows("cuda", rounds=rounds, table=table or (tune.FILE if save else None)), out)
+
+    guarded(answer, as_json)
+
+
+@bench_app.command("host")
+def bench_host(
+    beside: Annotated[Path | None, typer.Option(help="another checkout, measured in turns with this one")] = None,
+    rounds: Annotated[int, typer.Option(help="timed runs of each layer, in turns", min=1)] = 60,
+    out: Annotated[Path | None, typer.Option(help="write the rows there too")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="rows are JSON in any case; errors too with this")] = False,
+) -> None:
+    """What a layer of experts costs the host, launches stopped short of the driver: needs no GPU."""
+    from megatron_evolve.cli import guarded
+
+    def answer() -> None:
+        from megatron_evolve.kernels.bench import host
+
+        write(host.rows(beside, rounds), out)
 
     guarded(answer, as_json)
 

@@ -38,6 +38,19 @@ def case_of(model: str, tokens: int, ep: int, mode: str, max_vio: float = 0.0) -
     return Case(shape_of(model, tokens, ep, int(rank)), kind, max_vio)
 
 
+def asked(
+    model: str, tokens: list[int] | None, ep: list[int] | None, modes: list[str] | None, max_vio: list[float] | None
+) -> list[Case]:
+    """Every combination of what is named, and of the usual where nothing is."""
+    return [
+        case_of(model, t, ranks, mode, vio)
+        for mode in modes or ("frozen", "lora32")
+        for ranks in ep or (1, 8)
+        for t in tokens or (8192,)
+        for vio in max_vio or (0.0,)
+    ]
+
+
 GPU_CASES = (
     *(case_of("nano", 8192, 8, mode) for mode in ("frozen", "full", "lora32", "lora8")),
     *(case_of("nano", 8192, 1, "frozen", max_vio) for max_vio in (0, 1.3, 5, 12)),
@@ -45,7 +58,9 @@ GPU_CASES = (
     case_of("nano", 2048, 8, "lora32"),
     case_of("super", 4096, 8, "full"),
     case_of("super", 4096, 8, "lora32"),
+    case_of("super", 4096, 1, "frozen"),
     case_of("ultra", 4096, 8, "frozen"),
+    case_of("ultra", 2048, 1, "frozen"),  # 21.5 GB of matrices
 )
 # 64 experts, where slices of sorted rows are to beat a loop by 1.5: at the widths of the nano-cpu preset's experts, and
 # at wider ones, where the products themselves weigh more.
@@ -75,6 +90,13 @@ def predicted(case: Case) -> dict[str, dict[str, tuple[Pass, ...]]]:
     }
 
 
+def counted(case: Case) -> dict[str, dict[str, tuple[Pass, ...]]]:
+    """`predicted`, and for everybody else the operations of the same layer: their bytes are not known here."""
+    known = predicted(case)
+    products = {part: (Pass("products", sum(p.flops for p in passes), 0),) for part, passes in known["triton"].items()}
+    return dict.fromkeys(PROVIDERS, products) | known
+
+
 def experts(case: Case, device: str, names: tuple[str, ...]) -> tuple[Problem, Prepare]:
     """The routed experts, tokens to tokens."""
     v = problems.experts(case.shape, case.mode, case.max_vio, DTYPES[case.dtype], device)
@@ -86,7 +108,7 @@ def experts(case: Case, device: str, names: tuple[str, ...]) -> tuple[Problem, P
         fresh=(v.x_TH, v.dout_TH),
         given=v.tensors(),
         want=lambda: problems.oracle(v),
-        predicted=predicted(case) if case.dtype == "bfloat16" else {},
+        predicted=counted(case) if case.dtype == "bfloat16" else {},
     )
     return found, {name: (PROVIDERS[name].version(), lambda name=name: PROVIDERS[name].prepare(v)) for name in names}
 

@@ -1,8 +1,8 @@
 """Whether the compiled kernels are right on a GPU: what Triton's interpreter on a CPU cannot know.
 
 Every op forward and backward against float64 on the same device, in bfloat16 and float32, over every tile of the table;
-the same bits twice; no wait of the host; and forward and backward captured in one CUDA graph and replayed on new
-numbers. A check is a row with `ok`; nothing here is timed.
+the same bits twice; no wait of the host; and each op's forward and backward captured in one CUDA graph and replayed on
+new numbers. A check is a row with `ok`; nothing here is timed.
 """
 
 from collections.abc import Callable, Iterator
@@ -109,56 +109,72 @@ def check_memory_bound(device: str, sizes: Sizes, mine: Turn = everything) -> It
                 yield judged(problem.op, dtype, check)
 
 
+def loss(device: str, sizes: Sizes, dtype: str) -> tuple[Problem, Prepared]:
+    rng = torch.Generator(device).manual_seed(2)
+    new = {"generator": rng, "device": device}
+    x_TH = torch.randn(sizes.tokens, sizes.width, dtype=DTYPES[dtype], **new).requires_grad_()
+    W_VH = torch.randn(sizes.vocabulary, sizes.width, dtype=DTYPES[dtype], **new) * sizes.width**-0.5
+    target_T = torch.randint(sizes.vocabulary, (sizes.tokens,), **new)
+    dloss_T = torch.rand(sizes.tokens, **new)
+
+    def want() -> dict[str, Tensor]:
+        wide = x_TH.detach().double().requires_grad_()
+        loss_T = reference.linear_cross_entropy(wide, W_VH.double(), target_T)
+        return {"out": loss_T.detach(), "dx": torch.autograd.grad(loss_T, wide, dloss_T.double())[0]}
+
+    held = (x_TH, W_VH, target_T, dloss_T)
+    problem = Problem("linear_cross_entropy", {}, {"x": x_TH}, dloss_T, (x_TH,), held, want, {})
+    return problem, lambda: linear_cross_entropy(x_TH, W_VH, target_T)
+
+
 def check_loss(device: str, sizes: Sizes, mine: Turn = everything) -> Iterator[dict]:
     for dtype in sizes.dtypes:
 
         def check(dtype: str = dtype) -> dict:
-            rng = torch.Generator(device).manual_seed(2)
-            new = {"generator": rng, "device": device}
-            x_TH = torch.randn(sizes.tokens, sizes.width, dtype=DTYPES[dtype], **new).requires_grad_()
-            W_VH = torch.randn(sizes.vocabulary, sizes.width, dtype=DTYPES[dtype], **new) * sizes.width**-0.5
-            target_T = torch.randint(sizes.vocabulary, (sizes.tokens,), **new)
-            dloss_T = torch.rand(sizes.tokens, **new)
-
-            def want() -> dict[str, Tensor]:
-                wide = x_TH.detach().double().requires_grad_()
-                loss_T = reference.linear_cross_entropy(wide, W_VH.double(), target_T)
-                return {"out": loss_T.detach(), "dx": torch.autograd.grad(loss_T, wide, dloss_T.double())[0]}
-
-            held = (x_TH, W_VH, target_T, dloss_T)
-            problem = Problem("linear_cross_entropy", {}, {"x": x_TH}, dloss_T, (), held, want, {})
-            return beyond(lambda: linear_cross_entropy(x_TH, W_VH, target_T), problem, device)
+            problem, run = loss(device, sizes, dtype)
+            return beyond(run, problem, device)
 
         if mine():
             yield judged("linear_cross_entropy", dtype, check)
 
 
-def check_graph(device: str, sizes: Sizes) -> Iterator[dict]:
-    """Forward and backward of the experts in one CUDA graph, replayed on other numbers: the bits of a plain run."""
-    case = Case(Shape("check", sizes.rows_per_expert[-1] * 2, 8, 4, sizes.width, sizes.hidden), "full")
-
-    def check() -> dict:
+def graph_problems(device: str, sizes: Sizes) -> Iterator[tuple[Problem, Callable[[], Prepared]]]:
+    """Every op once, in bfloat16: the experts trained whole and with adapters, then those beside them."""
+    shape = Shape("check", sizes.rows_per_expert[-1] * 2, 8, 4, sizes.width, sizes.hidden)
+    for case in (Case(shape, "full"), Case(shape._replace(rank=16), "lora")):
         problem, prepare = experts(case, device, ("triton",))
-        parts = parts_of(prepare["triton"][1](), problem)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):
-                outcome(parts, problem)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = outcome(parts, problem)
-        with torch.no_grad():
-            for tensor in problem.fresh:
-                tensor.normal_()
-        graph.replay()
-        torch.cuda.synchronize()
-        plain = outcome(parts, problem)
-        other = [name for name, value in plain.items() if not torch.equal(value, captured[name])]
-        return {"reason": f"replayed, {', '.join(other)} differ from a plain run"} if other else {}
+        yield problem._replace(op=f"experts, {case.mode}"), prepare["triton"][1]
+    for problem, prepare in memory_bound(device, sizes.tokens, triton=True):
+        yield problem, prepare["triton"][1]
+    problem, run = loss(device, sizes, "bfloat16")
+    yield problem, lambda: run
 
-    yield judged("experts in a CUDA graph", case.dtype, check)
+
+def replayed(problem: Problem, make: Callable[[], Prepared]) -> dict:
+    """Forward and backward captured in one CUDA graph and replayed on other numbers: the bits of a plain run."""
+    parts = parts_of(make(), problem)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            outcome(parts, problem)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = outcome(parts, problem)
+    with torch.no_grad():
+        for tensor in problem.fresh:
+            tensor.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    plain = outcome(parts, problem)
+    other = [name for name, value in plain.items() if not torch.equal(value, captured[name])]
+    return {"reason": f"replayed, {', '.join(other)} differ from a plain run"} if other else {}
+
+
+def check_graph(device: str, sizes: Sizes) -> Iterator[dict]:
+    for problem, make in graph_problems(device, sizes):
+        yield judged(f"{problem.op} in a CUDA graph", "bfloat16", lambda pair=(problem, make): replayed(*pair))
 
 
 def checks(device: str, sizes: Sizes, mine: Turn = everything) -> Iterator[dict]:

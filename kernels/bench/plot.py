@@ -11,9 +11,16 @@ from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 PASSES = ("forward", "backward")
-COLOURS = {"triton": ("#1b6ca8", "#7fb3d9"), "unfused": ("#7a7a7a", "#bdbdbd")}
+COLOURS = {
+    "triton": ("#1b6ca8", "#7fb3d9"),
+    "unfused": ("#7a7a7a", "#bdbdbd"),
+    "te-grouped-mlp": ("#4f8a10", "#a9cf80"),
+    "sequential-mlp": ("#2a7f78", "#8cc4bf"),
+    "scattermoe": ("#8a3ab9", "#c79be0"),
+    "quack": ("#b3203a", "#e094a1"),
+}
 OTHERS = ("#a8641b", "#dcb285")
-LEFT, WIDTH, BAR, GAP, TOP = 250, 460, 15, 16, 62
+LEFT, WIDTH, BAR, GAP, TOP, LINE = 250, 460, 15, 16, 62, 16
 
 
 class Bar(NamedTuple):
@@ -58,8 +65,8 @@ def svg(rows: Sequence[dict], title: str) -> str:
         raise ValueError("a picture needs rows of op experts with forward and backward times; got none: run the bench")
     longest = max(bar.total for group in drawn for bar in group.bars)
     providers = list(dict.fromkeys(bar.provider for group in drawn for bar in group.bars))
-    parts = [_text(12, 22, title, size=15, weight="600"), *_legend(providers)]
-    y = TOP
+    legend, below = _legend(providers)
+    parts, y = [_text(12, 22, title, size=15, weight="600"), *legend], TOP + below
     for group in drawn:
         middle = y + len(group.bars) * BAR / 2 + 4
         parts.append(_text(LEFT - 10, middle, group.title, anchor="end"))
@@ -91,15 +98,18 @@ def _bar(bar: Bar, y: float, scale: float) -> list[str]:
     return [*parts, _text(x + 6, y + BAR - 5, f"{bar.total:.2f} ms", size=11)]
 
 
-def _legend(providers: Sequence[str]) -> list[str]:
-    parts, x = [], LEFT
-    for provider in providers:
+def _legend(providers: Sequence[str]) -> tuple[list[str], int]:
+    """Two providers a line, and the height of the lines after the first."""
+    parts, x, y = [], LEFT, 34
+    for n, provider in enumerate(providers):
+        if n and n % 2 == 0:
+            x, y = LEFT, y + LINE
         for name, colour in zip(PASSES, _colours(provider), strict=True):
             said = f"{provider} {name}"
-            parts.append(f'<rect x="{x}" y="34" width="11" height="11" fill="{colour}"/>')
-            parts.append(_text(x + 15, 44, said, size=11))
+            parts.append(f'<rect x="{x}" y="{y}" width="11" height="11" fill="{colour}"/>')
+            parts.append(_text(x + 15, y + 10, said, size=11))
             x += 28 + 6 * len(said)
-    return parts
+    return parts, y - 34
 
 
 def _text(x: float, y: float, said: str, *, size: int = 12, anchor: str = "start", weight: str = "400") -> str:

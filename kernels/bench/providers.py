@@ -8,7 +8,9 @@ part, and then takes tokens to tokens. The plan is given to all: routing is anot
     loop      a Python loop over experts, as model code on the Hugging Face hub has it
     unfused   what Megatron-Core runs on Hopper, pass by pass: permute, torch._grouped_mm, weighted squared ReLU,
               torch._grouped_mm, unpermute; adapters as Megatron-Bridge has them: two skinny products, scale, add
-    sequential-mlp   Megatron-Core's own module for where nothing else is installed; it has no adapters
+    sequential-mlp   Megatron-Core's own module for where nothing else is installed
+    te-grouped-mlp   Megatron-Core's module over Transformer Engine's grouped linear layers
+    scattermoe, quack   other people's products of sorted rows; none of these four has adapters
 
 The unfused path is given good parts, so that a ratio to it is no flattery: the permutation kernels of this package
 where there is a GPU (Megatron's `moe_permute_fusion`), and an activation compiled by torch, forward and backward.
@@ -26,8 +28,10 @@ from torch.autograd.function import once_differentiable
 
 from megatron_evolve.kernels import eager
 from megatron_evolve.kernels.backend import backend
+from megatron_evolve.kernels.bench.megatron import sequential_mlp, te_grouped_mlp
 from megatron_evolve.kernels.bench.problem import Experts, Prepared
-from megatron_evolve.kernels.bench.sequential import sequential_mlp
+from megatron_evolve.kernels.bench.quack import quack
+from megatron_evolve.kernels.bench.scattermoe import scattermoe
 from megatron_evolve.kernels.reference import GroupedLora
 
 
@@ -138,29 +142,31 @@ def torch_version() -> str:
     return f"torch {torch.__version__}"
 
 
+def _both_versions(*packages: str) -> Callable[[], str]:
+    return lambda: ", ".join(f"{package} {_version(package) or 'none'}" for package in packages)
+
+
 PROVIDERS = {
     "triton": Provider(own_version, triton),
     "unfused": Provider(torch_version, unfused),
     "eager": Provider(own_version, sliced),
     "loop": Provider(torch_version, loop),
-    "sequential-mlp": Provider(lambda: f"megatron-core {_version('megatron-core') or 'none'}", sequential_mlp),
+    "sequential-mlp": Provider(_both_versions("megatron-core"), sequential_mlp),
+    "te-grouped-mlp": Provider(_both_versions("megatron-core", "transformer-engine"), te_grouped_mlp),
+    "scattermoe": Provider(_both_versions("scattermoe"), scattermoe),
+    "quack": Provider(_both_versions("quack-kernels"), quack),
 }
 
-
-# Detected and told, not run: each says what it would take, so that a missing row is no silence.
+# Packages that are asked only where they are installed; Liger's experts are another function, in `gated`.
 PEERS = {
-    "te-grouped-mlp": ("transformer-engine", "TEGroupedMLP needs Megatron's process groups and a GPU"),
-    "liger": ("liger-kernel", ""),  # an op of its own, `gated`
-    "scattermoe": ("scattermoe", "its expert MLP has no probability before the second product"),
-    "quack": ("quack-kernels", "its gemm_act has a squared ReLU, but no probability and no routing"),
+    "sequential-mlp": "megatron-core",
+    "te-grouped-mlp": "transformer-engine",
+    "liger": "liger-kernel",
+    "scattermoe": "scattermoe",
+    "quack": "quack-kernels",
 }
 
 
-def peers() -> dict[str, tuple[str, str]]:
-    """Name -> version and why it has no time: not installed, or installed and not connected; empty where it has."""
-    told = {}
-    for name, (package, why) in PEERS.items():
-        version = _version(package)
-        reason = f"{package} is not installed" if version is None else f"not connected: {why}" if why else ""
-        told[name] = (version or "none", reason)
-    return told
+def peers() -> dict[str, str | None]:
+    """Name -> version of its package, None where it is not installed."""
+    return {name: _version(package) for name, package in PEERS.items()}

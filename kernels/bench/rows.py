@@ -27,8 +27,11 @@ try:
     from triton.errors import TritonError
 except ImportError:  # no Triton: nothing here raises its errors
     TritonError = RuntimeError
-# What a provider may stumble over: memory and CUDA (RuntimeError), what it refuses, what is not there, the compiler.
+# What our own code may stumble over: memory and CUDA (RuntimeError), what it refuses, what is not there, the compiler.
 FAILURES = (RuntimeError, ValueError, ImportError, AttributeError, TritonError)
+# Why a row has no time, beside its reason: a result beyond the tolerance, a package that is not there, a problem that
+# the provider does not take (adapters, this GPU), anything else that it raised.
+WRONG, MISSING, REFUSED, FAILED = "wrong", "missing", "refused", "failed"
 
 
 def device_name(device: str) -> str:
@@ -111,8 +114,8 @@ def examined(run: Prepared, problem: Problem, want: dict[str, Tensor], device: s
     allowed = max((TOLERANCE[dtype] for dtype in kinds if dtype in TOLERANCE), default=0.0)
     found: dict = {"error": errors[worst], "errors": errors}
     if not errors[worst] <= allowed:
-        found["reason"] = f"wrong: {worst} is off by {errors[worst]:.2g} of its norm; at most {allowed:g} is allowed"
-        return found, got
+        reason = f"wrong: {worst} is off by {errors[worst]:.2g} of its norm; at most {allowed:g} is allowed"
+        return found | {"kind": WRONG, "reason": reason}, got
     again = outcome(parts, problem)
     found["bitwise_repeat"] = all(torch.equal(got[name], again[name]) for name in got)
     found["saved_bytes"] = saved_bytes(run, problem) if problem.dout is not None else 0
@@ -123,6 +126,13 @@ def examined(run: Prepared, problem: Problem, want: dict[str, Tensor], device: s
 def first_line(failure: BaseException) -> str:
     text = str(failure).strip().splitlines()
     return f"{type(failure).__name__}: {text[0] if text else 'no message'}"
+
+
+def untimed(failure: Exception) -> dict:
+    """What a row tells instead of a time."""
+    kind = MISSING if isinstance(failure, ImportError) else FAILED
+    kind = REFUSED if isinstance(failure, ValueError | NotImplementedError) else kind
+    return {"kind": kind, "reason": first_line(failure)}
 
 
 def measure(
@@ -147,8 +157,8 @@ def measure(
         try:
             run = make()
             told[name], _ = examined(run, problem, want, device)
-        except FAILURES as failure:
-            told[name] = {"reason": first_line(failure)}
+        except Exception as failure:  # noqa: BLE001 - whatever another's package raises is what its row tells
+            told[name] = untimed(failure)
         if "reason" not in told[name]:
             runs[name] = parts_of(run, problem)
     del want
@@ -176,14 +186,14 @@ def predicted_of(problem: Problem, provider: str, part: str) -> tuple[Pass, ...]
 
 
 def counted(passes: tuple[Pass, ...], chip: Chip | None) -> dict:
-    """FLOP and bytes of the passes, and the least time on the chip."""
+    """FLOP and bytes of the passes, and the least time on the chip; no bytes where the passes tell of none."""
     flops, moved = sum(p.flops for p in passes), sum(p.bytes_moved for p in passes)
-    return {"flops": flops, "bytes": moved, "predicted_ms": ms(passes, chip) if chip and passes else None}
+    return {"flops": flops, "bytes": moved or None, "predicted_ms": ms(passes, chip) if chip and passes else None}
 
 
 def timed(spread: Spread, passes: tuple[Pass, ...], chip: Chip | None) -> dict:
     row = {"median_ms": spread.median, "spread_ms": [spread.low, spread.high]} | counted(passes, chip)
     row["tflops"] = row["flops"] / spread.median * 1e-9 if passes else None
-    row["gb_per_s"] = row["bytes"] / spread.median * 1e-6 if passes else None
+    row["gb_per_s"] = row["bytes"] / spread.median * 1e-6 if row["bytes"] else None
     row["percent_of_ceiling"] = 100 * row["predicted_ms"] / spread.median if row["predicted_ms"] else None
     return row

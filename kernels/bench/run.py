@@ -7,13 +7,23 @@ import torch
 from megatron_evolve.kernels.bench import gated
 from megatron_evolve.kernels.bench.cases import Case, experts, memory_bound, predicted, told
 from megatron_evolve.kernels.bench.clock import Clock
-from megatron_evolve.kernels.bench.providers import PROVIDERS, own_version, peers
-from megatron_evolve.kernels.bench.rows import FAILURES, commit, counted, device_name, first_line, measure
+from megatron_evolve.kernels.bench.providers import PEERS, PROVIDERS, own_version, peers
+from megatron_evolve.kernels.bench.rows import (
+    FAILURES,
+    MISSING,
+    REFUSED,
+    commit,
+    counted,
+    device_name,
+    measure,
+    untimed,
+)
 from megatron_evolve.kernels.roofline import CHIPS, Chip, Pass, Shape, others
+from megatron_evolve.kernels.tile_table import chosen
 
-# torch._grouped_mm has no fast form on a CPU, and interpreted kernels tell no time
+# torch._grouped_mm has no fast form on a CPU, interpreted kernels tell no time, and other people's packages want a GPU
 CPU_PROVIDERS = ("eager", "loop")
-GPU_PROVIDERS = ("triton", "unfused", "eager", "loop", "sequential-mlp")
+GPU_PROVIDERS = ("triton", "unfused", "eager", "loop")
 
 
 def default_device() -> str:
@@ -21,7 +31,13 @@ def default_device() -> str:
 
 
 def providers_on(device: str) -> tuple[str, ...]:
-    return GPU_PROVIDERS if device.startswith("cuda") else CPU_PROVIDERS
+    """Ours, PyTorch's, and on a GPU other people's that are installed."""
+    return (*GPU_PROVIDERS, *installed()) if device.startswith("cuda") else CPU_PROVIDERS
+
+
+def installed() -> tuple[str, ...]:
+    """Providers of the same layer from packages that are here."""
+    return tuple(name for name, version in peers().items() if version is not None and name in PROVIDERS)
 
 
 def bench(
@@ -37,16 +53,23 @@ def bench(
         base |= {"device": device_name(device), "commit": commit()}
         try:
             problem, prepare = experts(case, device, names)
-            yield from measure(problem, prepare, device, clock=clock, rounds=rounds, chip=chip)
+            for row in measure(problem, prepare, device, clock=clock, rounds=rounds, chip=chip):
+                yield row | ({"tiles": tiles_of(case)} if row["provider"] == "triton" else {})
         except FAILURES as failure:  # the tensors or the oracle do not fit this GPU
             for name in names:
-                yield base | {"provider": name, "version": PROVIDERS[name].version(), "reason": first_line(failure)}
+                yield base | {"provider": name, "version": PROVIDERS[name].version()} | untimed(failure)
+
+
+def tiles_of(case: Case) -> dict[str, tuple[int, ...]]:
+    """What the kernels take for that layer: a row whose tiles nobody wrote down cannot be explained afterwards."""
+    s = case.shape
+    return {kind: tuple(tile) for kind, tile in chosen(s.hidden, s.width, s.rows, s.experts)._asdict().items()}
 
 
 def bench_gated(shapes: Iterable[Shape], device: str, *, rounds: int = 20, chip: Chip | None = None) -> Iterator[dict]:
     """Liger's fused experts, where Liger is installed and a GPU is there; nothing otherwise."""
-    version, _ = peers()["liger"]
-    if version == "none" or not device.startswith("cuda"):
+    version = peers()["liger"]
+    if version is None or not device.startswith("cuda"):
         return
     for shape in shapes:
         problem, prepare = gated.liger(shape, f"liger-kernel {version}", device)
@@ -54,12 +77,20 @@ def bench_gated(shapes: Iterable[Shape], device: str, *, rounds: int = 20, chip:
 
 
 def without_time(device: str) -> Iterator[dict]:
-    """A row for each package of others, with why it has no time."""
+    """A row for each package of others that this machine cannot ask, with why."""
     row = {"op": "experts", "pass": "both", "shape": {}, "median_ms": None, "error": None, "ratio_to": {}}
     row |= {"device": device_name(device), "commit": commit()}
-    for name, (version, why) in peers().items():
-        if why:
-            yield row | {"provider": name, "version": version, "reason": why}
+    for name, version in peers().items():
+        if version is None:
+            yield row | {
+                "provider": name,
+                "version": None,
+                "kind": MISSING,
+                "reason": f"{PEERS[name]} is not installed",
+            }
+        elif not device.startswith("cuda"):
+            reason = "other people's packages are asked on a GPU, and torch finds none"
+            yield row | {"provider": name, "version": version, "kind": REFUSED, "reason": reason}
 
 
 def bench_memory_bound(

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,8 +42,11 @@ def num_shares() -> int:
     return max(1, min(MOST, (os.cpu_count() or 1) - 2))
 
 
-def run(command: list[str], count: int) -> Iterator[dict]:
-    """Rows of `command --share i/count` for every i, side by side; a row with `failed` for each that ended badly."""
+def run(command: list[str], count: int, until: float = float("inf")) -> Iterator[dict]:
+    """Rows of `command --share i/count` for every i, side by side; a row with `failed` for each that ended badly.
+
+    One that still runs at `until` (by time.monotonic) is ended, with the rows that it had printed.
+    """
     root = str(Path(__file__).resolve().parents[2])
     running = [
         subprocess.Popen(
@@ -55,7 +59,13 @@ def run(command: list[str], count: int) -> Iterator[dict]:
         for i in range(count)
     ]
     for i, process in enumerate(running):
-        told, complaint = process.communicate()
+        try:
+            left_s = None if until == float("inf") else max(0.0, until - time.monotonic())
+            told, complaint = process.communicate(timeout=left_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            told = process.communicate()[0].rpartition("\n")[0]  # its last line may be half a line
+            complaint = "it had not ended when the time of this check was used up"
         yield from (json.loads(line) for line in told.splitlines() if line.startswith("{"))
         if process.returncode:
             lines = complaint.strip().splitlines() or ["no message"]

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_evolve.kernels.bench.cases import case_of, experts, memory_bound
+from megatron_evolve.kernels.bench.cases import Case, case_of, experts, memory_bound
 from megatron_evolve.kernels.bench.clock import Clock, interleaved
 from megatron_evolve.kernels.bench.rows import FAILURES, first_line, outcome, parts_of
-from megatron_evolve.kernels.bench.run import bench, bench_gated, bench_memory_bound
+from megatron_evolve.kernels.bench.run import bench, bench_gated, bench_memory_bound, installed
 from megatron_evolve.kernels.bench.shares import Turn
 from megatron_evolve.kernels.roofline import Chip, shape_of
 
@@ -71,16 +71,23 @@ def warm(device: str, mine: Turn) -> None:
 
 
 def rows(device: str, chip: Chip, until: float, *, rounds: int = 10) -> Iterator[dict]:
-    """Rows of the targets, then of more shapes; what the time does not reach is named."""
-    steps = [("ops that move memory", lambda: bench_memory_bound(device, tokens=TOKENS, rounds=rounds, chip=chip))]
-    steps += [
-        (f"{case.shape.model}, {case.shape.tokens} tokens, EP {case.shape.ep}, {case.mode}", run)
-        for case in (*LAYERS, *MORE)
-        for run in [lambda case=case: bench([case], device, PATHS, rounds=rounds, chip=chip)]
-    ]
+    """Rows of the targets, then of more shapes, then of other people's; what the time does not reach is named."""
+
+    def layers(cases: tuple[Case, ...], names: tuple[str, ...]) -> list[tuple[str, Callable[[], Iterator[dict]]]]:
+        return [
+            (
+                f"{case.shape.model}, {case.shape.tokens} tokens, EP {case.shape.ep}, {case.mode}, {', '.join(names)}",
+                lambda case=case: bench([case], device, names, rounds=rounds, chip=chip),
+            )
+            for case in cases
+        ]
+
+    memory = ("ops that move memory", lambda: bench_memory_bound(device, tokens=TOKENS, rounds=rounds, chip=chip))
     gated = [shape_of("nano", 8192, ep) for ep in (8, 1)]
-    steps.append(("Liger's gated experts", lambda: bench_gated(gated, device, rounds=rounds, chip=chip)))
-    for name, step in steps:
+    liger = ("Liger's gated experts", lambda: bench_gated(gated, device, rounds=rounds, chip=chip))
+    # each alone with ours, and last: what another's package does to this process costs no row of ours
+    peers = [step for name in installed() for step in layers(LAYERS[1:2], ("triton", name))]
+    for name, step in (*layers(LAYERS, PATHS), memory, *layers(MORE, PATHS), liger, *peers):
         if time.monotonic() > until:
             yield {"op": "experts", "left_out": name, "median_ms": None, "reason": "the time of this check was used up"}
             continue

@@ -5,12 +5,14 @@
 Every candidate runs on the same tensors as the others, in turns, from a cold L2. One that gives another result than
 the first, or cannot be launched, gets no time but a reason. All products whose result has a row per row share the
 tile's rows: for each number of rows the best of every product is taken, and the rows with the least sum win. `--write`
-puts the winners into `kernels/tile_table.json`, which the ops read.
+puts the winners into `kernels/tile_table.json`, which the ops read, `--table FILE` the whole table into another file.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -210,28 +212,30 @@ def entry(rows: list[dict], bucket: Bucket) -> dict:
     return {"shape": bucket.shape, "most_rows": bucket.most_rows} | tiles
 
 
-def write(entries: list[dict], device: str) -> None:
-    """Put entries into the table in place of those of the same shapes, and say where they were measured."""
+def write(entries: list[dict], device: str, into: Path = FILE) -> None:
+    """The table with these entries in place of those of the same shapes, whole or not at all."""
     table = json.loads(FILE.read_text(encoding="utf-8"))
     shapes = {found["shape"] for found in entries}
     kept = [old for old in table["entries"] if old["shape"] not in shapes]
     source = f"megatron-evolve bench tiles on {device_name(device)}, commit {commit() or 'unknown'}"
     lines = ",\n".join(f"    {json.dumps(row)}" for row in (*kept, *entries))
-    FILE.write_text(f'{{\n  "source": {json.dumps(source)},\n  "entries": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+    half = into.with_name(f"{into.name}.half")
+    half.write_text(f'{{\n  "source": {json.dumps(source)},\n  "entries": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+    half.replace(into)
 
 
-def rows(device: str, *, rounds: int, save: bool) -> Iterator[dict]:
-    """Every bucket's candidates and its entry; with `save` the entries are written into the table at the end."""
+def rows(device: str, *, rounds: int, table: Path | None = None) -> Iterator[dict]:
+    """Every bucket's candidates and its entry; with `table` that file is written anew after each shape."""
     yield from shares.run(["-m", "megatron_evolve.kernels.bench.tune"], shares.num_shares())
     entries, clock = [], Clock(device)
-    for bucket in BUCKETS:
+    for bucket, after in zip_longest(BUCKETS, BUCKETS[1:]):
         found = list(tune(device, bucket, clock, rounds))
         entries.append(entry(found, bucket))
         yield from found
         yield {"op": "entry"} | entries[-1]
+        if table is not None and (after is None or after.shape != bucket.shape):
+            write(entries, device, table)
         torch.cuda.empty_cache()
-    if save:
-        write(entries, device)
 
 
 if __name__ == "__main__":  # one share of the candidates, to be compiled

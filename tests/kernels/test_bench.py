@@ -15,12 +15,12 @@ from megatron_evolve.kernels.bench.clock import Clock, interleaved, spread
 from megatron_evolve.kernels.bench.providers import PEERS, PROVIDERS
 from megatron_evolve.kernels.bench.rows import measure
 from megatron_evolve.kernels.bench.run import bench, model, model_others
-from megatron_evolve.kernels.roofline import Shape
-from megatron_evolve.substrate.model import build
+from megatron_evolve.kernels.roofline import CHIPS, Shape
 from tests.kernels.expert_cases import DEVICE
 
-MEGATRONS = "sequential-mlp"
 KEYS = {"op", "pass", "provider", "version", "shape", "median_ms", "error", "ratio_to", "device", "commit"}
+COLUMNS = KEYS | {"spread_ms", "errors", "flops", "bytes", "tflops", "gb_per_s", "predicted_ms", "percent_of_ceiling"}
+COLUMNS |= {"saved_bytes", "syncs", "bitwise_repeat", "clock"}
 TINY = Shape("tiny", 24, 5, 2, 16, 24)
 ADAPTED = TINY._replace(rank=4)
 
@@ -56,7 +56,7 @@ def test_the_oracle_is_the_definition(mode):
 
 @pytest.mark.parametrize("mode", ["frozen", "full", "lora"])
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "triton" else n for n in PROVIDERS if n != MEGATRONS]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "triton" else n for n in PROVIDERS if n not in PEERS]
 )
 def test_every_provider_computes_the_layer(name, mode):
     dtype = "bfloat16" if name == "unfused" else "float32"
@@ -66,22 +66,6 @@ def test_every_provider_computes_the_layer(name, mode):
     assert [row["pass"] for row in rows] == ["forward", "backward", "both"], rows
     assert all(row["median_ms"] >= 0 and row["bitwise_repeat"] and "reason" not in row for row in rows)
     assert set(rows[0]["errors"]) == {"out", *(f"d{name}" for name in problem.leaves)}
-
-
-def test_megatrons_own_experts_compute_the_layer_and_take_no_adapter():
-    """In a process that has what Megatron takes for granted of CUDA."""
-    build.start(seed=1)
-    try:
-        for mode, dtype in (("frozen", "float32"), ("full", "bfloat16")):
-            problem, prepare = experts(tiny(mode, dtype, 1.0), DEVICE, (MEGATRONS,))
-            rows = measure(problem, prepare, DEVICE, rounds=1, warm=0)
-            assert [row["pass"] for row in rows] == ["forward", "backward", "both"], rows
-            assert all("reason" not in row and row["version"].startswith("megatron-core 0") for row in rows)
-        problem, prepare = experts(tiny("lora"), DEVICE, (MEGATRONS,))
-        (row,) = measure(problem, prepare, DEVICE, rounds=1, warm=0)
-        assert row["median_ms"] is None and "Megatron-Core has no adapters" in row["reason"]
-    finally:
-        build.stop()
 
 
 def test_a_wrong_provider_gets_no_time():
@@ -101,22 +85,28 @@ def test_a_wrong_provider_gets_no_time():
     def refuses():
         raise ValueError("needs a wheel")
 
+    def stumbles():
+        raise KeyError("sm_75")  # other people's code may raise anything
+
     prepare |= {
         "output": ("0", lambda: lambda: right() * 1.001),
         "gradient": ("0", lambda: lambda: Skewed.apply(right())),
         "nan": ("0", lambda: lambda: right() * float("nan")),
         "refuses": ("0", refuses),
+        "stumbles": ("0", stumbles),
     }
     rows = measure(problem, prepare, "cpu", rounds=1, warm=0)
     by_name = {row["provider"]: row for row in rows}
     assert by_name["eager"]["median_ms"] is not None
-    for name, reason in (
-        ("output", "wrong: "),
-        ("gradient", "wrong: d"),
-        ("nan", "wrong: "),
-        ("refuses", "ValueError"),
+    for name, kind, reason in (
+        ("output", "wrong", "wrong: "),
+        ("gradient", "wrong", "wrong: d"),
+        ("nan", "wrong", "wrong: "),
+        ("refuses", "refused", "ValueError: needs"),
+        ("stumbles", "failed", "KeyError: 'sm_75'"),
     ):
-        assert by_name[name]["median_ms"] is None and by_name[name]["reason"].startswith(reason), by_name[name]
+        assert by_name[name]["median_ms"] is None and by_name[name]["kind"] == kind
+        assert by_name[name]["reason"].startswith(reason), by_name[name]
         assert sum(row["provider"] == name for row in rows) == 1
     assert by_name["gradient"]["error"] == pytest.approx(1e-3, rel=0.01)
     assert set(by_name["eager"]["ratio_to"]) == set()
@@ -172,7 +162,30 @@ def test_predicted_rows_tell_that_they_are():
         case_of("nano", 1, 1, "qlora")
     with pytest.raises(ValueError, match="got cuda: name some"):
         list(bench([], "cpu", ("cuda",)))
-    assert {case.shape.model for case in GPU_CASES} == {"nano", "super", "ultra"}
+
+
+def test_the_default_list_of_a_gpu_covers_every_axis():
+    shapes = [case.shape for case in GPU_CASES]
+    assert {(s.model, s.ep) for s in shapes} == {(model, ep) for model in ("nano", "super", "ultra") for ep in (1, 8)}
+    assert {128, 2048, 8192, 32768} <= {s.tokens for s in shapes}
+    assert {case.max_vio for case in GPU_CASES} == {0, 1.3, 5, 12}
+    assert {(case.mode, case.shape.rank) for case in GPU_CASES} == {
+        ("frozen", 0),
+        ("full", 0),
+        ("lora", 8),
+        ("lora", 32),
+    }
+
+
+def test_a_row_has_every_column():
+    """In bfloat16, where bytes and operations are counted, with the ceilings of a chip."""
+    rows = list(bench([tiny("frozen", "bfloat16")], "cpu", ("eager", "loop"), rounds=2, chip=CHIPS["h100"]))
+    for row in rows:
+        assert set(row) >= COLUMNS, row["provider"]
+        assert row["tflops"] == pytest.approx(row["flops"] / row["median_ms"] * 1e-9)
+        assert 0 < row["percent_of_ceiling"] < 100 and row["spread_ms"][0] <= row["median_ms"] <= row["spread_ms"][1]
+        assert row["syncs"] is None and row["bitwise_repeat"] is True and row["device"] == "CPU"
+        assert set(row["ratio_to"]) == {"eager", "loop"} - {row["provider"]}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU gets the long list of cases")

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_evolve.kernels.bench import checks, targets
+from megatron_evolve.kernels.bench import checks, run, targets
 from megatron_evolve.kernels.bench.cases import Case, experts
 from megatron_evolve.kernels.roofline import CHIPS, Shape, shape_of
+from megatron_evolve.kernels.tile_table import Tiles
 from tests.kernels.expert_cases import DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +67,12 @@ def test_ops_that_move_memory_are_checked():
     assert all(row["ok"] for row in rows), [row for row in rows if not row["ok"]]
 
 
+def test_every_op_is_captured_in_a_graph():
+    found = [problem.op for problem, _ in checks.graph_problems(DEVICE, SIZES._replace(tokens=3))]
+    beside = ["route_plan", "permute", "unpermute", "router", "gated_norm", "linear_cross_entropy"]
+    assert found == ["experts, full", "experts, lora", *beside]
+
+
 def test_bfloat16_is_held_to_plain_pytorch():
     problem, prepare = experts(Case(Shape("check", 24, 5, 2, 16, 24), "frozen", 0.0, "bfloat16"), "cpu", ("eager",))
     plain = prepare["eager"][1]()
@@ -111,9 +118,11 @@ def test_a_row_of_the_check_from_end_to_end(monkeypatch):
 
     monkeypatch.setattr(targets, "LAYERS", (Case(Shape("nano", 8, 3, 2, 16, 24, ep=8), "full"),))
     monkeypatch.setattr(targets, "MORE", ())
+    monkeypatch.setattr(targets, "installed", lambda: ())
     monkeypatch.setattr(targets, "bench_memory_bound", breaks)
-    left_out, *rows = targets.rows(DEVICE, CHIPS["h100"], until=float("inf"), rounds=1)
+    *rows, left_out = targets.rows(DEVICE, CHIPS["h100"], until=float("inf"), rounds=1)
     assert left_out["reason"] == "RuntimeError: out of memory"
+    assert all(set(row["tiles"]) == set(Tiles._fields) for row in rows if row["provider"] == "triton")
     assert [(row["provider"], row["pass"]) for row in rows] == [
         (name, part) for name in ("triton", "unfused") for part in ("forward", "backward", "both")
     ]
@@ -128,6 +137,8 @@ def test_a_row_of_the_check_from_end_to_end(monkeypatch):
 
 def test_rows_beyond_the_time_are_named():
     rows = list(targets.rows("cpu", None, until=0.0))
-    assert len(rows) == 2 + len(targets.LAYERS) + len(targets.MORE)  # what moves memory, Liger
+    others = 2 + len(run.installed())  # what moves memory, Liger, other people's packages
+    assert len(rows) == len(targets.LAYERS) + len(targets.MORE) + others
+    assert [row["left_out"].partition(",")[0] for row in rows[: len(targets.LAYERS)]] == ["nano"] * len(targets.LAYERS)
     assert all(row["median_ms"] is None and row["left_out"] for row in rows)
     assert all(target["met"] is None for target in targets.judged(rows))

@@ -46,3 +46,13 @@ def test_a_layer_without_both_times_is_left_out():
 def test_nothing_to_draw_is_said():
     with pytest.raises(ValueError, match="a picture needs rows of op experts with forward and backward times"):
         plot.svg(ROWS[-1:], "none")
+
+
+def test_a_legend_of_many_providers_takes_more_lines():
+    rows = [row(name, part, 1.0) for name in plot.COLOURS for part in plot.PASSES]
+    root = ElementTree.fromstring(plot.svg(rows, "many"))
+    rects = list(root.iter("{http://www.w3.org/2000/svg}rect"))
+    marks = [float(rect.get("y")) for rect in rects if rect.get("height") == "11"]
+    bars = [float(rect.get("y")) for rect in rects if len(rect)]
+    assert len(set(marks)) == len(plot.COLOURS) // 2 and max(marks) + 11 < min(bars)
+    assert len({rect.get("fill") for rect in rects if len(rect)}) == 2 * len(plot.COLOURS)

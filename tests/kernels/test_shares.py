@@ -1,5 +1,7 @@
 """Work in shares: every piece once, and a process that dies is told, never taken for one with nothing to say."""
 
+import time
+
 import pytest
 
 from megatron_evolve.kernels.bench import shares
@@ -24,3 +26,10 @@ def test_a_process_that_dies_costs_its_share_and_is_told(end):
     first, second, failed = shares.run(["-c", program], 2)
     assert (first, second) == ({"piece": 0}, {"piece": 1})
     assert failed["failed"] == "share 1/2" and failed["ok"] is False and failed["reason"].startswith("status ")
+
+
+def test_one_that_hangs_is_ended_with_the_rows_it_had():
+    program = "import time\nprint('{\"piece\": 0}\\n{\"half', end='', flush=True)\ntime.sleep(600)"
+    row, failed = shares.run(["-c", program], 1, time.monotonic() + 2)
+    assert row == {"piece": 0}
+    assert failed["failed"] == "share 0/1" and "when the time of this check was used up" in failed["reason"]
