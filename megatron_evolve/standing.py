@@ -42,6 +42,10 @@ class JobView(Frozen):
     steps: int | None = Field(description="of how many")
     told_seconds_ago: float | None = Field(description="seconds since it said so")
     running_seconds: float | None = Field(description="seconds since its attempt began")
+    waits_for: str | None = Field(
+        default=None,
+        description="why its scheduler has not started it, in its own words; none: it has, or says nothing",
+    )
 
 
 class JobsView(Frozen):
@@ -242,4 +246,5 @@ def _view(job: JobNow, tally: Tally, moment: float) -> JobView:
         steps=job.steps,
         told_seconds_ago=None if job.told_at is None else round(max(0.0, moment - job.told_at), 1),
         running_seconds=None if job.since is None else round(max(0.0, moment - job.since), 1),
+        waits_for=job.waits_for or None,
     )

@@ -89,6 +89,7 @@ def test_a_held_job_waits_and_is_told_of(
         lambda: states(launcher, job) and (foreign.run_dir / "attempts/1" / rundir.QUEUE_FILE).exists(),
         "the queue's word",
     )
+    assert rundir.read_json(foreign.run_dir / "attempts/1" / rundir.QUEUE_FILE)["reason"] == "JobHeldUser"
     assert "foreign is held (JobHeldUser): `scontrol release" in capfd.readouterr().err
     assert states(launcher, job, foreign) == ["pending", "pending"]
     cluster.run("scancel", rundir.read_json(foreign.run_dir / "attempts/1" / SUBMISSION_FILE)["job"])
