@@ -15,7 +15,7 @@ from pydantic import Field
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.budget import Account
 from megatron_evolve.constitution import Budgets
-from megatron_evolve.ledger import read_ledger
+from megatron_evolve.ledger import History
 from megatron_evolve.live import Controller, JobNow, controller_of, jobs_now
 from megatron_evolve.status import status_of
 from megatron_evolve.substrate.frozen import Frozen
@@ -165,11 +165,10 @@ class Standing(Now):
 
 def standing(root: Path) -> dict[str, Any]:
     """The document of `status --json`. Raises ValueError when `root` holds no campaign or a corrupt ledger."""
-    folder = CampaignFolder(root)
-    events = read_ledger(folder.ledger)
-    found = status_of(folder, events)
+    folder, tally = CampaignFolder(root), Tally()
+    found = status_of(folder, History(folder.ledger, tally.add), tally)
     external = found["looks"]["external"] if "looks" in found else 0
-    return {**found, **now(folder, Tally.of(events), external).model_dump(mode="json")}
+    return {**found, **now(folder, tally, external).model_dump(mode="json")}
 
 
 def now(folder: CampaignFolder, tally: Tally, external_looks: int) -> Now:
