@@ -1,6 +1,7 @@
-"""What the cluster says of an attempt that wrote no outcome, or was stopped from outside: a kind and a sentence.
+"""What the cluster says of an attempt that has not begun, wrote no outcome, or was stopped from outside.
 
-In this order:
+One that has not begun waits for something, in the cluster's words (`queued`). One that ended has a kind and a sentence
+(`cause_of`), in this order:
 1. out_of_memory  a container was killed by the kernel at its memory limit (OOMKilled).
 2. lost           a disruption, by its own name: preempted, drained, evicted by its node, its node gone.
 3. timed_out      the pod's own deadline struck, behind the supervisor's.
