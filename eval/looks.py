@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -65,6 +66,7 @@ class Looks:
         self._paid: dict[tuple, bytes] = {}  # the line of each look: as a Look it takes four times the memory
         self._counts = {"dev": 0, "external": 0}
         self._sha = hashlib.sha256()
+        self._external_of: Counter[int] = Counter()  # by round
         self._whole_bytes = 0
         self._secured = False  # whether what is in the file, and its name, survive a power cut
         if self.path.exists():
@@ -107,6 +109,10 @@ class Looks:
         """Looks charged to the external budget so far."""
         return self._counts["external"]
 
+    def spent_before(self, round_number: int) -> int:
+        """Looks at the external target that earlier rounds paid."""
+        return sum(count for one, count in self._external_of.items() if one < round_number)
+
     def summary(self) -> dict[str, int]:
         """Counts for people and scripts: looks at dev, at the external target, and its budget."""
         return {**self._counts, "external_budget": self.external_budget}
@@ -134,6 +140,7 @@ class Looks:
         self._sha.update(line + b"\n")
         self._counts["dev"] += look.split.startswith("dev")
         self._counts["external"] += is_budgeted(look.split)
+        self._external_of[look.round] += look.split.startswith("external")
 
     def _read(self) -> None:
         data = self.path.read_bytes()

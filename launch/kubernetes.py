@@ -19,7 +19,7 @@ from types import TracebackType
 from megatron_evolve.launch import rundir
 from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind, is_new_attempt
 from megatron_evolve.launch.kubernetes_client import TRIES, Client, KubernetesError, Refused, Unanswered
-from megatron_evolve.launch.kubernetes_ending import Cause, cause_of, is_finished, why_it_cannot_start
+from megatron_evolve.launch.kubernetes_ending import Cause, cause_of, is_finished, queued, why_it_cannot_start
 from megatron_evolve.launch.kubernetes_manifest import (
     ATTEMPT_LABEL,
     FOLDER_ANNOTATION,
@@ -60,6 +60,7 @@ class _Entry:
     state: JobState = "pending"
     created: bool = True  # unless the cluster has yet to answer that it was
     ended_at: float | None = None  # when the cluster was first seen to have ended it without an outcome
+    told: rundir.Queued | None = None  # what was last kept of why it waits
 
     @property
     def folder(self) -> Path:
@@ -228,6 +229,8 @@ class KubernetesLauncher:
                 self._client.delete(self._path(entry.kind, entry.name), tries=1)
             elif not entry.begun and (why := why_it_cannot_start(pods)) is not None:
                 self._call_off(entry, why)
+            if not (entry.begun or entry.cancelled):
+                self._show(entry, queued(found, pods))
             return "running" if entry.begun else "pending"
         if entry.ended_at is None and self._settle_s > 0:
             entry.ended_at = time.monotonic()
@@ -235,14 +238,8 @@ class KubernetesLauncher:
         return self._given_up(entry, found)
 
     def _outcome_of(self, entry: _Entry) -> JobOutcome | None:
-        try:
-            return rundir.read_outcome(entry.folder)
-        except rundir.DamagedFile as error:
-            path = entry.folder / rundir.OUTCOME_FILE
-            path.rename(path.with_name(f"{rundir.OUTCOME_FILE}.damaged"))
-            return self._record(
-                entry, Cause(OutcomeKind.LOST, f"its outcome was damaged and is kept beside it ({error})")
-            )
+        outcome, damage = rundir.take_outcome(entry.folder)
+        return self._record(entry, Cause(OutcomeKind.LOST, damage)) if damage else outcome
 
     def _explained(self, entry: _Entry, outcome: JobOutcome) -> JobOutcome:
         """The outcome as its supervisor wrote it; if that only knows of a signal, with the cluster's reason for it."""
@@ -255,6 +252,11 @@ class KubernetesLauncher:
         # Whoever queues jobs may start a stopped one again; its pods would find the attempt over, but hold GPUs first.
         self._client.delete(self._path(entry.kind, entry.name), tries=1)
         return outcome
+
+    def _show(self, entry: _Entry, said: rundir.Queued) -> None:
+        if said != entry.told:
+            entry.told = said
+            rundir.write_queued(entry.folder, said)
 
     def _call_off(self, entry: _Entry, why: str) -> None:
         """Cancel an attempt that a person must help, so that the next one starts with what they changed."""

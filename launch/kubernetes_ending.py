@@ -1,6 +1,7 @@
-"""What the cluster says of an attempt that wrote no outcome, or was stopped from outside: a kind and a sentence.
+"""What the cluster says of an attempt that has not begun, wrote no outcome, or was stopped from outside.
 
-In this order:
+One that has not begun waits for something, in the cluster's words (`queued`). One that ended has a kind and a sentence
+(`cause_of`), in this order:
 1. out_of_memory  a container was killed by the kernel at its memory limit (OOMKilled).
 2. lost           a disruption, by its own name: preempted, drained, evicted by its node, its node gone.
 3. timed_out      the pod's own deadline struck, behind the supervisor's.
@@ -12,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from megatron_evolve.launch.job import OutcomeKind
+from megatron_evolve.launch.rundir import Queued
 
 Object = Mapping[str, Any]
 
@@ -30,6 +32,7 @@ _POD_REASONS = {"Evicted", "NodeLost", "NodeAffinity", "Shutdown", "NodeShutdown
 _NEVER_STARTS = {"InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError"}
 _NO_IMAGE = {"ErrImagePull", "ImagePullBackOff"}
 _DID_NOT_START = {"StartError", "ContainerCannotRun"}
+_ON_ITS_WAY = {"ContainerCreating", "PodInitializing"}
 
 
 class Cause(NamedTuple):
@@ -70,6 +73,39 @@ def why_it_cannot_start(pods: Iterable[Object], now: datetime | None = None) -> 
     return None
 
 
+def queued(found: Object, pods: Iterable[Object]) -> Queued:
+    """What the cluster says of an attempt that has not begun: of its first pod that waits for something, else of all.
+
+    That is a node with room (Unschedulable, SchedulingGated), an image, or of the Job that it is suspended, as whoever
+    queues jobs does.
+    """
+    pods = list(pods)
+    for pod in pods:
+        if reason := _waits_for(pod):
+            return _queued(found, pod, reason)
+    if pods:
+        return _queued(found, pods[0], "")
+    held = _condition(found, "Suspended")
+    return Queued(found["metadata"]["name"], "Pending", "", _said(held) if held is not None else "has no pod yet")
+
+
+def _queued(found: Object, pod: Object, reason: str) -> Queued:
+    node, phase = pod.get("spec", {}).get("nodeName") or "", pod.get("status", {}).get("phase", "Pending")
+    return Queued(found["metadata"]["name"], phase, node, reason)
+
+
+def _waits_for(pod: Object) -> str:
+    """Empty for a pod that waits for nothing but its own start."""
+    unplaced = _condition(pod, "PodScheduled", "False")
+    if unplaced is not None:
+        return _said(unplaced)
+    for container in _containers(pod):
+        waiting = container.get("state", {}).get("waiting", {})
+        if waiting.get("reason") and waiting["reason"] not in _ON_ITS_WAY:
+            return f"{_name(pod)}: {_said(waiting)}"
+    return ""
+
+
 def _out_of_memory(pod: Object) -> Cause | None:
     if any(ended.get("reason") == "OOMKilled" for ended in _terminations(pod)):
         return Cause(OutcomeKind.OUT_OF_MEMORY, f"{_name(pod)} was killed by the kernel at its memory limit")
@@ -100,9 +136,9 @@ def _last_words(pod: Object) -> Cause | None:
     return None
 
 
-def _condition(found: Object, kind: str) -> Object | None:
+def _condition(found: Object, kind: str, status: str = "True") -> Object | None:
     for condition in found.get("status", {}).get("conditions") or ():
-        if condition["type"] == kind and condition["status"] == "True":
+        if condition["type"] == kind and condition["status"] == status:
             return condition
     return None
 

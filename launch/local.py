@@ -265,12 +265,8 @@ class LocalLauncher:
         return self._given_up(entry)
 
     def _outcome_of(self, entry: _Entry) -> JobOutcome | None:
-        try:
-            return rundir.read_outcome(entry.folder)
-        except rundir.DamagedFile as error:
-            path = entry.folder / rundir.OUTCOME_FILE
-            path.rename(path.with_name(f"{rundir.OUTCOME_FILE}.damaged"))
-            return self._record(entry, OutcomeKind.LOST, f"its outcome was damaged and is kept beside it ({error})")
+        outcome, damage = rundir.take_outcome(entry.folder)
+        return self._record(entry, OutcomeKind.LOST, damage) if damage else outcome
 
     def _given_up(self, entry: _Entry) -> JobState:
         """Record as lost an attempt whose supervisor is gone, once it is certain that nobody runs it."""

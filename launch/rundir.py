@@ -6,6 +6,7 @@
     RUN_DIR/attempts/N/supervisor.json the supervisor's identity; its presence means that N has begun, as it does once
     RUN_DIR/attempts/N/cancel          asked to stop
     RUN_DIR/attempts/N/progress.json   how far N is, by its own word
+    RUN_DIR/attempts/N/queue.json      what the scheduler last said of N, where there is one
     RUN_DIR/attempts/N/outcome.json    how N ended; stays when N + 1 follows
     RUN_DIR/attempts/N/{stdout,stderr,supervisor}.log
     everything else                    the job's own
@@ -34,6 +35,7 @@ OUTCOME_FILE = "outcome.json"
 CANCEL_FILE = "cancel"
 LOCK_FILE = "lock"
 PROGRESS_FILE = "progress.json"
+QUEUE_FILE = "queue.json"
 SUPERVISOR_LOG = "supervisor.log"
 ATTEMPT_VARIABLE = "MEGATRON_EVOLVE_ATTEMPT"  # tells a job its attempt folder, and tells whose a stray process is
 PROGRESS_EVERY_S = 2.0
@@ -211,10 +213,35 @@ def read_outcome(folder: Path) -> JobOutcome | None:
     return _parsed(path, JobOutcome.from_json) if path.exists() else None
 
 
+def take_outcome(folder: Path) -> tuple[JobOutcome | None, str]:
+    """Like `read_outcome`, but one that says nothing is put aside, and the second value is the sentence that tells."""
+    try:
+        return read_outcome(folder), ""
+    except DamagedFile as error:
+        path = folder / OUTCOME_FILE
+        path.rename(path.with_name(f"{OUTCOME_FILE}.damaged"))
+        return None, f"its outcome was damaged and is kept beside it ({error})"
+
+
 def write_outcome(run_dir: Path, outcome: JobOutcome) -> None:
     """Record the end of an attempt: in its own folder first, which is what counts, then at the top for readers."""
     write_json(attempt_dir(run_dir, outcome.attempt) / OUTCOME_FILE, outcome.to_json())
     write_json(run_dir / OUTCOME_FILE, outcome.to_json())
+
+
+@dataclass(frozen=True)
+class Queued:
+    """What a scheduler says of an attempt, in its own words: its name for the job, the state, where, and why."""
+
+    job: str
+    state: str
+    nodes: str
+    reason: str
+
+
+def write_queued(folder: Path, queued: Queued) -> None:
+    """Keep it beside the attempt, for whoever watches; no launcher reads it."""
+    write_json(folder / QUEUE_FILE, asdict(queued))
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from megatron_evolve.launch.slurm_batch import OWNER_FILE, charged, earlier_star
 from megatron_evolve.launch.slurm_queue import Row, SlurmError, SlurmSilent
 
 SUBMISSION_FILE = "submission.json"
-QUEUE_FILE = "queue.json"  # what the queue last said, for whoever watches; nothing here reads it
 ARRAYS_FOLDER = "slurm-arrays"
 ARRAY_MOST = 1000  # tasks; Slurm's own limit, MaxArraySize, is 1001 unless a site says otherwise
 
@@ -204,13 +203,9 @@ class SlurmLauncher:
 
     def _read_outcome(self, entry: _Entry) -> bool:
         """Whether the attempt has ended, by its own word."""
-        try:
-            outcome = rundir.read_outcome(entry.folder)
-        except rundir.DamagedFile as error:
-            print(f"{error}: it is kept beside as damaged", file=sys.stderr)
-            path = entry.folder / rundir.OUTCOME_FILE
-            path.rename(path.with_name(f"{rundir.OUTCOME_FILE}.damaged"))
-            return False
+        outcome, damage = rundir.take_outcome(entry.folder)
+        if damage:
+            print(f"{entry.job.key}: {damage}", file=sys.stderr)
         if outcome is not None:
             entry.state = outcome
             self._file(entry)
@@ -360,9 +355,8 @@ class SlurmLauncher:
         if row.reason.startswith("JobHeld"):
             print(f"{entry.job.key} is held ({row.reason}): `scontrol release {row.id}` lets it start", file=sys.stderr)
         entry.told = seen
-        rundir.write_json(
-            entry.folder / QUEUE_FILE, {"job": row.id, "state": row.state, "nodes": row.nodes, "reason": row.reason}
-        )
+        reason = "" if row.reason == "None" else row.reason
+        rundir.write_queued(entry.folder, rundir.Queued(row.id, row.state, row.nodes, reason))
 
     def _tell_silence(self, text: str) -> None:
         if text != self._silence:

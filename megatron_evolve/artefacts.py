@@ -7,21 +7,10 @@ checks it, so a file changed behind the ledger's back is found when it is next r
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_evolve.document import FLOAT, OWN_LOADER, load_yaml
+from megatron_evolve.document import read_text
 from megatron_evolve.launch.rundir import make_folder, read_json, write_json, write_whole
 from megatron_evolve.substrate.digest import digest_file, digest_of
-
-
-class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
-    """libyaml's, which writes the same text 8 times as fast; and quotes what the loader takes for a number.
-
-    One candidate id in 300 is like 3206713938e6. Unquoted it came back as a number, and its policy as another one.
-    """
-
-
-_Dumper.add_implicit_resolver(*FLOAT)
+from megatron_evolve.yaml_blocks import text_of, value_in
 
 
 class CampaignFolder:
@@ -83,8 +72,7 @@ def save_yaml(path: Path, value: Any) -> str:
     """Writes a value as YAML, for people, and returns the digest of its canonical form."""
     plain = value.model_dump(mode="json", by_alias=True) if hasattr(value, "model_dump") else value
     make_folder(path.parent)
-    text = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-    write_whole(path, text)
+    write_whole(path, text_of(plain))
     return digest_of(plain)
 
 
@@ -97,7 +85,7 @@ def load_json(path: Path, digest: str) -> Any:
 
 def load_yaml_checked(path: Path, digest: str) -> dict[str, Any]:
     """Like `load_json`, for YAML."""
-    value = load_yaml(path, OWN_LOADER)
+    value = value_in(read_text(path), where=str(path))
     check_digest(path, value, digest)
     return value
 

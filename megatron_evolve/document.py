@@ -51,13 +51,17 @@ def find_yaml(name: str, shipped: Path, what: str) -> Path:
 
 def load_yaml(path: Path | str, loader: type = _Loader) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ValueError with one sentence for anything else."""
+    return parse_yaml(read_text(path), where=str(path), loader=loader)
+
+
+def read_text(path: Path | str) -> str:
+    """The text of a YAML file. Raises ValueError with one sentence where there is none to read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: expected UTF-8 text, got other bytes; save the file as UTF-8") from None
-    return parse_yaml(text, where=str(path), loader=loader)
 
 
 def parse_yaml(text: str, *, where: str, loader: type = _Loader) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def steps(found: Preflight, folder: CampaignFolder, store: Path, use: dict[str, 
     if not ready and spec.preset in IMPORTED:
         shown.append(_once("import the substrate, by hand", import_command(spec, store)))
     elif not ready:
-        shown.append(_of_job("build the substrate", 1, build_job(spec, store), found.site))
+        shown.append(_of_job("build the substrate", 1, build_job(spec, store, found.site), found.site))
     judge = _judge(found, store)
     shown.append(_once("freeze the judge, by the controller", judge_argv(*freezing(judge))))
     ground = ground_of(campaign, found.site, folder, found.expected.folder, judge)

@@ -8,6 +8,7 @@ awaited, and the same `run` goes on once they were submitted.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from megatron_evolve.eval.looks import Looks
 from megatron_evolve.facts import REPORTED_FILE
 from megatron_evolve.jobs import Run, Stage, StageEnd
 from megatron_evolve.launch.rundir import Lock, make_folder, read_json, write_json
-from megatron_evolve.ledger import Event, Ledger
+from megatron_evolve.ledger import History, Ledger
 from megatron_evolve.status import awaited
 from megatron_evolve.substrate.digest import digest_file
 
@@ -127,38 +128,38 @@ def listed(root: Path) -> list[dict[str, Any]]:
     """Every run whose external look was paid: awaited, submitted, scored, lost, or asked and not yet heard of."""
     folder, record = CampaignFolder(root), open_record(root)
     _target(record.campaign.judge.told_scores, root)
-    events = list(record.events)
-    return [_standing(folder, events, key) for key in _paid(record.looks)]
+    waiting, lost = set(awaited(record.events)), _lost(record.events)
+    return [_standing(folder, record.events, key, waiting, lost) for key in _paid(record.looks)]
 
 
 def _paid(looks: Looks) -> list[str]:
     return [key for look in looks.entries if look.split.startswith("external") for key in look.runs]
 
 
-def _standing(folder: CampaignFolder, events: list[Event], key: str) -> dict[str, Any]:
+def _standing(folder: CampaignFolder, history: History, key: str, waiting: set[str], lost: set[str]) -> dict[str, Any]:
     number, name, seed = key.split("/")
     told = submitted(folder, key)
     state, score = "asked", None
     if told is not None:
         state, score = "submitted", told["score"]
-    elif any(one == f"{key}/external-a" or one == f"{key}/external-b" for one in awaited(events)):
+    elif waiting & {f"{key}/external-a", f"{key}/external-b"}:
         state = "awaited"
-    elif _is_lost(events, key):
+    elif key in lost:
         state = "lost"
     for stage in ("external-a", "external-b"):
-        if any(one.kind == "ended" and one.key == f"{key}/{stage}" for one in events):
+        if history.has("ended", f"{key}/{stage}"):
             state = "scored"
             score = read_json(folder.run(int(number), name, int(seed)) / stage / REPORTED_FILE)["score"]
     weights = str(folder.run(int(number), name, int(seed)) / "train")
     return {"run": key, "candidate": name, "seed": int(seed), "state": state, "score": score, "weights": weights}
 
 
-def _is_lost(events: list[Event], key: str) -> bool:
-    count = {kind: sum(one.kind == kind and one.data["run"] == key for one in events) for kind in ASKING}
-    return count["external-lost"] > count["external-again"]
-
-
-ASKING = ("external-lost", "external-again")
+def _lost(history: History) -> set[str]:
+    """Runs that were lost oftener than they were asked again."""
+    lost, again = (
+        Counter(event.data["run"] for event in history.of_kind(kind)) for kind in ("external-lost", "external-again")
+    )
+    return set(lost - again)
 
 
 def submit(root: Path, who: str, score: float, items: int | None = None, se: float | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@
     DIR/closing/CANDIDATE/SEED/STAGE/attempts/A/*.json            the origin's runs, asked at the end
 
 Files come and go while they are read: what is not there, or not whole, is not known, and is no error. The cost is one
-listing of the open round's folders and three small files for each job in it that the ledger does not hold as ended.
+listing of the open round's folders and four small files for each job in it that the ledger does not hold as ended.
 """
 
 import contextlib
@@ -19,7 +19,15 @@ from typing import Any, Literal, get_args
 
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.launch.process import ProcessIdentity
-from megatron_evolve.launch.rundir import JOB_FILE, OUTCOME_FILE, PROGRESS_FILE, SUPERVISOR_FILE, attempt_dir
+from megatron_evolve.launch.rundir import (
+    JOB_FILE,
+    OUTCOME_FILE,
+    PROGRESS_FILE,
+    QUEUE_FILE,
+    SUPERVISOR_FILE,
+    Queued,
+    attempt_dir,
+)
 from megatron_evolve.tally import Tally
 
 JobState = Literal["running", "gone", "ended", "waiting"]
@@ -35,6 +43,7 @@ class JobNow:
     step, steps how far it says it is; None before it has said anything
     told_at     when it said so, unix seconds
     since       when its attempt began, unix seconds
+    waits_for   why a scheduler has not started it, in its own words; empty where it has, or says nothing
     """
 
     key: str
@@ -44,6 +53,7 @@ class JobNow:
     steps: int | None
     told_at: float | None
     since: float | None
+    waits_for: str = ""
 
     @property
     def share(self) -> float:
@@ -114,7 +124,22 @@ def _job(key: str, run_dir: Path) -> JobNow | None:
     elif supervisor is not None and _alive(supervisor) is False:
         state = "gone"
     step, steps, at = told or (None, None, None)
-    return JobNow(key, max(attempts), state, step, steps, at, _modified(folder / SUPERVISOR_FILE))
+    since = _modified(folder / SUPERVISOR_FILE)
+    waits_for = "" if state == "ended" else _waits_for(folder, max(since or 0.0, at or 0.0))
+    if waits_for:  # its scheduler has put it back, if it had begun
+        state = "waiting"
+    return JobNow(key, max(attempts), state, step, steps, at, since, waits_for)
+
+
+def _waits_for(folder: Path, began: float) -> str:
+    """What its scheduler says of an attempt that is pending. Old news once the attempt began, or said how far it is."""
+    document = _read(folder / QUEUE_FILE)
+    try:
+        queued = Queued(**document)
+    except TypeError:  # none, or not whole
+        return ""
+    is_news = (_modified(folder / QUEUE_FILE) or 0.0) > began
+    return queued.reason if is_news and queued.state.lower() == "pending" else ""
 
 
 def _progress(document: Any) -> tuple[int, int, float] | None:

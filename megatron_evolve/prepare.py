@@ -27,10 +27,11 @@ from megatron_evolve.eval.engines.versions import decoding_packages
 from megatron_evolve.eval.freeze import WITHHELD_FILE
 from megatron_evolve.eval.judge import Judge, judge_sources, load_judge
 from megatron_evolve.jobs import POLL_SECONDS, Ground, Run, StageEnd, drive
-from megatron_evolve.launch.job import Job, JobOutcome, Launcher, OutcomeKind
+from megatron_evolve.launch.job import INFRASTRUCTURE_KINDS, Job, JobOutcome, Launcher, OutcomeKind
 from megatron_evolve.launch.rundir import latest_attempt, make_folder, write_json
 from megatron_evolve.origin import ORIGIN_FILE, ORIGIN_ROUND, origin_document
 from megatron_evolve.placement import Placement
+from megatron_evolve.retries import Retries
 from megatron_evolve.site import Site
 from megatron_evolve.substrate.build import PRESETS as BUILT
 from megatron_evolve.substrate.build import refreeze
@@ -72,7 +73,7 @@ def prepare(
     stop: Callable[[], bool],
 ) -> Prepared:
     """Builds, freezes and scores what is missing; verifies every byte of what is there. May raise Stopped."""
-    substrate_folder = build_substrate(campaign.substrate, store, launcher, on_progress, stop)
+    substrate_folder = build_substrate(campaign.substrate, store, launcher, on_progress, stop, site)
     substrate = verify(substrate_folder)
     judge_folder = freeze(campaign.judge, substrate, store, packed=campaign.launch.training.packed)
     if load_judge(judge_folder).origin is None:
@@ -119,12 +120,23 @@ def import_command(spec: SubstrateSpec, store: Path, source: str = "DIR") -> tup
     return ("megatron-evolve", "substrate", "import-hf", source, "--name", spec.preset, "--out", out)
 
 
-def build_job(spec: SubstrateSpec, store: Path) -> Job:
-    """The job that trains and freezes a preset's substrate, without cues."""
+def build_job(spec: SubstrateSpec, store: Path, site: Site | None = None) -> Job:
+    """The job that trains and freezes a preset's substrate, without cues. A site says when it hangs, and its grace."""
+    site = site or Site()
     folder = _built_folder(spec.replace(cue_rate={}), store)
     argv = (sys.executable, "-m", "megatron_evolve.substrate.build", "--preset", spec.preset)
     argv += ("--out", str(folder), "--seed", str(spec.seed))
-    return Job(f"build/{folder.parent.name}", argv, folder, BUILD_SECONDS, MANIFEST, JOB_ENV)
+    return Job(
+        key=f"build/{folder.parent.name}",
+        argv=argv,
+        run_dir=folder,
+        time_limit_s=BUILD_SECONDS,
+        done_file=MANIFEST,
+        env=JOB_ENV,
+        stall_s=site.stall_seconds,
+        start_s=site.start_seconds,
+        grace_s=site.grace_seconds,
+    )
 
 
 def build_substrate(
@@ -133,6 +145,7 @@ def build_substrate(
     launcher: Launcher,
     say: Progress,
     stop: Callable[[], bool] = lambda: False,
+    site: Site | None = None,
 ) -> Path:
     """The folder of the frozen substrate; its weights are trained by a job unless they stand in the store.
 
@@ -143,7 +156,7 @@ def build_substrate(
     require_import(spec, store)
     if spec.preset in IMPORTED:
         return substrate_folder(spec, store)
-    job = build_job(spec, store)
+    job = build_job(spec, store, site)
     folder = job.run_dir
     if not (folder / MANIFEST).exists():
         say("building", {"preset": spec.preset, "folder": folder})
@@ -184,24 +197,32 @@ def _built_folder(spec: SubstrateSpec, store: Path) -> Path:
 def run_one(launcher: Launcher, job: Job, stop: Callable[[], bool]) -> JobOutcome:
     """Runs one job to its end; when `stop` turns true it is cancelled, to go on another time.
 
-    Raises ValueError with the last line of its error output unless it finished, Stopped if it was cancelled.
+    What its machine failed is tried again at once, as often as a candidate's job. Raises ValueError with the last line
+    of its error output unless it finished, Stopped if it was cancelled.
     """
-    key = job.key
     make_folder(job.run_dir)
     attempt = max(1, latest_attempt(job.run_dir))
     launcher.submit(job, attempt)
-    state = launcher.poll([key])[key]
+    state = launcher.poll([job.key])[job.key]
     if isinstance(state, JobOutcome) and state.kind is not OutcomeKind.FINISHED:
         attempt += 1
-        launcher.submit(job, attempt)
-    while not isinstance(state := launcher.poll([key])[key], JobOutcome):
-        if stop():
-            launcher.cancel(key)
-        time.sleep(POLL_SECONDS)
+    for last in range(attempt, attempt + Retries().attempts):
+        state = _end_of(launcher, job, last, stop)
+        if state.kind not in INFRASTRUCTURE_KINDS or stop():
+            break
     if state.kind is OutcomeKind.CANCELLED:
         raise Stopped(STOPPED)
     if state.kind is not OutcomeKind.FINISHED:
-        raise ValueError(f"{key} {state.kind.value}: {state.reason}; its output is in {job.run_dir / 'attempts'}")
+        raise ValueError(f"{job.key} {state.kind.value}: {state.reason}; its output is in {job.run_dir / 'attempts'}")
+    return state
+
+
+def _end_of(launcher: Launcher, job: Job, attempt: int, stop: Callable[[], bool]) -> JobOutcome:
+    launcher.submit(job, attempt)
+    while not isinstance(state := launcher.poll([job.key])[job.key], JobOutcome):
+        if stop():
+            launcher.cancel(job.key)
+        time.sleep(POLL_SECONDS)
     return state
 
 

@@ -210,8 +210,7 @@ def asked_explorers(runs: RoundRuns, stage: Stage) -> list[str]:
     if policy.ask_external == "all":
         return explorers
     if policy.objective == "external" and stage == "external-a":
-        before = sum(one.round < policy.round and one.split.startswith("external") for one in looks.entries)
-        return explorers[: looks_for_ranking(looks.external_budget - before)]
+        return explorers[: looks_for_ranking(looks.external_budget - looks.spent_before(policy.round))]
     return ranked(runs)[:1]
 
 

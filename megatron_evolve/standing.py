@@ -15,7 +15,7 @@ from pydantic import Field
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.budget import Account
 from megatron_evolve.constitution import Budgets
-from megatron_evolve.ledger import read_ledger
+from megatron_evolve.ledger import History
 from megatron_evolve.live import Controller, JobNow, controller_of, jobs_now
 from megatron_evolve.status import status_of
 from megatron_evolve.substrate.frozen import Frozen
@@ -42,6 +42,10 @@ class JobView(Frozen):
     steps: int | None = Field(description="of how many")
     told_seconds_ago: float | None = Field(description="seconds since it said so")
     running_seconds: float | None = Field(description="seconds since its attempt began")
+    waits_for: str | None = Field(
+        default=None,
+        description="why its scheduler has not started it, in its own words; none: it has, or says nothing",
+    )
 
 
 class JobsView(Frozen):
@@ -161,11 +165,10 @@ class Standing(Now):
 
 def standing(root: Path) -> dict[str, Any]:
     """The document of `status --json`. Raises ValueError when `root` holds no campaign or a corrupt ledger."""
-    folder = CampaignFolder(root)
-    events = read_ledger(folder.ledger)
-    found = status_of(folder, events)
+    folder, tally = CampaignFolder(root), Tally()
+    found = status_of(folder, History(folder.ledger, tally.add), tally)
     external = found["looks"]["external"] if "looks" in found else 0
-    return {**found, **now(folder, Tally.of(events), external).model_dump(mode="json")}
+    return {**found, **now(folder, tally, external).model_dump(mode="json")}
 
 
 def now(folder: CampaignFolder, tally: Tally, external_looks: int) -> Now:
@@ -242,4 +245,5 @@ def _view(job: JobNow, tally: Tally, moment: float) -> JobView:
         steps=job.steps,
         told_seconds_ago=None if job.told_at is None else round(max(0.0, moment - job.told_at), 1),
         running_seconds=None if job.since is None else round(max(0.0, moment - job.since), 1),
+        waits_for=job.waits_for or None,
     )

@@ -4,7 +4,6 @@ What runs this moment is in `standing`, which adds to it for `status --json`. Ke
 campaign for reading takes no lock and starts nothing.
 """
 
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,80 +13,73 @@ from megatron_evolve.constitution import Budgets
 from megatron_evolve.eval.looks import Looks
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.launch.rundir import read_json
-from megatron_evolve.ledger import Event, read_ledger
+from megatron_evolve.ledger import Event, History
+from megatron_evolve.tally import Tally
 
 INTERVENTION_KINDS = ("intervention",)
 
 
 def status(root: Path) -> dict[str, Any]:
     """The campaign's standing. Raises ValueError when `root` holds no campaign or a corrupt ledger."""
-    folder = CampaignFolder(root)
-    return status_of(folder, read_ledger(folder.ledger))
+    folder, tally = CampaignFolder(root), Tally()
+    return status_of(folder, History(folder.ledger, tally.add), tally)
 
 
-def status_of(folder: CampaignFolder, events: list[Event]) -> dict[str, Any]:
-    """The same of events that were read."""
-    opened = next((event.data for event in events if event.kind == "campaign-opened"), None)
+def status_of(folder: CampaignFolder, history: History, tally: Tally) -> dict[str, Any]:
+    """The same of a ledger that was read once, into this tally."""
+    opened = tally.opened
     if opened is None:
         return {"campaign": None, "state": "preparing", "rounds": []}
-    budget = opened["plan"]["external_looks"]
-    judged = {int(event.key) for event in events if event.kind == "evidence"}
+    budget, latest = opened["plan"]["external_looks"], history.latest
+    survey = history.find("survey")
     return {
         "campaign": opened["name"],
-        "state": state_of(events),
-        "paused": events[-1].data["why"] if events[-1].kind == "paused" else None,
+        "state": state_of(history),
+        "paused": latest.data["why"] if latest.kind == "paused" else None,
         "claim": opened["claim"],
-        "interventions": sum(event.kind in INTERVENTION_KINDS for event in events),
+        "interventions": sum(len(history.keys(kind)) for kind in INTERVENTION_KINDS),
         "looks": Looks(folder.looks, external_budget=budget).summary(),
-        "budget": _budget(Budgets(**opened.get("budgets", {})), events),
+        "budget": _budget(Budgets(**opened.get("budgets", {})), tally),
         "substrate": opened["substrate"],
         "judge": opened["judge"],
-        "cpu_seconds": round(sum(event.data["end"]["cpu_seconds"] for event in events if event.kind == "ended"), 3),
+        "cpu_seconds": round(tally.used.cpu_seconds, 3),
         "rounds": [
-            _judged_round(folder, int(event.key)) if int(event.key) in judged else _open_round(events, event)
-            for event in events
-            if event.kind == "round-opened"
+            _judged_round(folder, int(event.key)) if history.has("evidence", event.key) else _open_round(history, event)
+            for event in history.of_kind("round-opened")
         ],
-        "survey": next((event.data for event in events if event.kind == "survey"), None),
-        "closing": next((event.data for event in events if event.kind == "campaign-closed"), None),
+        "survey": survey.data if survey else None,
+        "closing": tally.closing,
     }
 
 
-def _budget(budgets: Budgets, events: list[Event]) -> dict[str, dict[str, float | None]]:
+def _budget(budgets: Budgets, tally: Tally) -> dict[str, dict[str, float | None]]:
     """What is used of the declared budgets by the stages that ended, as of the last event."""
-    account = Account.of(budgets, events)
-    account.clock = datetime.fromisoformat(events[-1].time).timestamp
+    account = Account(budgets, tally.opened_at, tally.used, clock=tally.last_time.timestamp)
     return {name: one for name, one in account.statement().items() if one["budget"] is not None}
 
 
-def state_of(events: list[Event]) -> str:
+def state_of(history: History) -> str:
     """`paused`, `awaiting external scores`, `awaiting the sealed half`, `closed` or `running`.
 
     `running` means none of the others, whether or not a controller lives.
     """
-    if any(event.kind == "campaign-closed" for event in events):
+    if history.has("campaign-closed"):
         return "closed"
-    if events[-1].kind == "paused":
+    if history.latest.kind == "paused":
         return "paused"
-    if awaited(events):
+    if awaited(history):
         return "awaiting external scores"
-    kinds = {event.kind for event in events}
-    return "awaiting the sealed half" if "final-awaited" in kinds and "final-opened" not in kinds else "running"
+    awaits = history.keys("final-awaited") and not history.keys("final-opened")
+    return "awaiting the sealed half" if awaits else "running"
 
 
-def awaited(events: list[Event]) -> list[str]:
+def awaited(history: History) -> list[str]:
     """Runs (round/candidate/seed/stage) whose external score somebody has yet to bring, in order of asking."""
-    asked = [key for event in events if event.kind == "external-awaited" for key in event.data["runs"]]
-    scored = {event.key for event in events if event.kind == "ended"}
-    return [key for key in asked if key not in scored]
+    asked = [key for event in history.of_kind("external-awaited") for key in event.data["runs"]]
+    return [key for key in asked if not history.has("ended", key)]
 
 
-def opened_rounds(events: list[Event]) -> list[int]:
-    """Numbers of the rounds that were opened, in order."""
-    return [int(event.key) for event in events if event.kind == "round-opened"]
-
-
-def _open_round(events: list[Event], opened: Event) -> dict[str, Any]:
+def _open_round(history: History, opened: Event) -> dict[str, Any]:
     """A round without evidence: what it searches for, and the runs whose training ended."""
     return {
         "round": int(opened.key),
@@ -95,7 +87,7 @@ def _open_round(events: list[Event], opened: Event) -> dict[str, Any]:
         "policy": opened.data["policy"],
         "verdicts": [],
         "minimum_detectable_effect": None,
-        "candidates": _running_candidates(events, int(opened.key)),
+        "candidates": _running_candidates(history, int(opened.key)),
     }
 
 
@@ -129,18 +121,15 @@ def _candidate(found: Any) -> dict[str, Any]:
     }
 
 
-def _running_candidates(events: list[Event], number: int) -> list[dict[str, Any]]:
+def _running_candidates(history: History, number: int) -> list[dict[str, Any]]:
     """What is known of an open round: runs whose training ended, by candidate."""
     runs: dict[str, list[dict[str, Any]]] = {}
-    for event in events:
-        if event.kind == "ended" and event.key.startswith(f"{number}/") and event.key.endswith("/train"):
+    for event in history.of_round("ended", number):
+        if event.key.endswith("/train"):
             _, name, seed, _ = event.key.split("/")
             runs.setdefault(name, []).append({"seed": int(seed), "outcome": event.data["end"]["outcome"]})
-    axes = {
-        event.data["candidate"]: event.data["axis"]
-        for event in events
-        if event.kind == "proposed" and event.data["round"] == number and event.data["candidate"]
-    }
+    proposed = [event.data for event in history.of_round("proposed", number)]
+    axes = {one["candidate"]: one["axis"] for one in proposed if one["candidate"]}
     return [
         {
             "id": name,

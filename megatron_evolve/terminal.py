@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from megatron_evolve.substrate import logs
 
 AWAITING_STATUS = 66  # EX_NOINPUT: the same command goes on once the scores it names were submitted
 
+MOST_REASONS = 3  # why jobs wait, told apart
 STAGE_WORDS = {"train": "trained", "dev": "scored on dev", "external-a": "asked outside", "external-b": "asked outside"}
 
 
@@ -147,10 +150,18 @@ def show_status(found: dict[str, Any]) -> None:
     for name, one in found["budget"].items():
         if name in WORDS and one["budget"] is not None:
             console.print(f"budget: {one['used']:.4g} of {one['budget']:g} {WORDS[name]} used")
+    for told in waiting_for(job["waits_for"] for job in found["jobs"]["now"]):
+        console.print(f"[yellow]{escape(told)}[/]")
     for one in found["rounds"]:
         console.print(round_table(one))
     if final := (found.get("closing") or {}).get("final"):
         console.print(final_table(final))
+
+
+def waiting_for(reasons: Iterable[str | None]) -> list[str]:
+    """What keeps jobs waiting, by their scheduler's words: a line for each of the three that keep most."""
+    counts = Counter(reason for reason in reasons if reason)
+    return [f"{count} waiting: {reason}" for reason, count in counts.most_common(MOST_REASONS)]
 
 
 def round_table(one: dict[str, Any]) -> Table:

@@ -26,11 +26,11 @@ from megatron_evolve.ledger import Event
 from megatron_evolve.prometheus import exposition
 from megatron_evolve.standing import JobView, Now, now
 from megatron_evolve.tally import Failure, Tally
-from megatron_evolve.terminal import verdict_words
+from megatron_evolve.terminal import verdict_words, waiting_for
 
 LEAST_JOBS = 4  # rows of running jobs, however low the terminal is
 OTHER_LINES = 16  # that a frame takes beside jobs, verdicts and failures
-LOW = 36  # lines of a screen that shows one round's verdicts and one failure alone
+LOW = 36  # lines of a screen that shows one round's verdicts, one failure and one reason to wait alone
 SILENT_S = 120.0  # a job that has said nothing for so long is marked
 STATE_STYLES = {"running": "bold green", "preparing": "bold cyan", "closed": "bold", "paused": "bold red"}
 
@@ -106,13 +106,15 @@ def frame(
         parts.append(Text(found.paused, style="red"))
     parts.append(_facts(found, tally))
     judged, failures = judged[::-1], list(tally.failures)[::-1]
+    reasons = waiting_for(job.waits_for for job in found.jobs.now)
     if height < LOW:
-        judged, failures = judged[:1], failures[:1]
+        judged, failures, reasons = judged[:1], failures[:1], reasons[:1]
     if tally.opened is None:
         parts.append(Text("substrate, judge and origin come first; their jobs lie outside this folder"))
     elif found.state != "closed":
-        taken = OTHER_LINES + 2 * (len(failures) + len(judged))
+        taken = OTHER_LINES + 2 * (len(failures) + len(judged)) + len(reasons)
         parts += [Text(), _jobs(found, max(LEAST_JOBS, height - taken), width)]
+        parts += [Text(told, style="yellow", no_wrap=True, overflow="ellipsis") for told in reasons]
     if judged:
         parts += [Text(), _verdicts(judged)]
     if failures:

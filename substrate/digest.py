@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 1 << 20
+_AS_THEY_ARE = frozenset({str, int, bool, type(None)})
 
 
 def canonical(value: Any) -> bytes:
@@ -25,17 +26,16 @@ def canonical(value: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "model_dump"):
-        return _plain(value.model_dump(mode="json"))
+    """What JSON is to spell. Most of a policy is text in mappings: it is passed on without a call of its own."""
+    if isinstance(value, dict):
+        return {str(key): item if type(item) in _AS_THEY_ARE else _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [item if type(item) in _AS_THEY_ARE else _plain(item) for item in value]
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"a digest needs finite numbers, got {value!r}: remove the field or give it a value")
         return int(value) if value.is_integer() and abs(value) < 2**53 else value
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+    return _plain(value.model_dump(mode="json")) if hasattr(value, "model_dump") else value
 
 
 def digest_of(value: Any) -> str:

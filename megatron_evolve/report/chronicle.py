@@ -18,7 +18,7 @@ from megatron_evolve.eval.looks import Look, Looks
 from megatron_evolve.evidence import CandidateEvidence, EffectValue, Evidence
 from megatron_evolve.ledger import Event, read_ledger
 from megatron_evolve.policy import Edit, SearchPolicy
-from megatron_evolve.status import opened_rounds, status
+from megatron_evolve.status import status
 from megatron_evolve.substrate.settings import Settings
 
 
@@ -102,7 +102,7 @@ def read_chronicle(root: Path) -> Chronicle:
         return Chronicle(status=document)
     campaign = Campaign.parse(load_yaml_checked(folder.campaign, opened["campaign"]), where=str(folder.campaign))
     known = {(event.kind, event.key): event.data for event in events}
-    rounds = opened_rounds(events)
+    rounds = [int(event.key) for event in events if event.kind == "round-opened"]
     return Chronicle(
         status=document,
         events=events,

@@ -83,6 +83,15 @@ def test_the_budget_holds_across_restarts(path):
     assert len(path.read_bytes().splitlines()) == 3
 
 
+def test_looks_of_earlier_rounds_are_counted_without_reading_them(path):
+    looks = Looks(path, external_budget=9)
+    for number in (1, 1, 2, 3):
+        looks.pay(look(f"c{looks.spent}", number=number))
+    looks.pay(look(split="dev-a"))
+    for account in (looks, Looks(path, external_budget=9)):
+        assert [account.spent_before(number) for number in (1, 2, 3, 4)] == [0, 2, 3, 4]
+
+
 def test_without_a_budget_nothing_external_is_asked(path):
     with pytest.raises(BudgetSpent):
         Looks(path, external_budget=0).pay(look())

@@ -1,9 +1,10 @@
 """Faults on real jobs: tiny campaigns whose controller, supervisors, jobs, warm parent and workers are killed.
 
     python -m tests.faults.real_jobs --faults 60 [--seed 0]      a longer run: one JSON line a campaign, and the sum
+    python -m tests.faults.real_jobs --schedules 32 [--seed 0]   one to three faults each, on campaigns of four seeds
 
 One fault is one blow that was seen to fall: a process that was killed, a controller that was told to stop, a byte that
-was flipped. Some ten fall on a campaign of one round with one explorer, at transitions and moments drawn from a seed.
+was flipped. A campaign has one round with one explorer; transitions and moments are drawn from a seed.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +49,52 @@ POINTS = (
     "os.rename */closing/*/attempts/1/job.json",
     "os.rename */report.html",
 )
-DEATHS = 7  # of the controller at points, a campaign
 FROM_OUTSIDE = ("job", "supervisor", "warm parent", "worker")
+STORIES = 4  # campaigns of a seed each, which schedules share
 SMALL = {"rounds": 1, "workers": 2, "anchor_seeds": 1, "external_looks": 4}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What strikes a campaign.
+
+    deaths       points at which its controller dies, a start each; the start after them runs to the end
+    stop_before  the start before which one is told to stop, by a stop file or by SIGTERM; None: nowhere
+    flip_before  the start before which a bit of the ledger is flipped, and then flipped back; None: nowhere
+    blows        who else dies, in the first start that has one
+    """
+
+    deaths: tuple[str, ...]
+    stop_before: int | None
+    by_file: bool
+    flip_before: int | None
+    blows: tuple[str, ...]
+
+
+def many(seed: int) -> Plan:
+    """Some ten faults."""
+    rng = random.Random(seed)
+    stop_before, flip_before = rng.sample(range(2, 7), 2)
+    blows = tuple(rng.sample(FROM_OUTSIDE, 2))  # a third loss of one job would be its end, and another story
+    return Plan(_points(rng, 7), stop_before, seed % 2 == 1, flip_before, blows)
+
+
+def few(seed: int) -> Plan:
+    """One to three, a death of the controller among them."""
+    rng = random.Random(f"few {seed}")
+    more = rng.sample(("death", "death", "stop", "flip", *FROM_OUTSIDE), rng.randrange(3))
+    deaths = _points(rng, 1 + more.count("death"))
+    return Plan(
+        deaths,
+        rng.randrange(len(deaths) + 1) if "stop" in more else None,
+        rng.random() < 0.5,
+        rng.randrange(1, len(deaths) + 1) if "flip" in more else None,
+        tuple(one for one in more if one in FROM_OUTSIDE),
+    )
+
+
+def _points(rng: random.Random, number: int) -> tuple[str, ...]:
+    return tuple(POINTS[place] for place in sorted(rng.sample(range(len(POINTS)), number)))
 
 
 @dataclass
@@ -58,12 +103,13 @@ class Struck:
 
     folder: Path
     fell: list[str] = field(default_factory=list)
-    last: subprocess.CompletedProcess | None = None
+    last: tuple[int, str] | None = None  # exit status and words
 
 
-def small(ground: Ground, file: Path) -> Path:
-    """The campaign file: the tiny campaign's, one round, one explorer, one run each."""
+def small(ground: Ground, file: Path, story: int = 0) -> Path:
+    """The campaign file: the tiny campaign's, one round, one explorer, one run each; a seed for each story."""
     settings = settings_on(ground.substrate)
+    settings["seed"] += story
     settings["constitution"] |= SMALL
     settings["search"]["replicates"] |= {"confirm_candidates": 0, "confirm_seeds": 0}
     file.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -81,26 +127,23 @@ def controller(ground: Ground, folder: Path, file: Path, **env: str) -> subproce
     )
 
 
-def torment(ground: Ground, folder: Path, file: Path, seed: int) -> Struck:
-    """Runs one campaign to its end through faults drawn from a seed."""
-    rng, struck = random.Random(seed), Struck(folder)
-    points = sorted(rng.sample(range(len(POINTS)), DEATHS))
-    stops_at, flips_at = rng.sample(points[2:], 2)  # before these it is told to stop, and its ledger is damaged
-    blows = rng.sample(FROM_OUTSIDE, 2)  # a third loss of one job would be its end, and another story
-    for point in points:
-        if point == stops_at:
-            stop(ground, struck, file, rng, by_file=seed % 2 == 1)
-        if point == flips_at:
+def torment(ground: Ground, folder: Path, file: Path, plan: Plan, seed: int) -> Struck:
+    """Runs one campaign to its end through the faults of a plan; moments are drawn from the seed."""
+    rng, struck = random.Random(f"moments {seed}"), Struck(folder)
+    for number, point in enumerate((*plan.deaths, None)):
+        if number == plan.stop_before:
+            stop(ground, struck, file, rng, by_file=plan.by_file)
+        if number == plan.flip_before:
             flip(ground, struck, file, rng)
-        kinds = tuple(kind for kind in blows if kind not in struck.fell)
-        running = controller(ground, folder, file, first=STARTUP, TEST_KILL_AT=POINTS[point])
+        kinds = tuple(kind for kind in plan.blows if kind not in struck.fell)
+        running = controller(ground, folder, file, first=STARTUP, **({"TEST_KILL_AT": point} if point else {}))
         struck.fell += strike(kinds, ground, folder, running)
         said, _ = running.communicate(timeout=START_SECONDS)
-        if running.returncode == -signal.SIGKILL:
-            struck.fell.append(POINTS[point])
+        struck.last = running.returncode, said
+        if point and running.returncode == -signal.SIGKILL:
+            struck.fell.append(point)
         elif running.returncode != 0:  # it may have closed: what was promoted decides what the end runs
-            raise AssertionError(f"seed {seed}: expected death at {POINTS[point]}, got {running.returncode}: {said}")
-    struck.last = ground.run(folder, file=file)
+            raise AssertionError(f"seed {seed}: expected death at {point or 'no point'}, got {struck.last}; {plan}")
     return struck
 
 
@@ -143,7 +186,7 @@ def _events(folder: Path) -> int:
 
 def check(struck: Struck, undisturbed: Path) -> None:
     """It closed, found the same, verifies, and nothing ran twice to a result."""
-    assert struck.last.returncode == 0, struck.last.stderr
+    assert struck.last[0] == 0, struck.last[1]
     assert artefacts(struck.folder) == artefacts(undisturbed)
     roots = (struck.folder, undisturbed)
     mine, theirs = ([one["key"] for one in events(root) if one["kind"] == "ended"] for root in roots)
@@ -164,26 +207,40 @@ def main() -> None:
     """A longer run, for the record."""
     parser = argparse.ArgumentParser(prog="tests.faults.real_jobs", description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=60, help="go on until this many fell")
+    parser.add_argument("--schedules", type=int, help="instead: so many schedules of one to three faults")
     parser.add_argument("--seed", type=int, default=0, help="of the first campaign")
     arguments = parser.parse_args()
-    fell: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch:
         ground = Ground(Path(scratch))
         source = "from pathlib import Path\nfrom tests.megatron_evolve.tiny import build_tiny\n"
         build = [sys.executable, "-c", f"{source}build_tiny(Path({str(ground.substrate)!r}))"]
         subprocess.run(build, env=environment(), check=True, capture_output=True)
-        file, calm, seed = small(ground, ground.root / "small.yaml"), ground.root / "calm", arguments.seed
-        assert ground.run(calm, file=file).returncode == 0
-        while fell.total() < arguments.faults:
-            started = time.monotonic()
-            struck = torment(ground, ground.root / str(seed), file, seed)
-            check(struck, calm)
-            fell.update(struck.fell)
-            row: dict[str, Any] = {"seed": seed, "fell": struck.fell, "seconds": round(time.monotonic() - started, 1)}
-            print(json.dumps(row), flush=True)
-            shutil.rmtree(struck.folder)
-            seed += 1
-    print(json.dumps({"campaigns": seed - arguments.seed, "faults": fell.total(), "by_kind": dict(fell)}))
+        record(ground, arguments.seed, arguments.faults, arguments.schedules)
+
+
+def record(ground: Ground, seed: int, faults: int, schedules: int | None) -> None:
+    """Runs campaigns until so many faults fell, or so many schedules; tells each, and the sum."""
+    fell: Counter[str] = Counter()
+    numbers = count(seed) if schedules is None else range(seed, seed + schedules)
+    struck_none = 0
+    for number in numbers:
+        story, plan = (0, many(number)) if schedules is None else (number % STORIES, few(number))
+        file, calm = ground.root / f"small-{story}.yaml", ground.root / f"calm-{story}"
+        if not file.exists():
+            ended = ground.run(calm, file=small(ground, file, story))
+            assert ended.returncode == 0, ended.stderr
+        started = time.monotonic()
+        struck = torment(ground, ground.root / str(number), file, plan, number)
+        check(struck, calm)
+        fell.update(struck.fell)
+        struck_none += not struck.fell
+        row: dict[str, Any] = {"seed": number, "story": story, "fell": struck.fell}
+        print(json.dumps(row | {"seconds": round(time.monotonic() - started, 1)}), flush=True)
+        shutil.rmtree(struck.folder)
+        if schedules is None and fell.total() >= faults:
+            break
+    run = number - seed + 1
+    print(json.dumps({"campaigns": run, "none_fell": struck_none, "faults": fell.total(), "by_kind": dict(fell)}))
 
 
 if __name__ == "__main__":

@@ -65,19 +65,28 @@ def propose(question: bytes) -> bytes:
 @contextlib.contextmanager
 def world(cluster: Cluster) -> Iterator[None]:
     """Replaces the clock that is waited on, the worker's process, and the disk's promise."""
+
+    def answered(question: bytes) -> tuple[str, str, bytes]:
+        before = time.process_time()
+        reply = propose(question)
+        if isinstance(cluster, TimedCluster):
+            cluster.workers_seconds += time.process_time() - before
+        return "ok", "", reply
+
     with (
         mock.patch.object(time, "sleep", cluster.pass_time),
         mock.patch.object(time, "monotonic", lambda: cluster.now),
-        mock.patch.object(seam, "_run", lambda program, scratch, question, *rest: ("ok", "", propose(question))),
+        mock.patch.object(seam, "_run", lambda program, scratch, question, *rest: answered(question)),
         mock.patch.object(os, "fsync", lambda descriptor: None),
     ):
         yield
 
 
 class TimedCluster(Cluster):
-    """A cluster that knows what it cost itself, so that it is not taken for the controller's."""
+    """A cluster that knows what it cost itself, so that it is not taken for the controller's; and what workers cost."""
 
     seconds = 0.0
+    workers_seconds = 0.0
 
     def pass_time(self, seconds: float) -> None:
         before = time.process_time()
@@ -95,22 +104,30 @@ class Meter:
     def __init__(self, cluster: "TimedCluster", keep: int, tell_every: int) -> None:
         self.cluster, self.keep, self.tell_every = cluster, keep, tell_every
         self.seconds: list[float] = []
+        self.workers_seconds: list[float] = []  # of those
         self.events: list[int] = []
         self.pause_at: int | None = None
 
     def _tell(self, policy: SearchPolicy) -> None:
         """How the last part went, for whoever watches a run of an hour."""
         part = slice(-self.tell_every, None)
-        row = {"round": policy.round, "cpu_ms_per_event": 1e3 * sum(self.seconds[part]) / sum(self.events[part])}
+        row = {"round": policy.round, "cpu_ms_per_event": self.per_event(part), "alone": self.per_event(part, True)}
         row |= {"peak_rss_mb": _peak_mb(), "dead_ends": len(policy.dead_ends)}
         print(json.dumps(row), file=sys.stderr, flush=True)
+
+    def per_event(self, part: slice, alone: bool = False) -> float:
+        """CPU milliseconds an event; of the controller `alone`, without its workers, which are functions here."""
+        workers = sum(self.workers_seconds[part]) if alone else 0.0
+        return 1e3 * (sum(self.seconds[part]) - workers) / sum(self.events[part])
 
     def round(self, desk: Desk, policy: SearchPolicy) -> SearchPolicy:
         """One round, measured. Raises HalfWay where it is to pause."""
         if policy.round == self.pause_at:
             raise HalfWay
         before, count = time.process_time() - self.cluster.seconds, len(desk.ledger)
+        workers_before = self.cluster.workers_seconds
         following = run_round(desk, policy)
+        self.workers_seconds.append(self.cluster.workers_seconds - workers_before)
         self.seconds.append(time.process_time() - self.cluster.seconds - before)
         self.events.append(len(desk.ledger) - count)
         if policy.round % self.tell_every == 0:
@@ -143,7 +160,8 @@ def measure(root: Path, num_rounds: int, workers: int, copied: int = 0) -> dict[
         control(told, cluster)
     peak = _peak_mb()
     parts = {"first_tenth": slice(tenth), "last_tenth": slice(-min(tenth, num_rounds - tenth - copied), None)}
-    per_event = {name: 1e3 * sum(meter.seconds[part]) / sum(meter.events[part]) for name, part in parts.items()}
+    per_event = {name: meter.per_event(part) for name, part in parts.items()}
+    alone = {name: meter.per_event(part, True) for name, part in parts.items()}
     history = History(told.folder.ledger)
     return {
         "rounds": num_rounds,
@@ -153,6 +171,7 @@ def measure(root: Path, num_rounds: int, workers: int, copied: int = 0) -> dict[
         "ledger_bytes": told.folder.ledger.stat().st_size,
         "looks": told.folder.looks.read_bytes().count(b"\n"),
         "cpu_ms_per_event": {**per_event, "ratio": per_event["last_tenth"] / per_event["first_tenth"]},
+        "without_workers": {**alone, "ratio": alone["last_tenth"] / alone["first_tenth"]},
         "cpu_s_per_round": {name: _quantiles(meter.seconds[part]) for name, part in parts.items()},
         "dead_ends": len(kept_policy_of(told, num_rounds + 1).dead_ends),
         "peak_rss_mb": peak,

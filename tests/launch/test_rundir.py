@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_evolve.launch import rundir
+from megatron_evolve.launch.job import JobOutcome, OutcomeKind
 
 HOLD = (
     "import sys; from pathlib import Path; from megatron_evolve.launch.rundir import Lock; "
@@ -95,3 +96,18 @@ def test_a_job_tells_how_far_it_is_at_most_every_two_seconds_and_at_the_end(
     (tmp_path / "progress.json").write_text('{"step": 1}\n')
     with pytest.raises(rundir.DamagedFile, match=r"progress\.json"):
         rundir.read_progress(tmp_path)
+
+
+def test_an_outcome_that_says_nothing_is_put_aside_and_told(tmp_path: Path) -> None:
+    assert rundir.take_outcome(tmp_path) == (None, "")
+    path = tmp_path / rundir.OUTCOME_FILE
+    path.write_text('{"key": "a", "kind": "fini')
+    outcome, damage = rundir.take_outcome(tmp_path)
+    assert outcome is None and damage.startswith(
+        f"its outcome was damaged and is kept beside it (expected JSON in {path}"
+    )
+    assert [one.name for one in tmp_path.iterdir()] == ["outcome.json.damaged"]
+    assert rundir.take_outcome(tmp_path) == (None, "")
+    whole = JobOutcome.unmeasured("a", 1, OutcomeKind.LOST, "here", "its node is gone")
+    rundir.write_json(path, whole.to_json())
+    assert rundir.take_outcome(tmp_path) == (whole, "")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.launch.process import ProcessIdentity
-from megatron_evolve.launch.rundir import write_json
+from megatron_evolve.launch.rundir import Queued, write_json, write_queued
 from megatron_evolve.ledger import read_ledger
 
 
@@ -51,6 +51,7 @@ def put_job(
     progress: tuple[int, int] | bytes | None = None,
     outcome: dict | None = None,
     attempt: int = 1,
+    queued: Queued | None = None,
 ) -> Path:
     """An attempt's folder. `progress` is (step, steps), or the file's bytes."""
     number, name, seed, stage = key.split("/")
@@ -64,6 +65,8 @@ def put_job(
     elif progress is not None:
         told = {"step": progress[0], "steps": progress[1], "at": time.time(), "rank": 0, "stage": "train"}
         write_json(folder / "progress.json", told)
+    if queued is not None:
+        write_queued(folder, queued)
     if outcome is not None:
         write_json(folder / "outcome.json", outcome)
     return folder

@@ -205,14 +205,14 @@ def test_the_sealed_half_waits_for_an_operators_word(table):
     for _ in range(2):
         with pytest.raises(Awaiting, match="open-final"):
             await_opening(table)
-    assert state_of(list(table.ledger)) == "awaiting the sealed half"
+    assert state_of(table.ledger) == "awaiting the sealed half"
     order = table.ground.folder.open_final
     order.parent.mkdir(parents=True)
     order.write_text(json.dumps({"by": "somebody"}))
     for _ in range(2):
         await_opening(table)
     (event,) = table.ledger.of_kind("final-opened")
-    assert event.data == {"by": "somebody"} and state_of(list(table.ledger)) == "running"
+    assert event.data == {"by": "somebody"} and state_of(table.ledger) == "running"
     order.unlink()
     await_opening(table)  # the ledger has it: it opened once
 

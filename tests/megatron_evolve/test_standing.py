@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import time
 from collections import deque
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 from megatron_evolve import standing as module
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.cli import app
-from megatron_evolve.launch.rundir import Lock, LockHeld
+from megatron_evolve.launch.rundir import Lock, LockHeld, Queued
 from megatron_evolve.ledger import Event, Ledger, read_ledger
 from megatron_evolve.schema import describe
 from megatron_evolve.standing import Standing, standing
@@ -126,6 +128,39 @@ def test_jobs_as_their_files_say(campaign: Path) -> None:
     }
     assert (jobs["running"], jobs["waiting"]) == (3, 1)
     assert all(0 <= job["told_seconds_ago"] < 60 for job in jobs["now"] if job["step"] is not None)
+
+
+def test_why_a_scheduler_has_not_started_a_job(campaign: Path) -> None:
+    """Its last word, as long as that is newer than the attempt's own: a job that is put back waits again."""
+    name, *_ = candidates(campaign, 2)
+    hold(campaign, me())
+    full = Queued("job-1", "Pending", "", "Unschedulable, 0/4 nodes are available: 4 Insufficient [nvidia.com/gpu].")
+    put_job(campaign, f"2/{name}/1/train", queued=full)
+    put_job(campaign, f"2/{name}/2/train", queued=full)
+    put_job(campaign, f"2/{name}/3/train", queued=replace(full, state="PENDING", reason="JobHeldUser"))
+    put_job(campaign, f"2/{name}/4/train", queued=replace(full, state="RUNNING", reason=""), supervisor=stranger())
+    put_job(campaign, f"2/{name}/5/train", queued=replace(full, reason="BeginTime"), supervisor=stranger())
+    begun = put_job(campaign, f"2/{name}/6/train", queued=full, supervisor=stranger(), progress=(3, 9))
+    put_job(campaign, f"2/{name}/7/train", queued=full, outcome={"kind": "lost"})
+    (put_job(campaign, f"2/{name}/8/train") / "queue.json").write_text('{"job": ')
+    later = time.time() + 60
+    os.utime(begun / "supervisor.json", (later, later))
+    os.utime(campaign / f"rounds/2/{name}/runs/5/train/attempts/1/queue.json", (later, later))
+    found = standing(campaign)
+    assert {job["seed"]: (job["state"], job["waits_for"]) for job in found["jobs"]["now"]} == {
+        1: ("waiting", full.reason),
+        2: ("waiting", full.reason),
+        3: ("waiting", "JobHeldUser"),
+        4: ("running", None),
+        5: ("waiting", "BeginTime"),
+        6: ("running", None),
+        7: ("ended", None),
+        8: ("waiting", None),
+    }
+    for command in (["status", str(campaign)], ["watch", str(campaign), "--once"]):
+        told = " ".join(CliRunner().invoke(app, command).stdout.split())
+        assert "2 waiting: Unschedulable, 0/4 nodes are available: 4 Insufficient" in told, command
+        assert "1 waiting: JobHeldUser" in told or command[0] == "watch"
 
 
 NOTHING = (

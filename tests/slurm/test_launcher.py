@@ -12,7 +12,7 @@ import pytest
 from megatron_evolve.launch import rundir, slurm_queue
 from megatron_evolve.launch.job import Job, OutcomeKind, Resources
 from megatron_evolve.launch.slurm import Queue, render
-from megatron_evolve.launch.slurm_launcher import QUEUE_FILE, SUBMISSION_FILE, SlurmLauncher
+from megatron_evolve.launch.slurm_launcher import SUBMISSION_FILE, SlurmLauncher
 from tests.megatron_evolve import tiny
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ends, running, states, until
@@ -85,7 +85,11 @@ def test_a_held_job_waits_and_is_told_of(
     launcher, job, foreign = make_launcher(options={"hold": ""}), make_job("held", FINISH), make_job("foreign", FINISH)
     launcher.submit(job)
     launcher.submit(foreign)
-    until(lambda: states(launcher, job) and (foreign.run_dir / "attempts/1" / QUEUE_FILE).exists(), "the queue's word")
+    until(
+        lambda: states(launcher, job) and (foreign.run_dir / "attempts/1" / rundir.QUEUE_FILE).exists(),
+        "the queue's word",
+    )
+    assert rundir.read_json(foreign.run_dir / "attempts/1" / rundir.QUEUE_FILE)["reason"] == "JobHeldUser"
     assert "foreign is held (JobHeldUser): `scontrol release" in capfd.readouterr().err
     assert states(launcher, job, foreign) == ["pending", "pending"]
     cluster.run("scancel", rundir.read_json(foreign.run_dir / "attempts/1" / SUBMISSION_FILE)["job"])

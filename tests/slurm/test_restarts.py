@@ -7,7 +7,7 @@ import pytest
 
 from megatron_evolve.launch import rundir
 from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind
-from megatron_evolve.launch.slurm_launcher import QUEUE_FILE, SUBMISSION_FILE, SlurmLauncher
+from megatron_evolve.launch.slurm_launcher import SUBMISSION_FILE, SlurmLauncher
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ends, running, states, until
 
@@ -68,7 +68,7 @@ def slurm_job(job: Job) -> str:
 
 
 def node_of(job: Job) -> str:
-    return rundir.read_json(job.run_dir / "attempts/1" / QUEUE_FILE)["nodes"]
+    return rundir.read_json(job.run_dir / "attempts/1" / rundir.QUEUE_FILE)["nodes"]
 
 
 def test_a_job_told_to_stop_is_put_back_and_goes_on(

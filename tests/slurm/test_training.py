@@ -10,7 +10,7 @@ import pytest
 
 from megatron_evolve.launch import rundir
 from megatron_evolve.launch.job import Job, OutcomeKind, Resources
-from megatron_evolve.launch.slurm_launcher import QUEUE_FILE, SUBMISSION_FILE, SlurmLauncher
+from megatron_evolve.launch.slurm_launcher import SUBMISSION_FILE, SlurmLauncher
 from megatron_evolve.substrate.manifest import read_manifest
 from megatron_evolve.substrate.recipe import Recipe
 from megatron_evolve.substrate.settings import Settings
@@ -67,7 +67,7 @@ def test_four_ranks_on_two_nodes_stop_together_and_go_on_to_the_same_losses(
     running(launcher, stopped)
     folder = stopped.run_dir / "attempts/1"
     until(lambda: len(losses(stopped)) > 2, "three steps")
-    assert "n[" in rundir.read_json(folder / QUEUE_FILE)["nodes"]
+    assert "n[" in rundir.read_json(folder / rundir.QUEUE_FILE)["nodes"]
     cluster.run("scancel", "--signal=TERM", "--batch", rundir.read_json(folder / SUBMISSION_FILE)["job"])
     until((folder / "starts/0.json").exists, "the end of the first start")
     first = rundir.read_json(folder / "starts/0.json")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_evolve.launch.rundir import ATTEMPT_VARIABLE, read_progress
 from megatron_evolve.substrate import build as building
 from megatron_evolve.substrate.build import CHALLENGE, NANO, PRESETS, Preset, build_substrate, main, refreeze
 from megatron_evolve.substrate.digest import digest_file
@@ -31,11 +32,14 @@ def built(tmp_path_factory) -> Path:
     return folder
 
 
-def test_one_seed_one_digest(built, tmp_path):
+def test_one_seed_one_digest(built, tmp_path, monkeypatch):
+    monkeypatch.setenv(ATTEMPT_VARIABLE, str(tmp_path))
     again = build_substrate(tiny(), tmp_path / "again", seed=1)
     other = build_substrate(tiny(), tmp_path / "other", seed=2)
     assert again.digest == read_manifest(built).digest != other.digest
     assert again.files == read_manifest(built).files
+    told = read_progress(tmp_path)
+    assert (told.step, told.steps) == (3, 3), "a build is watched by its count, as a candidate's run is"
 
 
 def test_the_default_is_the_plain_recipe(built):

@@ -84,5 +84,7 @@ def test_adapter_targets_stand_once() -> None:
 
 def test_canonical_form() -> None:
     assert canonical({"b": 2.0, "a": [1, 0.5]}) == b'{"a":[1,0.5],"b":2}'
+    assert canonical({2: (None, True), "10": {"x": ({0.5: -3.0},)}}) == b'{"10":{"x":[{"0.5":-3}]},"2":[null,true]}'
+    assert canonical([settings(), 1e300]) == canonical([settings().model_dump(mode="json"), 1e300])
     with pytest.raises(ValueError, match="finite"):
         canonical(math.nan)

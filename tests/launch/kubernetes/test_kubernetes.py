@@ -298,6 +298,44 @@ def test_an_image_that_is_not_there_calls_the_job_off(
     assert rundir.read_outcome(rundir.attempt_dir(job.run_dir, 1)).kind is OutcomeKind.CANCELLED
 
 
+def test_why_a_pod_waits_is_kept_beside_its_attempt(
+    cluster: FakeCluster, launcher: KubernetesLauncher, make_job: Callable[..., Job], wait_until
+) -> None:
+    """No pod, a queue that holds the Job, no room on any node, no image: each in the cluster's own words."""
+    job = make_job("a", "true")
+    launcher.submit(job)
+    folder, path = rundir.attempt_dir(job.run_dir, 1), job_path(job)
+
+    def told(words: str) -> dict:
+        wait_until(lambda: launcher.poll(["a"]) and words in kept()["reason"], words)
+        return kept()
+
+    def kept() -> dict:
+        where = folder / rundir.QUEUE_FILE
+        return rundir.read_json(where) if where.exists() else {"reason": ""}
+
+    assert told("has no pod yet")["state"] == "Pending"
+    cluster.condition(path, "Suspended", "JobSuspended", "Job suspended")
+    told("JobSuspended, Job suspended")
+    full = "0/4 nodes are available: 4 Insufficient nvidia.com/gpu."
+    unplaced = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": full}
+    pod = cluster.add_pod(path, conditions=[unplaced])
+    assert told(full) == {"job": path.rsplit("/", 1)[1], "state": "Pending", "nodes": "node0"} | {
+        "reason": f"Unschedulable, {full}"
+    }
+    waiting = {"reason": "ErrImagePull", "message": "manifest unknown"}
+    found = cluster.objects[pod]
+    cluster.put(pod, found | {"status": {"phase": "Pending", "containerStatuses": [{"state": {"waiting": waiting}}]}})
+    assert "on node0: ErrImagePull, manifest unknown" in told("ErrImagePull")["reason"]
+    written = (folder / rundir.QUEUE_FILE).stat().st_mtime_ns
+    for _ in range(3):
+        launcher.poll(["a"])
+    assert (folder / rundir.QUEUE_FILE).stat().st_mtime_ns == written, "written when it changes, not at each look"
+    waiting = {"reason": "ContainerCreating"}
+    cluster.put(pod, found | {"status": {"phase": "Pending", "containerStatuses": [{"state": {"waiting": waiting}}]}})
+    wait_until(lambda: launcher.poll(["a"]) and kept()["reason"] == "", "the pod to be on its way")
+
+
 def test_a_pod_is_known_by_its_service_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kubernetes.config import incluster_config
 

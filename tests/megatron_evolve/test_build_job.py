@@ -1,0 +1,62 @@
+"""The job that builds a substrate is watched like any other: one that hangs is stopped and tried again, thrice at most.
+
+What it builds is not the matter here: a short program stands in, which tells its steps as a build does.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_evolve.campaign import SubstrateSpec
+from megatron_evolve.launch.job import Job, OutcomeKind
+from megatron_evolve.launch.local import LocalLauncher
+from megatron_evolve.launch.rundir import attempt_dir, read_outcome
+from megatron_evolve.placement import Placement
+from megatron_evolve.prepare import build_job, run_one
+from megatron_evolve.site import Site
+
+# Tells one step of three and then, in the attempts it is told of, nothing more.
+BUILD = """
+import os, sys, time
+from pathlib import Path
+from megatron_evolve.launch.rundir import ATTEMPT_VARIABLE, Pulse
+Pulse("train").tell(1, 3)
+if int(Path(os.environ[ATTEMPT_VARIABLE]).name) <= int(sys.argv[1]):
+    time.sleep(60)
+(Path(sys.argv[2]) / "manifest.json").touch()
+"""
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Iterator[LocalLauncher]:
+    with LocalLauncher(1, tmp_path) as launcher:
+        yield launcher
+
+
+def job(folder: Path, hangs: int) -> Job:
+    argv = (sys.executable, "-c", BUILD, str(hangs), str(folder))
+    return Job(f"build/{folder.name}", argv, folder, 60.0, "manifest.json", stall_s=0.4, start_s=20.0, grace_s=0.5)
+
+
+def kinds(folder: Path) -> list[str]:
+    return [
+        read_outcome(attempt_dir(folder, number)).kind for number in range(1, len(list(folder.glob("attempts/*"))) + 1)
+    ]
+
+
+def test_a_build_that_hangs_is_stopped_and_goes_on(launcher: LocalLauncher, tmp_path: Path) -> None:
+    done = run_one(launcher, job(tmp_path / "a", hangs=1), lambda: False)
+    assert kinds(tmp_path / "a") == [OutcomeKind.HUNG, OutcomeKind.FINISHED] and done.attempt == 2
+    with pytest.raises(ValueError, match="build/b hung: stood still at step 1 of 3 for"):
+        run_one(launcher, job(tmp_path / "b", hangs=9), lambda: False)
+    assert kinds(tmp_path / "b") == [OutcomeKind.HUNG] * 3
+
+
+def test_it_is_watched_as_the_site_says(tmp_path: Path) -> None:
+    site = Site(stall_seconds=70.0, start_seconds=None, grace_seconds=3.0)
+    found = build_job(SubstrateSpec(preset="nano-cpu"), tmp_path, site)
+    assert (found.stall_s, found.start_s, found.grace_s) == (70.0, None, 3.0)
+    plain, ground = build_job(SubstrateSpec(preset="nano-cpu"), tmp_path), Placement().site
+    assert (plain.stall_s, plain.start_s) == (ground.stall_seconds, ground.start_seconds)
