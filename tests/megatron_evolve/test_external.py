@@ -20,7 +20,7 @@ from megatron_evolve.candidate import candidate
 from megatron_evolve.closing import await_opening
 from megatron_evolve.comparisons import Weights
 from megatron_evolve.contest.laboratory import Laboratory
-from megatron_evolve.contest.product import SUBSTRATE, DrawnRound, ProductCampaign, Variant
+from megatron_evolve.contest.product import DrawnRound, ProductCampaign, Variant
 from megatron_evolve.contest.surface import ORIGIN, draw_surface
 from megatron_evolve.desk import Awaiting
 from megatron_evolve.eval.paired import Estimate
@@ -33,6 +33,7 @@ from megatron_evolve.meta import next_policy
 from megatron_evolve.released import released
 from megatron_evolve.review import a_half_means, review, round_items
 from megatron_evolve.status import state_of
+from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.worlds.sealed import dev_a_means
 from tests.megatron_evolve.tiny import command, events
 
@@ -115,7 +116,7 @@ def table(tmp_path: Path) -> Table:
     return Table(Ledger(tmp_path), Ground(CampaignFolder(tmp_path), tmp_path, tmp_path, 10.0))
 
 
-RUN = Run(1, candidate(SUBSTRATE, ORIGIN), 7)
+RUN = Run(1, candidate(digest_of("external"), ORIGIN), 7)
 
 
 def program(body: str, timeout_s: float = 20) -> ExternalScores:
