@@ -177,7 +177,7 @@ def submit(root: Path, who: str, score: float, items: int | None = None, se: flo
     value = checked(target, score, items, se)
     if one["score"] is None:
         _write_once(place_of(folder, one["run"]), {"score": value, "items": target.items, "se": se, "by": "operator"})
-        one = _standing(folder, list(record.events), one["run"])
+        one = _standing(folder, record.events, one["run"], waiting=set(), lost=set())  # told: neither any more
     if abs(one["score"] - value) > ROUNDING:
         raise ValueError(
             f"run {one['run']} was scored {one['score']}, got {value}: a score is never changed after the fact; judge "

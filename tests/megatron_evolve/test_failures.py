@@ -80,7 +80,8 @@ def test_a_worker_that_recovers_is_taken_at_its_word(
     done = ground.run(folder, file=file)
     assert done.returncode == 0, done.stderr
     assert [one["call"]["ending"] for one in proposed(folder)] == ["malformed", "ok"]
-    assert [end["outcome"] for end in ended(folder, "dev")] == ["finished"] * len(ended(folder))
+    for stage in ("train", "dev"):  # at the closing more are trained, where these settings stand
+        assert {end["outcome"] for end in ended(folder, stage)} == {"finished"}
     assert verify_campaign(folder)["ok"]
 
 
