@@ -189,6 +189,7 @@ def test_the_policy_gets_what_a_campaign_would(tmp_path):
 # --- the protocol ---
 
 
+@pytest.mark.slow
 def test_a_killed_attempt_goes_on_and_trains_nothing_twice(tmp_path, attempt):
     names, whole_jobs = [PRODUCT, "random search"], Jobs()
     whole = attempt(tmp_path / "whole", whole_jobs, methods=names)
