@@ -8,6 +8,7 @@ Each case is a process group of its own at its own port. Rank 0 writes what it m
 """
 
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -95,7 +96,8 @@ def steps_of(case: dict[str, Any], weights: Path) -> dict[str, Any]:
     # sums over all values of a tensor: whatever is joined wrongly moves them
     sums = {name: [t.double().sum().item(), _ramp(t)] for name, t in Whole(chunks)}
     chosen = {name: _ramp(tensor) for name, tensor in Whole(chunks, selector.tensors)}
-    return {"steps": measured, "held_out": selector.loss, "chosen_step": selector.step, "sums": sums, "chosen": chosen}
+    found = {"steps": measured, "held_out": selector.loss, "chosen_step": selector.step, "sums": sums, "chosen": chosen}
+    return {**found, "children": len(multiprocessing.active_children())}
 
 
 def _ramp(tensor: Any) -> float:

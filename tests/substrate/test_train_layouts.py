@@ -221,3 +221,9 @@ def test_bfloat16_is_near_one_process_and_goes_on_elsewhere(measured: dict[str, 
 def test_a_run_goes_on_in_another_layout(name: str, measured: dict[str, Any]) -> None:
     assert len(measured[name]["steps"]) == 2
     assert_same(measured[name], measured["alone" + LORA if name.endswith(LORA) else "alone"])
+
+
+@pytest.mark.parametrize("name", sorted(SAVED))
+def test_a_save_leaves_no_process_behind(name: str, measured: dict[str, Any]) -> None:
+    """Megatron's would start one beside every rank, which outlives a killed rank."""
+    assert measured[name]["children"] == 0
