@@ -121,7 +121,7 @@ def halfway(own_ground: Ground, variant) -> tuple[Ground, Path, Path]:
 def test_on_changed_ground_nothing_goes_on_and_nothing_is_lost(halfway: tuple[Ground, Path, Path]) -> None:
     ground, file, folder = halfway
     weights = ground.substrate / "weights.safetensors"
-    manifest = one_of(ground.store, "judges/*/judge/manifest.json")
+    manifest = ground.judge / "judge" / "manifest.json"
     origin = manifest.with_name("origin.json")
     known = events(folder)
     for path, place, named in (

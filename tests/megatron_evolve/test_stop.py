@@ -78,7 +78,7 @@ def test_it_drains_and_goes_on(ground: Ground, tmp_path: Path) -> None:
 
 
 def test_it_stops_while_the_ground_is_prepared(own_ground: Ground) -> None:
-    (judge,) = own_ground.store.glob("judges/*")
+    judge = own_ground.judge
     folder = own_ground.root / "campaign"
     for path in (judge / "judge" / "manifest.json", judge / "judge" / "origin.json"):
         path.unlink()

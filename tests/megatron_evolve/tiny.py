@@ -13,7 +13,10 @@ import yaml
 import megatron_evolve
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.audit import open_record
+from megatron_evolve.campaign import load_campaign
 from megatron_evolve.facts import RoundFacts, round_facts
+from megatron_evolve.prepare import judge_folder
+from megatron_evolve.substrate.manifest import read_manifest
 
 COMMAND = (sys.executable, "-m", "megatron_evolve.cli")
 COMMAND_SECONDS = 600  # a loaded machine; 40 on an idle one
@@ -54,6 +57,12 @@ class Ground:
     store = property(lambda self: self.root / "store")
     file = property(lambda self: self.root / "tiny.yaml")
     finished = property(lambda self: self.root / "finished")  # the campaign, run once without interruption
+
+    @property
+    def judge(self) -> Path:
+        """The judge of the campaign in the file. Tests with settings of their own put others beside it."""
+        spec = load_campaign(self.file).judge
+        return judge_folder(spec, read_manifest(self.substrate), self.store, packed=False).parent
 
     def settings(self) -> dict[str, Any]:
         """The campaign as it is written in its file."""
