@@ -21,9 +21,11 @@ from megatron_evolve.kernels.grouped_product import (
     Rows,
     adapter_blocks,
     add_adapter,
+    add_fetched,
     add_product,
     block_at,
     block_of_program,
+    fetched_blocks,
     launch,
 )
 from megatron_evolve.kernels.matrices import Matrices
@@ -33,15 +35,19 @@ from megatron_evolve.kernels.tiles import Tiling
 
 @triton.jit
 def _fc1(
-    x, W, u, B, p, clamp, tiles, h_MF, a_MF,
+    x, W, W_blocks, u, B, p, clamp, tiles, h_MF, a_MF,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    e, first, live_M, f, _ = block_of_program(tiles, W.rows, BM, BN)
+    e, first, live_M, f, column = block_of_program(tiles, W.rows, BM, BN)
     if e < 0:
         return
     m = first + tl.arange(0, BM)
     early = adapter_blocks(u, B, m, live_M, e, f, BR)
-    h = add_product(tl.zeros([BM, BN], tl.float32), x, m, live_M, W, e, f, BK, EVEN)
+    h = tl.zeros([BM, BN], tl.float32)
+    if W_blocks is not None:
+        h = add_fetched(h, x, m, live_M, W, W_blocks, e, column * BN, BN, BK, EVEN, False)
+    else:
+        h = add_product(h, x, m, live_M, W, e, f, BK, EVEN)
     h = add_adapter(h, early, u, B, m, live_M, e, f, BR)
     h = narrow(h, h_MF.dtype.element_ty)
     live = live_M[:, None] & (f < W.rows)[None, :]
@@ -63,5 +69,6 @@ def fc1_squared_relu(
     a_MF = h_MF.new_empty(h_MF.shape)
     grid, constants = launch(tiling, tiling.tiles.fc1, W, adapter)
     if h_MF.numel():
-        _fc1[grid](x, W, *(adapter or (None, None)), p.contiguous(), clamp, tiling.map, h_MF, a_MF, **constants)
+        operands = (x, W, fetched_blocks(tiling.tiles.fc1, W, constants), *(adapter or (None, None)))
+        _fc1[grid](*operands, p.contiguous(), clamp, tiling.map, h_MF, a_MF, **constants)
     return h_MF, a_MF

@@ -22,9 +22,11 @@ from megatron_evolve.kernels.grouped_product import (
     Rows,
     adapter_blocks,
     add_adapter,
+    add_fetched,
     add_product,
     block_at,
     block_of_program,
+    fetched_blocks,
     in_halves,
     launch,
 )
@@ -57,7 +59,7 @@ def _activation(da, p_M, clamp, h_MF, first, live_M, f, F, dh_MF, dp_NM, part, n
 
 @triton.jit
 def _fc2_gradient(
-    dy, W, u, B, p, choice_of_row, clamp, h_MF, tiles, dh_MF, dp_NM, a_MF, num_rows,
+    dy, W, W_blocks, u, B, p, choice_of_row, clamp, h_MF, tiles, dh_MF, dp_NM, a_MF, num_rows,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     e, first, live_M, f, column = block_of_program(tiles, W.rows, BM, BN)
@@ -65,7 +67,11 @@ def _fc2_gradient(
         return
     m = first + tl.arange(0, BM)
     early = adapter_blocks(u, B, m, live_M, e, f, BR)
-    da = add_product(tl.zeros([BM, BN], tl.float32), dy, m, live_M, W, e, f, BK, EVEN)
+    da = tl.zeros([BM, BN], tl.float32)
+    if W_blocks is not None:
+        da = add_fetched(da, dy, m, live_M, W, W_blocks, e, column * BN, BN, BK, EVEN, True)
+    else:
+        da = add_product(da, dy, m, live_M, W, e, f, BK, EVEN)
     da = add_adapter(da, early, u, B, m, live_M, e, f, BR)
     choice = m if choice_of_row is None else tl.load(choice_of_row + m, mask=live_M, other=0)
     p_M = tl.load(p + choice, mask=live_M, other=0.0).to(tl.float32)
@@ -104,6 +110,7 @@ def fc2_gradient(
     num_parts = -(-W.rows // constants["BN"]) * (2 if halves else 1)
     dp_NM = p.new_empty(num_parts, tiling.num_rows, dtype=torch.float32)
     if h_MF.numel():
-        given = (dy, W, *(adapter or (None, None)), p.contiguous(), choice_of_row, clamp, h_MF, tiling.map)
-        _fc2_gradient[grid](*given, dh_MF, dp_NM, a_MF, tiling.num_rows, HALVES=halves, **constants)
+        operands = (dy, W, fetched_blocks(tiling.tiles.fc2_gradient, W, constants, transposed=True))
+        given = (*(adapter or (None, None)), p.contiguous(), choice_of_row, clamp, h_MF, tiling.map)
+        _fc2_gradient[grid](*operands, *given, dh_MF, dp_NM, a_MF, tiling.num_rows, HALVES=halves, **constants)
     return dh_MF, dp_NM.sum(0), a_MF

@@ -49,6 +49,7 @@ class Compiled(NamedTuple):
     spilled_bytes: int  # stack and local memory
     shared_bytes: int
     tensor_core: str  # the matrix instruction found: wgmma (sm_90), tcgen05 (sm_100), mma.sync (any), or none
+    copy_engine: bool  # blocks fetched by it (TMA)
     operands: str  # dtype of the matrices that the source multiplies, as bf16; empty where it multiplies none
 
     @property
@@ -115,6 +116,7 @@ def _read(kernel: JITFunction, constants: dict[str, int], compiled) -> Compiled:
         spilled_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=compiled.metadata.shared,
         tensor_core=seen[0] if seen else "none",
+        copy_engine="cp.async.bulk.tensor" in compiled.asm["ptx"],
         operands=dots[1] if dots else "",
     )
 

@@ -24,6 +24,7 @@ class Tile(NamedTuple):
     depth: int  # of the sum, in one step of the loop
     warps: int
     stages: int  # of loads in flight
+    fetched: bool = False  # fc1 and fc2_gradient: the matrix comes by the copy engine, where it can
 
 
 class Tiles(NamedTuple):

@@ -35,6 +35,7 @@ GRADIENT = (
     Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 4, 3), Tile(128, 128, 32, 8, 4),
     Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 3),
 )  # fmt: skip
+FETCHING = ("fc1", "fc2_gradient")  # their rows come by choice; whether their matrix comes by the copy engine is asked
 
 
 class Bucket(NamedTuple):
@@ -96,7 +97,8 @@ def with_tile(tiles: Tiles, kind: str, tile: Tile) -> Tiles:
 def candidates(kind: str, tile_rows: int) -> tuple[Tile, ...]:
     if kind == "weight_gradient":
         return GRADIENT
-    return tuple(Tile(tile_rows, *rest) for rest in (ADAPTER if kind == "adapter" else BY_ROWS[tile_rows]))
+    tiles = tuple(Tile(tile_rows, *rest) for rest in (ADAPTER if kind == "adapter" else BY_ROWS[tile_rows]))
+    return tiles + tuple(tile._replace(fetched=True) for tile in tiles if kind in FETCHING)
 
 
 def runs_of(at: Layer, tiles: Tiles) -> dict[str, tuple[Callable[[], Tensor], int]]:

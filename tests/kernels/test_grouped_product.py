@@ -5,6 +5,7 @@ import torch
 
 from megatron_evolve.kernels import grouped_product, reference
 from megatron_evolve.kernels import weight_gradient as weight_gradients
+from megatron_evolve.kernels.fc1 import fc1_squared_relu
 from megatron_evolve.kernels.fc2_gradient import fc2_gradient
 from megatron_evolve.kernels.grouped_product import Adapter, product, rows
 from megatron_evolve.kernels.matrices import matrices
@@ -128,3 +129,37 @@ def test_fc2s_gradient_by_halves_is_that_in_one_piece(problem):
     da, r = oracle(dy, W), h.double().relu()
     assert error(found[1][0], 2 * p.double()[:, None] * r * da) < FLOAT32
     assert error(found[1][1], (r**2 * da).sum(1)) < FLOAT32
+
+
+def spread(W: torch.Tensor, how: str) -> torch.Tensor | list[torch.Tensor]:
+    """The same matrices evenly spaced, upwards or downwards in memory, or each where it happens to lie."""
+    if how == "descending":
+        turned = W.flip(0).contiguous()
+        return [turned[len(W) - 1 - e] for e in range(len(W))]
+    return [w.clone() for w in W] if how == "apart" else W
+
+
+@pytest.mark.parametrize("how", ["stacked", "descending", "apart"])
+def test_rows_by_choice_times_a_fetched_matrix(problem, monkeypatch, how):
+    """fc1 and the gradient through fc2: the same bits as by pointers, an expert's NaN in its own rows alone."""
+    name, x, _, W, tiled = problem
+    ways = [tiled, tiled._replace(tiles=Tiles(*(tile._replace(fetched=True) for tile in tiled.tiles)))]
+    K, choice = 2, torch.randperm(2 * len(x), device=DEVICE)[: len(x)].to(torch.int32)
+    p = normal(len(x), K, seed=8).sigmoid()
+    W = W.clone()
+    W[2] = float("nan")
+    parts = spread(W, how), spread(W.mT.contiguous(), how)  # held here: `matrices` keeps one of them alive
+    W1, W2 = matrices(parts[0]), matrices(parts[1]).transposed
+    h = normal(len(x), W.size(1), seed=9)
+    seen, found = fetches(monkeypatch), []
+    for way in ways:
+        by_choice = rows(x, choice, K)
+        place = {"choice_of_row": choice, "keep_a": True}
+        found.append([*fc1_squared_relu(by_choice, p, W1, way), *fc2_gradient(by_choice, p, h, W2, way, **place)])
+    assert seen == [name == "fetched" and how != "apart"] * 2
+    for pointers, fetched in zip(*found, strict=True):
+        assert torch.equal(pointers, fetched) or torch.equal(pointers.isnan(), fetched.isnan())
+        assert torch.equal(pointers[: COUNTS[0]], fetched[: COUNTS[0]])
+    h_MF, tokens = found[1][0], choice.long() // K
+    assert error(h_MF[: COUNTS[0]], oracle(x[tokens], W)[: COUNTS[0]]) < FLOAT32
+    assert h_MF[COUNTS[0] :].isnan().all()

@@ -33,6 +33,11 @@ def test_every_tile_was_compiled(compiled):
     for tile in {tile for entry in entries() for tile in entry.tiles[:3]}:
         want = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "num_warps": tile.warps}
         assert any(want.items() <= constants.items() for constants in found), want
+    for kind in ("fc1", "fc2_gradient"):
+        for tile in {getattr(entry.tiles, kind) for entry in entries()}:
+            want = {"BM": tile.rows, "BN": tile.columns, "num_warps": tile.warps, "num_stages": tile.stages}
+            mine = [c for c in compiled[1] if c.kernel == f"{kind}.{kind}" and want.items() <= c.constants.items()]
+            assert any(c.copy_engine == tile.fetched for c in mine), (kind, tile)
 
 
 @pytest.mark.slow

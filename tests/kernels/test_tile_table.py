@@ -10,6 +10,8 @@ def test_the_table_ends_and_its_products_share_rows():
     for entry in entries():
         assert len({tile.rows for tile in entry.tiles[:-1]}) == 1, entry
         assert all(tile.warps in (4, 8) and tile.stages >= 2 for tile in entry.tiles), entry
+        others = (entry.tiles.product, entry.tiles.adapter, entry.tiles.weight_gradient)
+        assert not any(tile.fetched for tile in others), "these choose for themselves"
 
 
 @pytest.mark.parametrize("shape", list(dict.fromkeys(entry.shape for entry in entries())))

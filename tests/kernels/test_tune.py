@@ -14,7 +14,7 @@ SHAPE = "48x32"
 
 @pytest.fixture
 def small(monkeypatch):
-    """One candidate for each product, two for weight gradients, on a model of two experts."""
+    """One candidate for each product, with the matrix fetched or not where that is asked; two for weight gradients."""
     monkeypatch.setitem(roofline.MODELS, "tiny", (2, 1, 32, 48))
     monkeypatch.setattr(tune, "BY_ROWS", {16: ((64, 16, 4, 2),)})
     monkeypatch.setattr(tune, "ADAPTER", ((32, 32, 4, 2),))
@@ -27,7 +27,9 @@ def test_every_candidate_is_a_row_and_the_table_gets_the_winners(small, tmp_path
     file = tmp_path / "table.json"
     before = tile_table.FILE.read_text()
     *rows, winner = tune.rows(DEVICE, rounds=1, table=file)
-    assert [row["kind"] for row in rows] == [*Tiles._fields, "weight_gradient"]
+    fetched = ("fc1", "fc1", "product", "fc2_gradient", "fc2_gradient", "adapter", "weight_gradient", "weight_gradient")
+    assert tuple(row["kind"] for row in rows) == fetched
+    assert [row["tile"][-1] for row in rows[:2]] == [False, True]
     assert all(row["median_ms"] is not None and row["tflops"] > 0 for row in rows), rows
     table = json.loads(file.read_text())
     (own,) = [entry for entry in table["entries"] if entry["shape"] == SHAPE]
