@@ -3,10 +3,13 @@
 #   PYTHON=/path/to/python3.12   which interpreter makes .venv (found by itself otherwise)
 #   TORCH_INDEX=URL              an index that offers torch's CPU-only wheel (the default brings the CUDA build)
 #   DEMO_DIR=runs/demo           where the demo campaign lives
+#   WORKERS=2                    processes for the fast part of the tests
 
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= runs/demo
+WORKERS ?= 2
+SLOW := slow or gpu or browser
 # One thread a process: two training processes on two cores, and the same bits on every machine.
 export OMP_NUM_THREADS := 1
 export TORCHDYNAMO_DISABLE := 1
@@ -19,11 +22,12 @@ demo: $(VENV)/installed
 control: $(VENV)/installed
 	$(BIN)/megatron-evolve run control --dir runs/control
 
+# The slow part one test at a time: its campaigns use two cores themselves. It runs whatever the fast part says.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest tests
+	@$(MAKE) --no-print-directory check; fast=$$?; $(BIN)/python -m pytest tests -m "$(SLOW)" && exit $$fast
 
 check: $(VENV)/installed-test
-	$(BIN)/python -m pytest tests -m "not slow and not gpu and not browser"
+	$(BIN)/python -m pytest tests -m "not ($(SLOW))" -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

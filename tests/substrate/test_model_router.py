@@ -65,11 +65,12 @@ def outcome(router, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     destroy_moe_metrics_tracker()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(10.0))
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.tensor([10.0])
     x = x.clone().requires_grad_()
     probs, chosen = router(x, mask)
     dprobs = torch.randn(probs.shape, generator=torch.Generator().manual_seed(5))
     probs.backward(dprobs.to(probs.dtype))
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # a scale of the class: the next test's trainer sets its own
     logged = {name: entry.values for name, entry in get_moe_metrics_tracker().metrics.items()}
     counts = {name: value for name, value in router.named_buffers() if value is not None}
     return {"probs": probs.detach(), "map": chosen, "dx": x.grad, "dW": router.weight.grad} | logged | counts
