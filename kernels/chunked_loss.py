@@ -88,7 +88,8 @@ class _TrainedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, W_VH, target_T, first_entry, group, form):
         wide = torch.promote_types(x_TH.dtype, torch.float32)
-        loss_T, max_T, sum_T = torch.empty(3, len(x_TH), dtype=wide, device=x_TH.device)
+        # three tensors: of a view autograd would refuse `loss *= mask`
+        loss_T, max_T, sum_T = (torch.empty(len(x_TH), dtype=wide, device=x_TH.device) for _ in range(3))
         for here in _chunks(len(x_TH), W_VH, form):
             found = _statistics(x_TH[here] @ W_VH.t(), target_T[here], first_entry, group, form)
             loss_T[here], max_T[here], sum_T[here] = found
@@ -100,20 +101,21 @@ class _TrainedHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss_T):
         x_TH, W_VH, target_T, max_T, sum_T = ctx.saved_tensors
-        dx_TH = torch.empty_like(x_TH)
+        dx_TH = torch.empty_like(x_TH) if ctx.needs_input_grad[0] else None
         dW_VH = torch.zeros_like(W_VH, dtype=max_T.dtype)
         for here in _chunks(len(x_TH), W_VH, ctx.form):
             x_CH, dloss_C1 = x_TH[here], dloss_T[here].unsqueeze(-1)
             given = (target_T[here], max_T[here], sum_T[here], ctx.first_entry)
             g_CV = ctx.form.gradient(x_CH @ W_VH.t(), *given)
-            dx_TH[here] = (g_CV @ W_VH) * dloss_C1
+            if dx_TH is not None:
+                dx_TH[here] = (g_CV @ W_VH) * dloss_C1
             weighed_CH = (x_CH * dloss_C1).to(x_CH.dtype)  # H numbers a token, where g has V
             if dW_VH.dtype == W_VH.dtype:
                 dW_VH.addmm_(g_CV.t(), weighed_CH)
             else:
                 dW_VH += g_CV.t() @ weighed_CH
             del g_CV
-        if ctx.group is not None:
+        if dx_TH is not None and ctx.group is not None:
             dist.all_reduce(dx_TH, group=ctx.group)
         return dx_TH, dW_VH.to(W_VH.dtype), None, None, None, None
 

@@ -21,8 +21,7 @@ from megatron_evolve.kernels.grouped_product import (
     Rows,
     adapter_blocks,
     add_adapter,
-    add_fetched,
-    add_product,
+    add_rows,
     block_at,
     block_of_program,
     fetched_blocks,
@@ -43,11 +42,7 @@ def _fc1(
         return
     m = first + tl.arange(0, BM)
     early = adapter_blocks(u, B, m, live_M, e, f, BR)
-    h = tl.zeros([BM, BN], tl.float32)
-    if W_blocks is not None:
-        h = add_fetched(h, x, m, live_M, W, W_blocks, e, column * BN, BN, BK, EVEN, False)
-    else:
-        h = add_product(h, x, m, live_M, W, e, f, BK, EVEN)
+    h = add_rows(tl.zeros([BM, BN], tl.float32), x, m, live_M, W, W_blocks, e, column, BN, BK, EVEN, False)
     h = add_adapter(h, early, u, B, m, live_M, e, f, BR)
     h = narrow(h, h_MF.dtype.element_ty)
     live = live_M[:, None] & (f < W.rows)[None, :]

@@ -22,8 +22,7 @@ from megatron_evolve.kernels.grouped_product import (
     Rows,
     adapter_blocks,
     add_adapter,
-    add_fetched,
-    add_product,
+    add_rows,
     block_at,
     block_of_program,
     fetched_blocks,
@@ -49,11 +48,12 @@ def _activation(da, p_M, clamp, h_MF, first, live_M, f, F, dh_MF, dp_NM, part, n
     rda = r * da
     m = first + tl.arange(0, BM)
     tl.store(dp_NM + part.to(tl.int64) * num_rows + m, tl.sum(r * rda, 1), mask=live_M)
+    dh = (2.0 * p_M)[:, None] * rda
     if clamp is not None:
         # h is read a second time: a block of slopes that waits in registers since the first spilled 104 to 184 bytes
         r = relu(tl.load(block_at(h_MF, first, f, F, BM), mask=live, other=0.0).to(tl.float32))
-        rda *= soft_clamp_slope(r, clamp)
-    dh = narrow(2.0 * p_M[:, None] * rda, dh_MF.dtype.element_ty)
+        dh *= soft_clamp_slope(r, clamp)
+    dh = narrow(dh, dh_MF.dtype.element_ty)
     tl.store(block_at(dh_MF, first, f, F, BM), dh, mask=live)
 
 
@@ -67,11 +67,7 @@ def _fc2_gradient(
         return
     m = first + tl.arange(0, BM)
     early = adapter_blocks(u, B, m, live_M, e, f, BR)
-    da = tl.zeros([BM, BN], tl.float32)
-    if W_blocks is not None:
-        da = add_fetched(da, dy, m, live_M, W, W_blocks, e, column * BN, BN, BK, EVEN, True)
-    else:
-        da = add_product(da, dy, m, live_M, W, e, f, BK, EVEN)
+    da = add_rows(tl.zeros([BM, BN], tl.float32), dy, m, live_M, W, W_blocks, e, column, BN, BK, EVEN, True)
     da = add_adapter(da, early, u, B, m, live_M, e, f, BR)
     choice = m if choice_of_row is None else tl.load(choice_of_row + m, mask=live_M, other=0)
     p_M = tl.load(p + choice, mask=live_M, other=0.0).to(tl.float32)

@@ -6,7 +6,7 @@ The second sum is a low-rank adapter (u = scale x A_e^T, made before by this sam
 same float32 accumulator, so base and adapter are never rounded apart. `W.transposed` turns the forward product into the
 input gradient. `row(m)` is m, or the token of a choice, so that rows need not be gathered in memory first. Operands
 come by pointers, or in blocks by the copy engine of Hopper and later: both, where they lie in memory as they are summed
-(`add_blocks`), or the matrix alone, where rows are read by choice (`add_fetched`).
+(`add_blocks`), or the matrix alone, where rows are read by choice (`add_rows`).
 
 Letters: M rows, I and O input and output width, R adapter rank; BM, BN, BK the block of rows, columns and depth.
 """
@@ -141,28 +141,31 @@ def add_blocks(acc, x_blocks, first, W, W_blocks, e, o, BN: tl.constexpr, BK: tl
 
 
 @triton.jit
-def add_fetched(
-    acc, x, m, live_M, W, W_blocks, e, first_o,
+def add_rows(
+    acc, x, m, live_M, W, W_blocks, e, column,
     BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """`add_product` with the matrix alone fetched by the copy engine, for columns from `first_o`.
+    """`add_product` for a block of columns; its matrix comes by the copy engine where there are W_blocks.
 
-    TRANSPOSED: W_blocks are those of `W.transposed`, as they lie in memory.
+    TRANSPOSED: they are the blocks of `W.transposed`, as those lie in memory.
     """
-    k = tl.arange(0, BK)
-    matrix = tl.where(W.step > 0, e, W.count - 1 - e)
-    x_at = x.base + offset_of_row(x, m, live_M)[:, None] + k[None, :]
-    for first in range(0, W.columns, BK):
-        if EVEN:
-            x_block = tl.load(x_at, mask=live_M[:, None], other=0.0)
-        else:
-            x_block = tl.load(x_at, mask=live_M[:, None] & (k < W.columns - first)[None, :], other=0.0)
-        if TRANSPOSED:
-            w_block = W_blocks.load([matrix, first, first_o]).reshape(BK, BN)
-        else:
-            w_block = W_blocks.load([matrix, first_o, first]).reshape(BN, BK).T
-        acc = dot(x_block, w_block, acc)
-        x_at += BK
+    if W_blocks is None:
+        acc = add_product(acc, x, m, live_M, W, e, column * BN + tl.arange(0, BN), BK, EVEN)
+    else:
+        k = tl.arange(0, BK)
+        matrix = tl.where(W.step > 0, e, W.count - 1 - e)
+        x_at = x.base + offset_of_row(x, m, live_M)[:, None] + k[None, :]
+        for first in range(0, W.columns, BK):
+            if EVEN:
+                x_block = tl.load(x_at, mask=live_M[:, None], other=0.0)
+            else:
+                x_block = tl.load(x_at, mask=live_M[:, None] & (k < W.columns - first)[None, :], other=0.0)
+            if TRANSPOSED:
+                w_block = W_blocks.load([matrix, first, column * BN]).reshape(BK, BN)
+            else:
+                w_block = W_blocks.load([matrix, column * BN, first]).reshape(BN, BK).T
+            acc = dot(x_block, w_block, acc)
+            x_at += BK
     return acc
 
 
@@ -223,8 +226,12 @@ def _blocks(tile: Tile, rows: int, columns: int, item_bytes: int, adapter_depth:
 def fetched_blocks(
     tile: Tile, W: Matrices, constants: dict[str, int], *, transposed: bool = False
 ) -> TensorDescriptor | None:
-    """The matrix's blocks for `add_fetched`; None where the tile has it come by pointers, or the engine cannot."""
-    if not tile.fetched:
+    """The matrix's blocks for `add_rows`; None where the tile has it come by pointers, or the engine cannot.
+
+    Numbers of four bytes come by pointers, too: they are multiplied without tensor cores, in a check, and the fetched
+    block would spill 12 kB a thread.
+    """
+    if not tile.fetched or W.base.element_size() > 2:
         return None
     if transposed:
         return blocks_of(W.transposed, constants["BK"], constants["BN"])

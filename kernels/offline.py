@@ -26,13 +26,14 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from megatron_evolve.kernels import fused, gated_norm, linear_cross_entropy, tiles
-from megatron_evolve.kernels.tile_table import Entry, entries
+from megatron_evolve.kernels.tile_table import Entry, entries, mean_rows
 
 CHIPS = {"sm_90a": 90, "sm_100": 100}  # H100 and H200; B200
 MAX_SHARED_BYTES = 232_448  # 227 KiB a block, on both
 MAX_REGISTERS = 65_536  # a block's, all threads together
 NANO_WIDTH, NANO_HIDDEN, NANO_CHOSEN = 2688, 1856, 6  # Nemotron-3-Nano; 1856 is 14.5 x 128
-LORA_RANK = 32
+LORA_RANK, LARGE_RANK = 32, 64  # an adapter's operands loaded early, and in steps
+CLAMP = 10.0
 OTHER_SHAPE = "2688x1024"  # Nemotron-3-Super's
 VOCABULARY = 131_072
 NUM_EXPERTS = 4  # no kernel is compiled for it
@@ -50,6 +51,7 @@ class Compiled(NamedTuple):
     shared_bytes: int
     tensor_core: str  # the matrix instruction found: wgmma (sm_90), tcgen05 (sm_100), mma.sync (any), or none
     copy_engine: bool  # blocks fetched by it (TMA)
+    clamped: bool  # the activation has a soft bound
     operands: str  # dtype of the matrices that the source multiplies, as bf16; empty where it multiplies none
 
     @property
@@ -87,7 +89,8 @@ def compiling(chip: str) -> Iterator[list[Compiled]]:
         compiled = launch(kernel, *args, grid=grid, warmup=True, **options)
         if compiled.hash not in found:
             constants = {name: value for name, value in options.items() if isinstance(value, int)}
-            found[compiled.hash] = _read(kernel, constants, compiled)
+            named = dict(zip(kernel.arg_names, args, strict=False))
+            found[compiled.hash] = _read(kernel, constants, compiled, clamped=named.get("clamp") is not None)
             results.append(found[compiled.hash])
 
     driver.set_active(_Offline(CHIPS[chip]))
@@ -98,7 +101,7 @@ def compiling(chip: str) -> Iterator[list[Compiled]]:
         JITFunction.run = launch
 
 
-def _read(kernel: JITFunction, constants: dict[str, int], compiled) -> Compiled:
+def _read(kernel: JITFunction, constants: dict[str, int], compiled, *, clamped: bool) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -117,6 +120,7 @@ def _read(kernel: JITFunction, constants: dict[str, int], compiled) -> Compiled:
         shared_bytes=compiled.metadata.shared,
         tensor_core=seen[0] if seen else "none",
         copy_engine="cp.async.bulk.tensor" in compiled.asm["ptx"],
+        clamped=clamped,
         operands=dots[1] if dots else "",
     )
 
@@ -124,23 +128,22 @@ def _read(kernel: JITFunction, constants: dict[str, int], compiled) -> Compiled:
 def compile_all(chip: str) -> list[Compiled]:
     """Every kernel in bfloat16, once for each entry of the tile table; two tiles in float32 too.
 
+    Nano's largest tiles once more with a bounded activation and adapters of rank 64, where registers are shortest.
+
     Tensors without storage also prove that nothing is read back to the host: it would raise here.
     """
     with compiling(chip) as results, torch.device("meta"):
         for entry in entries():
             # registers run short where blocks are large: small ones are compiled with each switch, large ones with
             # each pair of switches (127 s of CPU for both chips with all pairs of all tiles)
-            _experts(mean_rows(entry) * NUM_EXPERTS, pairs=entry.tiles.fc1.rows >= 64, widths=widths(entry))
+            num_rows, large = mean_rows(entry) * NUM_EXPERTS, entry.tiles.fc1.rows
+            _experts(num_rows, pairs=large >= 64, widths=widths(entry))
+            if large >= 128 and entry.shape is not None:
+                _experts(num_rows, pairs=False, widths=widths(entry), rank=LARGE_RANK, clamp=CLAMP)
         for rows in FLOAT32_ROWS:
             _experts(NUM_EXPERTS * rows, pairs=False, dtype=torch.float32)
         _rest()
     return results
-
-
-def mean_rows(entry: Entry) -> int:
-    """A mean number of rows per expert for which the ops choose that entry of the table."""
-    others = [other.most_rows for other in entries() if other.shape == entry.shape and other.most_rows]
-    return entry.most_rows or 2 * max(others, default=256)
 
 
 def widths(entry: Entry) -> tuple[int, int]:
@@ -155,8 +158,10 @@ def _experts(
     pairs: bool,
     widths: tuple[int, int] = (NANO_WIDTH, NANO_HIDDEN),
     dtype: torch.dtype = torch.bfloat16,
+    rank: int = LORA_RANK,
+    clamp: float | None = None,
 ) -> None:
-    """By both doors: trained whole, into main gradients from tokens; and frozen, with adapters of rank 32."""
+    """By both doors: trained whole, into main gradients from tokens; and frozen, with adapters."""
     T, K, E, (H, F) = num_rows // NANO_CHOSEN, NANO_CHOSEN, NUM_EXPERTS, widths
 
     def leaf(*shape: int, trained: bool = True) -> torch.Tensor:
@@ -167,13 +172,13 @@ def _experts(
     rows = leaf(T * K, H), plan.counts_E, torch.empty(T * K, requires_grad=True)
     trained = leaf(E, F, H), leaf(E, H, F)
     main_grads = torch.empty(E, F, H), torch.empty(E, H, F)
-    fused.routed_experts(*tokens, *trained, main_grads=main_grads).sum().backward()
+    fused.routed_experts(*tokens, *trained, main_grads=main_grads, clamp=clamp).sum().backward()
     if pairs:
         fused.grouped_experts(*rows, *trained).sum().backward()
 
     frozen = leaf(E, F, H, trained=False), leaf(E, H, F, trained=False)
-    loras = [fused.GroupedLora(leaf(E, LORA_RANK, n), leaf(E, m, LORA_RANK), 1.0) for n, m in ((H, F), (F, H))]
-    fused.grouped_experts(*rows, *frozen, *loras).sum().backward()
+    loras = [fused.GroupedLora(leaf(E, rank, n), leaf(E, m, rank), 1.0) for n, m in ((H, F), (F, H))]
+    fused.grouped_experts(*rows, *frozen, *loras, clamp=clamp).sum().backward()
     if pairs:
         fused.routed_experts(*tokens, *frozen, *loras).sum().backward()
 

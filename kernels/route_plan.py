@@ -23,11 +23,19 @@ SCAN_EXPERTS = 16
 
 
 @triton.jit
+def _experts_of(idx_M, c, M, E):
+    """The experts of these choices, -1 beyond the last. An index that names none counts as the nearest that there is:
+    a wrong plan, but every row and choice of it lies within its tensors."""
+    idx = tl.load(idx_M + c, mask=c < M, other=0).to(tl.int32)
+    return tl.where(c < M, tl.minimum(tl.maximum(idx, 0), E - 1), -1)
+
+
+@triton.jit
 def _count(idx_M, count_BE, M, E, B: tl.constexpr, BE: tl.constexpr):
     """count[b, e]: how often block b chose expert e."""
     c = tl.program_id(0) * B + tl.arange(0, B)
     e = tl.program_id(1) * BE + tl.arange(0, BE)
-    idx = tl.load(idx_M + c, mask=c < M, other=-1).to(tl.int32)
+    idx = _experts_of(idx_M, c, M, E)
     count = tl.sum((idx[:, None] == e[None, :]).to(tl.int32), 0)
     tl.store(count_BE + tl.program_id(0) * E + e, count, mask=e < E)
 
@@ -53,7 +61,7 @@ def _place(idx_M, before_BE, counts_E, row_of_choice_M, choice_of_row_M, M, E, B
     block = tl.program_id(0)
     i = tl.arange(0, B)
     c = block * B + i
-    idx = tl.load(idx_M + c, mask=c < M, other=-1).to(tl.int32)
+    idx = _experts_of(idx_M, c, M, E)
     row = tl.sum(((idx[:, None] == idx[None, :]) & (i[None, :] < i[:, None])).to(tl.int32), 1)
     row += tl.load(before_BE + block * E + idx, mask=c < M, other=0)
     for first in range(0, E, BE):
@@ -67,7 +75,8 @@ def _place(idx_M, before_BE, counts_E, row_of_choice_M, choice_of_row_M, M, E, B
 def route_plan(idx_TK: Tensor, num_experts: int) -> RoutePlan:
     """Sort the T * K choices by expert, keeping the order of tokens within each expert; int32.
 
-    idx_TK is int32 or int64; every entry must name one of the experts (not checked: it would cost a synchronisation).
+    idx_TK is int32 or int64; every entry must name one of the experts. To check it would cost a synchronisation: one
+    that does not counts as the nearest expert's.
     """
     check_device(idx_TK, "idx")
     idx_TK = idx_TK.contiguous()

@@ -107,7 +107,7 @@ def _depth(experts: int) -> int:
 
 
 def _forward(x: Tensor, W_EH: Tensor | None, bias_E: Tensor, num_chosen: int, scale: float) -> tuple[Tensor, ...]:
-    (T, H), E = x.shape, len(bias_E)
+    (T, H), E, bias_E = x.shape, len(bias_E), bias_E.contiguous()
     s_TK = torch.empty(T, num_chosen, dtype=torch.float32, device=x.device)
     p_TK, idx_TK = torch.empty_like(s_TK), torch.empty_like(s_TK, dtype=torch.int32)
     blocks = _blocks(E, num_chosen)

@@ -56,6 +56,12 @@ def entries() -> tuple[Entry, ...]:
     return tuple(sorted(found, key=lambda entry: float("inf") if entry.most_rows is None else entry.most_rows))
 
 
+def mean_rows(entry: Entry) -> int:
+    """A mean number of rows per expert for which the ops choose that entry of the table."""
+    others = [other.most_rows for other in entries() if other.shape == entry.shape and other.most_rows]
+    return entry.most_rows or 2 * max(others, default=256)
+
+
 def shape_key(rows: int, columns: int) -> str:
     return f"{rows}x{columns}"
 

@@ -72,6 +72,7 @@ def _tile_map(
 
 def tile_map(counts_E: Tensor, num_rows: int, tile_rows: int) -> TileMap:
     """The tiles of `num_rows` rows of which expert e has counts_E[e]; the counts must sum to num_rows (not checked)."""
+    counts_E = counts_E.contiguous()
     E = counts_E.numel()
     num_tiles = num_rows // tile_rows + min(E, num_rows)
     new = {"dtype": torch.int32, "device": counts_E.device}

@@ -1,10 +1,12 @@
 """Whether the compiled kernels are right on a GPU: what Triton's interpreter on a CPU cannot know.
 
-Every op forward and backward against float64 on the same device, in bfloat16 and float32, over every tile of the table;
-the same bits twice; no wait of the host; and each op's forward and backward captured in one CUDA graph and replayed on
-new numbers. A check is a row with `ok`; nothing here is timed.
+Every op forward and backward against float64 on the same device, in bfloat16 and float32; the experts over every tile
+that the table has for their shape, and at its edges; what Megatron's layers call besides (`doors`); the same bits
+twice; no wait of the host; and each op's forward and backward captured in one CUDA graph and replayed on new numbers. A
+check is a row with `ok`; nothing here is timed.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -12,13 +14,15 @@ import torch
 from torch import Tensor
 
 from megatron_evolve.kernels import reference
+from megatron_evolve.kernels.bench import doors
 from megatron_evolve.kernels.bench import problem as problems
 from megatron_evolve.kernels.bench.cases import DTYPES, Case, Prepare, experts, memory_bound
 from megatron_evolve.kernels.bench.problem import Prepared, Problem
 from megatron_evolve.kernels.bench.rows import FAILURES, TOLERANCE, examined, first_line, outcome, parts_of
 from megatron_evolve.kernels.bench.shares import Turn, everything
 from megatron_evolve.kernels.linear_cross_entropy import linear_cross_entropy
-from megatron_evolve.kernels.roofline import Shape
+from megatron_evolve.kernels.roofline import Shape, shape_of
+from megatron_evolve.kernels.tile_table import entries, mean_rows, shape_key
 
 # bfloat16 is held to what plain PyTorch loses on the same inputs and device, and half more
 TIMES_EAGER = 1.5
@@ -31,9 +35,13 @@ class Sizes(NamedTuple):
     hidden: int = 1856
     vocabulary: int = 131_072
     tokens: int = 512
-    # mean rows per expert: one for each row of `tiles.ROW_TILES`
-    rows_per_expert: tuple[int, ...] = (12, 24, 80, 300)
+    rows_per_expert: tuple[int, ...] = ()  # mean rows; where none are named, one for each entry of the tile table
+    graph_rows: int = 768  # of a captured layer: an entry whose matrices come by the copy engine
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
+
+    def rows(self) -> tuple[int, ...]:
+        own = [entry for entry in entries() if entry.shape == shape_key(self.hidden, self.width)]
+        return self.rows_per_expert or tuple(mean_rows(entry) for entry in own)
 
 
 def poison(device: str) -> None:
@@ -44,7 +52,7 @@ def poison(device: str) -> None:
 def expert_shapes(sizes: Sizes) -> Iterator[tuple[str, Shape, float]]:
     """Name, shape and skew: each tile, and the edges."""
     H, F = sizes.width, sizes.hidden
-    for rows in sizes.rows_per_expert:
+    for rows in sizes.rows():
         yield f"{rows} rows an expert", Shape("check", rows * 8 // 4, 8, 4, H, F), 0.5
     yield "odd sizes", Shape("check", 35, 7, 3, 97, 47), 0.0
     yield "one choice, one expert takes all", Shape("check", 60, 5, 1, H // 4, F // 4), 4.0
@@ -134,13 +142,40 @@ def check_loss(device: str, sizes: Sizes, mine: Turn = everything) -> Iterator[d
             problem, run = loss(device, sizes, dtype)
             return beyond(run, problem, device)
 
-        if mine():
-            yield judged("linear_cross_entropy", dtype, check)
+        def trained(dtype: str = dtype) -> dict:
+            problem, _ = loss(device, sizes, dtype)
+            _, W_VH, target_T, _ = problem.given
+            problem, run = doors.trained_head(problem, W_VH, target_T)
+            return beyond(run, problem, device)
+
+        for name, ask in (("linear_cross_entropy", check), ("linear_cross_entropy, trained head", trained)):
+            if mine():
+                yield judged(name, dtype, ask)
+
+
+def check_doors(device: str, sizes: Sizes, mine: Turn = everything) -> Iterator[dict]:
+    """Experts from rows, into main gradients and clamped, and the router from logits."""
+    for dtype in sizes.dtypes:
+
+        def clamped(dtype: str = dtype) -> dict:
+            problem, run = doors.clamped(doors.layer(device, sizes.width, sizes.hidden, DTYPES[dtype]))
+            return beyond(run, problem, device)
+
+        def accumulated(dtype: str = dtype) -> dict:
+            return doors.into_main_grads(doors.layer(device, sizes.width, sizes.hidden, DTYPES[dtype]))
+
+        named = {"experts from rows, clamped": clamped, "experts from rows, into main gradients": accumulated}
+        for name, check in named.items():
+            if mine():
+                yield judged(name, dtype, check)
+    if mine():
+        problem, run = doors.router(device, sizes.tokens, shape_of("nano", sizes.tokens))
+        yield judged(problem.op, "float32", lambda: beyond(run, problem, device))
 
 
 def graph_problems(device: str, sizes: Sizes) -> Iterator[tuple[Problem, Callable[[], Prepared]]]:
     """Every op once, in bfloat16: the experts trained whole and with adapters, then those beside them."""
-    shape = Shape("check", sizes.rows_per_expert[-1] * 2, 8, 4, sizes.width, sizes.hidden)
+    shape = Shape("check", sizes.graph_rows * 2, 8, 4, sizes.width, sizes.hidden)
     for case in (Case(shape, "full"), Case(shape._replace(rank=16), "lora")):
         problem, prepare = experts(case, device, ("triton",))
         yield problem._replace(op=f"experts, {case.mode}"), prepare["triton"][1]
@@ -172,8 +207,12 @@ def replayed(problem: Problem, make: Callable[[], Prepared]) -> dict:
     return {"reason": f"replayed, {', '.join(other)} differ from a plain run"} if other else {}
 
 
-def check_graph(device: str, sizes: Sizes) -> Iterator[dict]:
+def check_graph(device: str, sizes: Sizes, until: float = float("inf")) -> Iterator[dict]:
     for problem, make in graph_problems(device, sizes):
+        if time.monotonic() > until:
+            used_up = {"ok": False, "reason": "not run: the time of this check was used up"}
+            yield {"check": f"{problem.op} in a CUDA graph", "dtype": "bfloat16"} | used_up
+            continue
         yield judged(f"{problem.op} in a CUDA graph", "bfloat16", lambda pair=(problem, make): replayed(*pair))
 
 
@@ -183,6 +222,7 @@ def checks(device: str, sizes: Sizes, mine: Turn = everything) -> Iterator[dict]
     yield from check_experts(device, sizes, mine)
     yield from check_memory_bound(device, sizes, mine)
     yield from check_loss(device, sizes, mine)
+    yield from check_doors(device, sizes, mine)
 
 
 def tolerances() -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_evolve.kernels.reference import GroupedLora, RoutePlan, route_plan
+from megatron_evolve.kernels.reference import GroupedLora, RoutePlan, route_plan, weighted_squared_relu
 from megatron_evolve.kernels.roofline import Pass, Shape
 
 Prepared = Callable[[], Tensor]
@@ -106,8 +106,8 @@ def experts(s: Shape, mode: str, max_vio: float, dtype: torch.dtype, device: str
     )
 
 
-def oracle(v: Experts) -> dict[str, Tensor]:
-    """The output and every gradient that is wanted, one expert at a time in float64.
+def oracle(v: Experts, clamp: float | None = None) -> dict[str, Tensor]:
+    """The output and every gradient that is wanted, one expert at a time in float64; `clamp` as in `reference`.
 
     Only sums over experts stay in float64; gradients of matrices are kept in float32, which is far below any tolerance.
     """
@@ -124,7 +124,7 @@ def oracle(v: Experts) -> dict[str, Tensor]:
         for n, lora in enumerate(v.loras, 1):
             own |= {f"A{n}": lora.A_ERI[e], f"B{n}": lora.B_EOR[e]}
         own = {name: tensor.detach().double().requires_grad_(name in wanted) for name, tensor in own.items()}
-        y_MH = _one_expert(own, [lora.scale for lora in v.loras])
+        y_MH = _one_expert(own, [lora.scale for lora in v.loras], clamp)
         grads = torch.autograd.grad(y_MH, [own[name] for name in wanted], v.dout_TH[token_M].double())
         want["out"].index_add_(0, token_M, y_MH.detach())
         for name, grad in zip(wanted, grads, strict=True):
@@ -137,12 +137,12 @@ def oracle(v: Experts) -> dict[str, Tensor]:
     return want
 
 
-def _one_expert(own: dict[str, Tensor], scales: list[float]) -> Tensor:
+def _one_expert(own: dict[str, Tensor], scales: list[float], clamp: float | None) -> Tensor:
     def linear(n: int, x: Tensor) -> Tensor:
         y = x @ own[f"W{n}"].t()
         return y + scales[n - 1] * (x @ own[f"A{n}"].t()) @ own[f"B{n}"].t() if scales else y
 
-    return linear(2, own["p"].unsqueeze(-1) * torch.relu(linear(1, own["x"])) ** 2)
+    return linear(2, weighted_squared_relu(linear(1, own["x"]), own["p"], clamp))
 
 
 def error(got: Tensor, want: Tensor) -> float:

@@ -3,6 +3,11 @@
 import torch
 from torch import Tensor
 
+# Largest `error` of a float32 kernel against float64, for every op but pure copies: eps is 1.2e-7, sums are float32 of
+# up to 5,000 terms; measured at most 7.0e-7 (slope of a clamp; experts 4.1e-7, loss 3.8e-7, router 1.8e-7).
+# What bfloat16 is held to stands beside each test: plain PyTorch's own error on the same inputs, and how many times.
+FLOAT32 = 2e-6
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # T, E, K, H, F and which experts a token may choose

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_evolve.kernels import gpu_check
 from megatron_evolve.kernels.bench import checks, run, targets
 from megatron_evolve.kernels.bench.cases import Case, experts
 from megatron_evolve.kernels.roofline import CHIPS, Shape, shape_of
-from megatron_evolve.kernels.tile_table import Tiles
+from megatron_evolve.kernels.tile_table import Tiles, chosen, entries, shape_key
 from tests.kernels.expert_cases import DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = checks.Sizes(width=40, hidden=56, vocabulary=96, tokens=5, rows_per_expert=(4,), dtypes=("float32",))
+SIZES = checks.Sizes(40, 56, vocabulary=96, tokens=5, rows_per_expert=(4,), graph_rows=4, dtypes=("float32",))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -54,9 +55,34 @@ print(megatron_evolve.__file__)
 @pytest.mark.slow
 def test_every_check_passes_on_tiny_shapes():
     rows = [*checks.check_experts(DEVICE, SIZES), *checks.check_loss(DEVICE, SIZES)]
-    assert len(rows) == 9  # a tile, four edges (three of them trained too), the loss
+    assert len(rows) == 10  # a tile, four edges (three of them trained too), the loss of a frozen and a trained head
     assert all(row["ok"] for row in rows), [row for row in rows if not row["ok"]]
     assert all(row["bitwise_repeat"] for row in rows)
+
+
+def test_every_tile_of_nano_is_asked_and_the_graph_has_a_fetched_one():
+    sizes = checks.Sizes()
+    asked = {chosen(sizes.hidden, sizes.width, 8 * rows, 8) for rows in sizes.rows()}
+    assert asked == {entry.tiles for entry in entries() if entry.shape == shape_key(sizes.hidden, sizes.width)}
+    assert chosen(sizes.hidden, sizes.width, 8 * sizes.graph_rows, 8).fc1.fetched
+
+
+def test_what_megatrons_layers_call_is_checked():
+    rows = list(checks.check_doors(DEVICE, SIZES))
+    assert [row["check"].rpartition(", ")[2] for row in rows] == [
+        "clamped",
+        "into main gradients",
+        "router from logits",
+    ]
+    assert all(row["ok"] and row["bitwise_repeat"] for row in rows), rows
+
+
+def test_a_benchmark_that_finds_us_wrong_is_a_status():
+    ours = {"op": "experts", "provider": "triton", "median_ms": None}
+    assert not gpu_check.is_right(ours | {"kind": "wrong"}) and not gpu_check.is_right(ours | {"kind": "failed"})
+    assert not gpu_check.is_right({"check": "experts", "ok": False})
+    assert gpu_check.is_right(ours | {"median_ms": 1.0}) and gpu_check.is_right({"target": "waits", "met": False})
+    assert gpu_check.is_right(ours | {"provider": "liger", "kind": "failed"})
 
 
 @pytest.mark.slow

@@ -12,9 +12,8 @@ from megatron_evolve.kernels.matrices import matrices
 from megatron_evolve.kernels.tile_table import Tile, Tiles
 from megatron_evolve.kernels.tiles import tiling
 from megatron_evolve.kernels.weight_gradient import weight_gradient
-from tests.kernels.expert_cases import DEVICE
+from tests.kernels.expert_cases import DEVICE, FLOAT32
 
-FLOAT32 = 2e-6
 COUNTS = (20, 0, 33)  # rows of another expert stand in a block of the second; the first and third end inside one
 WIDTHS = {"fetched": (48, 64), "by pointers": (47, 61)}  # the copy engine wants rows of a multiple of 16 bytes
 

@@ -11,6 +11,7 @@ from megatron_evolve.kernels.offline import CHIPS, MAX_REGISTERS, MAX_SHARED_BYT
 from megatron_evolve.kernels.tile_table import entries
 
 WANTED = {"sm_90a": "wgmma", "sm_100": "tcgen05"}
+CLAMP_SPILLS = {"sm_90a": 0, "sm_100": 16}  # bytes a thread, of the gradient through fc2 with an adapter of rank 32
 
 
 @pytest.fixture(scope="module", params=CHIPS)
@@ -52,8 +53,10 @@ def test_matrix_products_run_on_the_tensor_cores(compiled):
 
 @pytest.mark.slow
 def test_nothing_spills_and_all_fits(compiled):
-    assert {c.operands for c in compiled[1]} == {"", "bf16", "f32"}
-    for c in compiled[1]:
-        assert c.spilled_bytes == 0 or c.operands == "f32", c
+    chip, kernels = compiled
+    assert {c.operands for c in kernels} == {"", "bf16", "f32"}
+    assert {c.kernel for c in kernels if c.clamped} == {"fc1.fc1", "fc2_gradient.fc2_gradient"}
+    for c in kernels:
+        assert c.spilled_bytes <= CLAMP_SPILLS[chip] * c.clamped or c.operands == "f32", c
         assert c.shared_bytes <= MAX_SHARED_BYTES, c
         assert c.registers * c.threads <= MAX_REGISTERS, c

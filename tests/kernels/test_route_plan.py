@@ -39,6 +39,19 @@ def test_plan_is_the_definitions(case, dtype):
         assert torch.equal(a.long(), b), name
 
 
+def test_an_index_that_names_no_expert_stays_within_the_plan():
+    """It counts as the nearest expert's; nothing is written, or read later, beyond the tensors."""
+    idx = torch.tensor([[0, 9], [-3, 2], [1, 1 << 30]], device=DEVICE)
+    got, want = route_plan.route_plan(idx, 4), route_plan.route_plan(idx.clamp(0, 3), 4)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_counts_may_be_a_column_of_something():
+    counts = torch.tensor([[3, 99], [0, 99], [5, 99]], dtype=torch.int32, device=DEVICE)[:, 0]
+    got, want = tiles.tile_map(counts, 8, 16), tiles.tile_map(counts.clone(), 8, 16)
+    assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))
+
+
 @pytest.mark.parametrize("rows", [16, 64])
 @pytest.mark.parametrize("case", CASES)
 def test_tiles_cover_every_row_once_and_cross_no_expert(case, rows):

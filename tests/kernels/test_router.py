@@ -5,10 +5,9 @@ import torch
 
 from megatron_evolve.kernels import reference
 from megatron_evolve.kernels.router import router, router_from_tokens
-from tests.kernels.expert_cases import DEVICE, error
+from tests.kernels.expert_cases import DEVICE, FLOAT32, error
 
 SCALE = 2.5
-FLOAT32 = 2e-6  # eps 1.2e-7, one exponential and one division: measured at most 1.2e-7; with the product over H, 1.8e-7
 # The gradient passes through dlogits rounded to bfloat16 once (2^-9) and one bfloat16 product (2^-9 again): measured at
 # most 2.5e-3.
 BFLOAT16 = 8e-3
@@ -67,6 +66,13 @@ def test_from_tokens(case, dtype, tolerance):
         assert error(a, b) <= tolerance
 
 
+def test_a_bias_may_be_a_column_of_something():
+    x, _, bias = values("odd")
+    pair = torch.stack((bias, bias.flip(0)), 1)
+    got, want = router(x[:, :7], pair[:, 0], 3, SCALE), router(x[:, :7], bias, 3, SCALE)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
 def test_ties_go_to_the_lowest_expert():
     idx, p = router(torch.zeros(4, 12, device=DEVICE), torch.zeros(12, device=DEVICE), 5, 1.0)
     assert idx.tolist() == [[0, 1, 2, 3, 4]] * 4
@@ -88,6 +94,18 @@ def test_nan_ranks_first_and_stays_in_its_token():
     assert torch.equal(idx.long(), reference.router(logits, torch.zeros(6, device=DEVICE), 2, 1.0)[0])
     assert p.isnan().any(-1).nonzero().flatten().tolist() == [2]
     assert p[2].isnan().all()
+
+
+def test_nan_of_a_token_stays_in_its_shares_and_gradient():
+    x, W, bias = values("plain")
+    with torch.no_grad():
+        x[5, 3] = torch.nan
+    idx, p = router_from_tokens(x, W, bias, CASES["plain"][2], SCALE)
+    dx, dW = torch.autograd.grad(p, [x, W], torch.ones_like(p))
+    own = torch.arange(len(x), device=DEVICE) == 5
+    assert torch.equal(p.isnan().all(1), own) and torch.equal(p.isnan().any(1), own)
+    assert torch.equal(dx.isnan().all(1), own) and torch.equal(dx.isnan().any(1), own)
+    assert dW[idx[5].long()].isnan().all(), "the chosen experts learn that something is wrong"
 
 
 def test_an_expert_barred_by_its_bias_is_chosen_last():
