@@ -42,6 +42,7 @@ class Target(NamedTuple):
     at_most: bool
     measured: Callable[[dict], float | None]  # of a row
     concerns: Callable[[dict], bool]
+    first_wanted: float | None = None  # where it was set anew
 
 
 def ceilings(device: str) -> Chip:
@@ -128,14 +129,16 @@ def _ours(row: dict) -> bool:
 WHOLE = ("frozen", "full")
 TARGETS = (
     # a copy reaches 2,970; the first measurement was 2,540 to 2,840
-    Target("GB/s of ops that move memory, from 256 MB on", 2600, False, _of("gb_per_s"), _moves_memory),
+    Target("GB/s of ops that move memory, from 256 MB on", 2600, False, _of("gb_per_s"), _moves_memory, 2900),
     Target("TFLOP/s of the layer forward", 450, False, _of("tflops"), _layer("forward", WHOLE, 8192)),
     Target("TFLOP/s of the layer backward", 400, False, _of("tflops"), _layer("backward", WHOLE, 8192)),
-    # asked at first: 1.15, 1.5, 1.5, of grouped products of 110 to 160 TFLOP/s; torch's reach 690, and these three are
-    # what the parts measured beside them add up to (docs/results/kernels.md)
-    Target("times the unfused path at 3,072 rows an expert", 1.03, False, _ratio, _layer("both", WHOLE, 8192)),
-    Target("times the unfused path at 768 rows an expert", 1.15, False, _ratio, _layer("both", WHOLE, 2048)),
-    Target("times the unfused path with adapters of rank 32", 1.35, False, _ratio, _layer("both", ("lora",), 8192)),
+    # first asked of grouped products of 110 to 160 TFLOP/s; torch's reach 690, and these three are what the parts
+    # measured beside them add up to (docs/results/kernels.md)
+    Target("times the unfused path at 3,072 rows an expert", 1.03, False, _ratio, _layer("both", WHOLE, 8192), 1.15),
+    Target("times the unfused path at 768 rows an expert", 1.15, False, _ratio, _layer("both", WHOLE, 2048), 1.5),
+    Target(
+        "times the unfused path with adapters of rank 32", 1.35, False, _ratio, _layer("both", ("lora",), 8192), 1.5
+    ),
     Target("waits of the host", 0, True, _of("syncs"), _ours),
 )
 
@@ -146,7 +149,8 @@ def judged(found: list[dict]) -> Iterator[dict]:
     for target in TARGETS:
         values = [target.measured(row) for row in measured if target.concerns(row)]
         values = [value for value in values if value is not None]
-        yield _judged(target.name, target.wanted, values, at_most=target.at_most)
+        anew = {} if target.first_wanted is None else {"first_wanted": target.first_wanted}
+        yield _judged(target.name, target.wanted, values, at_most=target.at_most) | anew
     yield _judged("share of the unfused path's saved activations", 0.30, _saved_shares(measured), at_most=True)
     repeats = [row["bitwise_repeat"] for row in measured if _ours(row) and "bitwise_repeat" in row]
     yield _judged("runs that gave other bits", 0, [float(not same) for same in repeats], at_most=True)
