@@ -21,7 +21,7 @@ BOUNDS = ("d_dev", "d_external", "gap")
 
 def rounds(chronicle: Chronicle, quotes: Quotes) -> Markup:
     """Every round in full."""
-    told = [_round(chapter, quotes) for chapter in chronicle.chapters]
+    told = [_round(chapter, quotes, _again(chronicle, chapter.number)) for chapter in chronicle.chapters]
     if not told:
         return section("rounds", "Rounds", tag("p", "No round has been opened yet."))
     how = (
@@ -35,11 +35,20 @@ def rounds(chronicle: Chronicle, quotes: Quotes) -> Markup:
     return section("rounds", "Rounds", note(how, " ", what), *told)
 
 
-def _round(chapter: Chapter, quotes: Quotes) -> Markup:
+def _again(chronicle: Chronicle, number: int) -> Markup | None:
+    """Which halves of a CSV target asked rows of an earlier round in this one."""
+    again = [split for split, anew in chronicle.opened.get("rounds_anew", {}).items() if number > anew]
+    if not again:
+        return None
+    return note(f"Rows of {' and '.join(again)} were asked in an earlier round: their luck is shared with it.")
+
+
+def _round(chapter: Chapter, quotes: Quotes, again: Markup | None) -> Markup:
     policy, here = chapter.policy, ("rounds", chapter.place)
     parts = [
         tag("h3", "Round ", chapter.number, " ", tag("span", policy.mode, class_="badge mode")),
         _opening(chapter, quotes, here),
+        again,
         _candidates(chapter, quotes, here),
     ]
     if chapter.evidence:
