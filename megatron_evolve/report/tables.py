@@ -1,7 +1,10 @@
 """The tables of a round: its candidates with every effect, its verdicts with every figure, its runs and families."""
 
+import statistics
+from statistics import NormalDist
 from typing import Any
 
+from megatron_evolve.eval.paired import POWER
 from megatron_evolve.evidence import CandidateEvidence
 from megatron_evolve.report.chronicle import Chapter, Chronicle
 from megatron_evolve.report.figures import NOTHING, Quotes, digest, label, ratio, seconds, size
@@ -16,7 +19,9 @@ from megatron_evolve.report.wording import (
 )
 
 SCORED_SPLITS = ("dev-a", "dev-b", "external-a", "external-b")
+SIDES = ("dev", "external")
 BOUNDS = ("d_dev", "d_external", "gap")
+POWER_Z = NormalDist().inv_cdf(POWER)
 
 
 def rounds(chronicle: Chronicle, quotes: Quotes) -> Markup:
@@ -230,8 +235,24 @@ def _families(chapter: Chapter, quotes: Quotes, here: tuple[Any, ...]) -> Markup
         return None
     rows = []
     for place, one in enumerate(candidates):
-        for split in ("dev", "external"):
+        for split in SIDES:
             scores = [quotes.score(*here, "candidates", place, "domains", name, split) for name in names]
             if any(score is not NOTHING for score in scores):
                 rows.append([one["axis"], split, *(cell(score) for score in scores)])
-    return fold("Accuracy by family", table("Accuracy by family", ("candidate", "on", *names), rows))
+    told = "What a family's difference to the anchor must truly be to be seen, in points (80\u00a0% power, two-sided "
+    told += "5\u00a0%; the median over explorers), stands in the last lines."
+    for split in SIDES:
+        sizes = [_visible(chapter, name, split) for name in names]
+        if any(one is not NOTHING for one in sizes):
+            rows.append(["smallest visible", split, *sizes])
+    columns = ("candidate", "on", *names)
+    return fold("Accuracy by family", join([table("Accuracy by family", columns, rows), note(told)]))
+
+
+def _visible(chapter: Chapter, family: str, split: str) -> str | Markup:
+    """Smallest true effect of a typical explorer in one family that its interval leaves zero out of, in points."""
+    held = [one.domains[family] for one in chapter.evidence.candidates if family in one.domains]
+    found = [effect for one in held if (effect := one.dev_effect if split == "dev" else one.external_effect)]
+    if not found:
+        return NOTHING
+    return size(statistics.median((one.high - one.low) / 2 + POWER_Z * one.se for one in found))
