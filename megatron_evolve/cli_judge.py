@@ -144,7 +144,7 @@ def verify_eval(
     dir: Annotated[Path, typer.Argument(help="a frozen judge, or a campaign's folder", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """Answers whose score is known, put before the judge: right, wrong, dealt anew, empty, cut off. 1 if it errs."""
+    """Answers whose score is known, put before the judge, and its items sought among training rows. 1 if it errs."""
     from megatron_evolve.cli import guarded
 
     def answer() -> None:

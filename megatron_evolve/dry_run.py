@@ -1,7 +1,8 @@
 """A dry run: every script that a campaign would start on a site and what it would use, before anything is.
 
 The scripts are those of the run itself: the same jobs, from the same ground, rendered by the same launcher. Nothing is
-started or written, and neither the weights nor the external target need be there.
+started or written, and neither the weights nor the external target need be there; where a CSV is, its rows are counted,
+so that it is told from which round on they return.
 """
 
 import shlex

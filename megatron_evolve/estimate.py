@@ -12,6 +12,7 @@ from megatron_evolve.budget import WORDS
 from megatron_evolve.campaign import Campaign, ExternalCsv, plan_of
 from megatron_evolve.eval.suite import GeneratedSuite
 from megatron_evolve.preflight import Preflight
+from megatron_evolve.reuse import reuse_words, rounds_anew
 from megatron_evolve.substrate.plan.flops import token_flops
 from megatron_evolve.survey import survey_stages
 
@@ -78,6 +79,7 @@ def estimate(found: Preflight) -> dict[str, Any]:
             "max_new_tokens": campaign.judge.engine.max_new_tokens,
         },
         "looks_a_round": looks_a_round(campaign),
+        "rounds_anew": rounds_anew(campaign),
     }
 
 
@@ -97,7 +99,7 @@ def use_words(use: dict[str, Any], budget: dict[str, dict[str, float | None]]) -
         parts += [f"{assumed:,.4g} assumed for training"] if name == "gpu_hours" and assumed is not None else []
         parts.append(f"{one['used']:,.4g} used of a budget of {limit:,g}" if limit is not None else "no budget")
         lines.append(f"  {WORDS[name]}: {', '.join(parts)}")
-    return lines
+    return lines + reuse_words(use["rounds_anew"], use["rounds"])
 
 
 def items_of(campaign: Campaign) -> dict[str, int | None]:

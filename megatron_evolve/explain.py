@@ -3,6 +3,8 @@
 Everything told stands in the policy, the evidence and the edits; nothing is computed anew and nothing is judged here.
 """
 
+from typing import Any
+
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.policy import Edit, SearchPolicy, struck
 from megatron_evolve.reading import authoritative_split, told_effect
@@ -16,6 +18,7 @@ def explain(policy: SearchPolicy, evidence: Evidence, following: SearchPolicy, e
         f"Round {policy.round} searched in mode {policy.mode} for the {policy.objective} score, "
         f"from standing settings with {len(policy.pending)} change(s) waiting.",
         *_told_candidates(evidence),
+        _told_visible(evidence),
         *_told_verdicts(evidence),
     ]
     reasons: dict[str, list[str]] = {}
@@ -52,15 +55,33 @@ def _told_candidates(evidence: Evidence) -> list[str]:
     return told or ["No explorer ran."]
 
 
+def _told_visible(evidence: Evidence) -> str:
+    """What the effects above are to be held against."""
+    sizes = [f"{split} {100 * size:.1f} pt" for split, size in evidence.minimum_detectable_effect.items()]
+    if not sizes:
+        return "The smallest effect that it could see is unknown: nothing was compared."
+    return f"The smallest effect of a candidate that it would see (80 % power, one-sided 5 %): {', '.join(sizes)}."
+
+
 def _told_verdicts(evidence: Evidence) -> list[str]:
     resolved = [verdict for verdict in evidence.verdicts if verdict["outcome"] != "UNRESOLVED"]
     if not resolved:
-        return ["No verdict was resolved."]
-    return [
-        f"Verdict for the {verdict['estimand']} estimand, {verdict.get('domain') or 'overall'}: {verdict['outcome']}. "
-        f"{verdict.get('reason', '')}".strip()
-        for verdict in resolved
-    ]
+        sizes = [size for one in evidence.verdicts if (size := one.get("minimum_detectable_effect")) is not None]
+        told = f"; at best {_would_see(min(sizes))}, at worst one of {100 * max(sizes):.1f} pt" if sizes else ""
+        return [f"No verdict was resolved{told}."]
+    return [_told_verdict(verdict) for verdict in resolved]
+
+
+def _told_verdict(verdict: dict[str, Any]) -> str:
+    about = f"Verdict for the {verdict['estimand']} estimand, {verdict.get('domain') or 'overall'}"
+    said = f"{about}: {verdict['outcome']}. {verdict.get('reason', '')}".strip()
+    size = verdict.get("minimum_detectable_effect")
+    return said if size is None else f"{said} {_would_see(size).capitalize()}."
+
+
+def _would_see(size: float) -> str:
+    """The smallest dev gain of which a verdict would have told, with 80 % power, that nothing arrived outside."""
+    return f"it would see a dev gain of {100 * size:.1f} pt of which nothing arrives"
 
 
 def _short(value: object) -> str:

@@ -34,6 +34,7 @@ from megatron_evolve.policy import DomainState, SearchPolicy
 from megatron_evolve.preflight import check_campaign
 from megatron_evolve.prepare import Prepared, ground_of, prepare, reopen
 from megatron_evolve.retries import Paused, Retries
+from megatron_evolve.reuse import rounds_anew
 from megatron_evolve.rounds import run_campaign_rounds
 from megatron_evolve.site import Site, kubernetes_launcher, placed
 from megatron_evolve.sources import decision_sources
@@ -192,6 +193,7 @@ def _opening(folder: CampaignFolder, campaign: Campaign, prepared: Prepared) -> 
         "substrate_folder": str(prepared.substrate_folder),
         "judge_folder": str(prepared.judge_folder),
         "plan": plan_of(campaign),
+        "rounds_anew": rounds_anew(campaign),
         "budgets": campaign.constitution.budgets.model_dump(mode="json"),
     }
 

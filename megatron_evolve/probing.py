@@ -1,6 +1,7 @@
 """Probing the judge: its own process answers for itself, and here is what it says, in words.
 
-Only the judge's process opens the target, so the probes (`eval/probes.py`) run there and tell scores alone.
+Only processes of the judge's side open the target, so the probes (`eval/probes.py`) run there and tell scores alone,
+and so does the comparison of what was trained on with what was asked (`leaks.py`), which tells counts.
 """
 
 import json
@@ -12,16 +13,23 @@ from typing import Any
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.audit import open_record
 from megatron_evolve.eval.judge import MANIFEST
+from megatron_evolve.leaks import words as leak_words
 
 
 def probe(folder: Path) -> dict[str, Any]:
-    """What every probe scored on the judge in `folder`, or on the judge of the campaign there."""
-    judge = folder
-    if CampaignFolder(folder).ledger.exists():
-        judge = Path(open_record(folder).opened["judge_folder"])
-    elif not (folder / MANIFEST).exists():
+    """What every probe scored on the judge in `folder`, or on that of the campaign there and whether it leaked."""
+    campaign = CampaignFolder(folder).ledger.exists()
+    judge = Path(open_record(folder).opened["judge_folder"]) if campaign else folder
+    if not campaign and not (folder / MANIFEST).exists():
         raise ValueError(f"expected a frozen judge or a campaign in {folder}, found neither: name the folder of one")
-    argv = (sys.executable, "-m", "megatron_evolve.eval.probes", "--judge", str(judge))
+    found = _told("megatron_evolve.eval.probes", "--judge", str(judge))
+    leakage = _told("megatron_evolve.leaks", str(folder)) if campaign else None
+    return {**found, "ok": found["ok"] and (leakage is None or leakage["ok"]), "leakage": leakage}
+
+
+def _told(module: str, *arguments: str) -> dict[str, Any]:
+    """What a process of the judge's side prints. Raises ValueError with its one sentence."""
+    argv = (sys.executable, "-m", module, *arguments)
     done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode:
         told = done.stderr.strip().splitlines()
@@ -45,5 +53,9 @@ def words(found: dict[str, Any]) -> str:
         )
     if found["headroom"] is None:
         lines.append("headroom unknown: the origin was not scored yet")
-    lines.append("the judge scores as it must" if found["ok"] else "the judge errs: score nothing with it")
+    lines += leak_words(found["leakage"])
+    if found["leakage"] and not found["leakage"]["ok"]:
+        lines.append("items of the judge were trained on: its scores speak of memory; freeze another judge")
+    else:
+        lines.append("the judge scores as it must" if found["ok"] else "the judge errs: score nothing with it")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_evolve.contest.protocol import METHODS, PRODUCT
-from megatron_evolve.contest.table import interval_text, markdown
+from megatron_evolve.contest.table import VISIBLE, interval_text, markdown, visible
 
 LEVEL = 0.95
 Rows = Sequence[dict[str, Any]]
@@ -79,8 +79,8 @@ def alarms(verdicts: Sequence[dict[str, Any]]) -> list[str]:
 
 # --- page ------------------------------------------------------------------------------------------------------------
 
-HEADER = ("method", "campaigns", "external gain, pt", "against this policy, pt", "dev gain, pt", "looks", "pt a look")
-HEADER += ("CPU-s", "pt per 1,000 CPU-s", "runs", "of them failed")
+HEADER = ("method", "campaigns", "external gain, pt", "against this policy, pt", "smallest visible, pt", "dev gain, pt")
+HEADER += ("looks", "pt a look", "CPU-s", "pt per 1,000 CPU-s", "runs", "of them failed")
 
 
 def page(found: Sequence[dict[str, Any]]) -> str:
@@ -94,7 +94,7 @@ def page(found: Sequence[dict[str, Any]]) -> str:
     ]
     spoken = [(one["method"], row) for one in found for row in one["by_campaign"] if row["said"]]
     lines = [f"- {name}, campaign {row['campaign']}: {'; '.join(row['said'])}" for name, row in spoken]
-    return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])]) + "\n"
+    return "\n\n".join([*parts, VISIBLE, *(["\n".join(lines)] if lines else [])]) + "\n"
 
 
 def _row(one: dict[str, Any]) -> list[str]:
@@ -103,6 +103,7 @@ def _row(one: dict[str, Any]) -> list[str]:
         str(one["campaigns"]),
         interval_text(one["gain"], 100, 1),
         interval_text(one["against"], 100, 1),
+        visible(one["against"]),
         interval_text(one["dev_gain"], 100, 1),
         f"{one['looks']:.0f}",
         interval_text(one["gain_per_look"], 100, 2),

@@ -94,8 +94,9 @@ def _ratio(mine: Rows, cost: str) -> dict[str, float] | None:
 
 # --- pages -----------------------------------------------------------------------------------------------------------
 
-HEADER = ("method", "external gain, pt", "against this policy, pt", "trained again, pt", "dev gain, pt", "spread, pt")
-HEADER += ("looks", "pt a look", "CPU-s", "pt per 1,000 CPU-s")
+HEADER = ("method", "external gain, pt", "against this policy, pt", "smallest visible, pt", "trained again, pt")
+HEADER += ("dev gain, pt", "spread, pt", "looks", "pt a look", "CPU-s", "pt per 1,000 CPU-s")
+VISIBLE = "*Smallest visible* is half the width of the interval against this policy: any smaller one leaves zero in."
 
 
 def page(found: Sequence[dict[str, Any]]) -> str:
@@ -103,7 +104,10 @@ def page(found: Sequence[dict[str, Any]]) -> str:
     kinds = [kind for kind in KINDS if any(kind in one["by_kind"] for one in found)]
     first = markdown(HEADER, [_row(one) for one in found])
     by_kind = [[one["method"], *(interval_text(one["by_kind"].get(kind), 100, 1) for kind in kinds)] for one in found]
-    return f"{first}\n\n{markdown(('method', *kinds), by_kind)}\n"
+    widths = [one["by_kind"][kind] for one in found for kind in kinds if kind in one["by_kind"]]
+    halves = sorted(50 * (one["high"] - one["low"]) for one in widths)
+    of_kinds = f"\nOf a gain on one kind of surface it is {halves[0]:.1f} to {halves[-1]:.1f} pt." if halves else ""
+    return f"{first}\n\n{markdown(('method', *kinds), by_kind)}\n\n{VISIBLE}{of_kinds}\n"
 
 
 def _row(one: dict[str, Any]) -> list[str]:
@@ -111,6 +115,7 @@ def _row(one: dict[str, Any]) -> list[str]:
         one["method"],
         interval_text(one["gain"], 100, 1),
         interval_text(one["against"], 100, 1),
+        visible(one["against"]),
         f"{100 * one['again']['mean']:+.1f}",
         f"{100 * one['dev_gain']['mean']:+.1f}",
         "-" if one["spread"] is None else f"{100 * one['spread']:.1f}",
@@ -127,6 +132,12 @@ def interval_text(found: dict[str, float] | None, factor: float, digits: int) ->
         return "-"
     mean, low, high = (f"{factor * found[name]:+.{digits}f}" for name in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
+
+
+def visible(found: dict[str, float] | None) -> str:
+    """Half the width of an interval, in points; a dash where it has no bounds."""
+    half = math.inf if found is None else 50 * (found["high"] - found["low"])
+    return f"{half:.1f}" if math.isfinite(half) else "-"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

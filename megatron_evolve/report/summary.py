@@ -16,6 +16,7 @@ from megatron_evolve.report.wording import (
     scope_words,
     told_verdicts,
 )
+from megatron_evolve.reuse import reuse_words
 
 STATES = {
     "preparing": "Substrate, judge and origin are being made; no round has been opened yet.",
@@ -100,7 +101,9 @@ def limits(chronicle: Chronicle, quotes: Quotes) -> Markup:
     if external is None:
         may_not.append("There is no external target: whether any dev effect means something outside is unknown.")
     elif isinstance(external, ExternalCsv):
-        may_not.append("External items come from one file, and its rows may return in later rounds: rounds share luck.")
+        anew = chronicle.opened.get("rounds_anew")
+        told = reuse_words(anew, rules.rounds) if anew else ["its rows may return in later rounds: rounds share luck"]
+        may_not.append(f"External items come from one file: {'; '.join(told)}.")
     if quotes.at("interventions"):
         may_not.append("People intervened, so the result is not the loop's alone.")
     return section(

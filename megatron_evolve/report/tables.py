@@ -1,7 +1,10 @@
 """The tables of a round: its candidates with every effect, its verdicts with every figure, its runs and families."""
 
+import statistics
+from statistics import NormalDist
 from typing import Any
 
+from megatron_evolve.eval.paired import POWER
 from megatron_evolve.evidence import CandidateEvidence
 from megatron_evolve.report.chronicle import Chapter, Chronicle
 from megatron_evolve.report.figures import NOTHING, Quotes, digest, label, ratio, seconds, size
@@ -16,12 +19,14 @@ from megatron_evolve.report.wording import (
 )
 
 SCORED_SPLITS = ("dev-a", "dev-b", "external-a", "external-b")
+SIDES = ("dev", "external")
 BOUNDS = ("d_dev", "d_external", "gap")
+POWER_Z = NormalDist().inv_cdf(POWER)
 
 
 def rounds(chronicle: Chronicle, quotes: Quotes) -> Markup:
     """Every round in full."""
-    told = [_round(chapter, quotes) for chapter in chronicle.chapters]
+    told = [_round(chapter, quotes, _again(chronicle, chapter.number)) for chapter in chronicle.chapters]
     if not told:
         return section("rounds", "Rounds", tag("p", "No round has been opened yet."))
     how = (
@@ -35,11 +40,20 @@ def rounds(chronicle: Chronicle, quotes: Quotes) -> Markup:
     return section("rounds", "Rounds", note(how, " ", what), *told)
 
 
-def _round(chapter: Chapter, quotes: Quotes) -> Markup:
+def _again(chronicle: Chronicle, number: int) -> Markup | None:
+    """Which halves of a CSV target asked rows of an earlier round in this one."""
+    again = [split for split, anew in chronicle.opened.get("rounds_anew", {}).items() if number > anew]
+    if not again:
+        return None
+    return note(f"Rows of {' and '.join(again)} were asked in an earlier round: their luck is shared with it.")
+
+
+def _round(chapter: Chapter, quotes: Quotes, again: Markup | None) -> Markup:
     policy, here = chapter.policy, ("rounds", chapter.place)
     parts = [
         tag("h3", "Round ", chapter.number, " ", tag("span", policy.mode, class_="badge mode")),
         _opening(chapter, quotes, here),
+        again,
         _candidates(chapter, quotes, here),
     ]
     if chapter.evidence:
@@ -221,8 +235,24 @@ def _families(chapter: Chapter, quotes: Quotes, here: tuple[Any, ...]) -> Markup
         return None
     rows = []
     for place, one in enumerate(candidates):
-        for split in ("dev", "external"):
+        for split in SIDES:
             scores = [quotes.score(*here, "candidates", place, "domains", name, split) for name in names]
             if any(score is not NOTHING for score in scores):
                 rows.append([one["axis"], split, *(cell(score) for score in scores)])
-    return fold("Accuracy by family", table("Accuracy by family", ("candidate", "on", *names), rows))
+    told = "What a family's difference to the anchor must truly be to be seen, in points (80\u00a0% power, two-sided "
+    told += "5\u00a0%; the median over explorers), stands in the last lines."
+    for split in SIDES:
+        sizes = [_visible(chapter, name, split) for name in names]
+        if any(one is not NOTHING for one in sizes):
+            rows.append(["smallest visible", split, *sizes])
+    columns = ("candidate", "on", *names)
+    return fold("Accuracy by family", join([table("Accuracy by family", columns, rows), note(told)]))
+
+
+def _visible(chapter: Chapter, family: str, split: str) -> str | Markup:
+    """Smallest true effect of a typical explorer in one family that its interval leaves zero out of, in points."""
+    held = [one.domains[family] for one in chapter.evidence.candidates if family in one.domains]
+    found = [effect for one in held if (effect := one.dev_effect if split == "dev" else one.external_effect)]
+    if not found:
+        return NOTHING
+    return size(statistics.median((one.high - one.low) / 2 + POWER_Z * one.se for one in found))

@@ -7,11 +7,12 @@ printed, whatever comes out.
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from statistics import NormalDist
 from typing import Any, Self
 
 from pydantic import Field
 
-from megatron_evolve.eval.paired import wilson
+from megatron_evolve.eval.paired import POWER, wilson
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.verdict import OVERALL
 from megatron_evolve.worlds.truth import TRUTH_ALPHA, TrueEffect
@@ -108,6 +109,11 @@ class Mean(Frozen):
         half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
         return cls(mean=mean, low=mean - half, high=mean + half, n=len(values))
 
+    @property
+    def visible(self) -> str:
+        """Half the interval's width in points: any smaller mean leaves zero in."""
+        return f"{50 * (self.high - self.low):.1f}" if self.low is not None and self.high > self.low else "-"
+
     def __str__(self) -> str:
         if self.mean is None:
             return "none to count"
@@ -130,6 +136,11 @@ class WorldSummary(Frozen):
     )
     advantage: Mean = Field(description="sealed score of the standing settings minus the dev-maximiser's")
     price: Mean = Field(description="the maximiser's minus the standing one's, where nothing truly parted")
+
+    @property
+    def visible(self) -> str:
+        """The smallest advantage that so many campaigns can see."""
+        return self.advantage.visible
 
 
 def summary_of(name: str, results: Sequence[CampaignResult]) -> WorldSummary:
@@ -176,6 +187,8 @@ intervals: Wilson's for rates, Student's over campaigns for differences, which a
 - *first named*: round of the first right alarm, by campaign in which something parted.
 - *advantage*: on the sealed items, standing settings minus those with the best dev-A score among all that the campaign
   tried, fresh runs on both sides.
+- *smallest visible*: half the width of the advantage's brackets, since any smaller one leaves zero in; of a rate it is
+  half of its own brackets. A dash: one campaign alone, or the same settings on both sides in all.
 - *price*: the same with the other sign, where nothing parted: what it costs to be vigilant for nothing.
 """
 COLUMNS = {
@@ -188,6 +201,7 @@ COLUMNS = {
     "false_alarms": "false alarms",
     "rounds_to_detect": "first named",
     "advantage": "advantage, pt",
+    "visible": "smallest visible, pt",
     "price": "price, pt",
 }
 
@@ -209,7 +223,8 @@ def page(facts: dict[str, Any], found: Sequence[WorldSummary], results: Sequence
     """The result as Markdown. `facts` fill in how to read it."""
     rows = [[_cell(getattr(one, name)) for name in COLUMNS] for one in found]
     parts = ["# Worlds", HOW_TO_READ.format(**facts), _markdown(list(COLUMNS.values()), rows)]
-    parts += ["## Campaigns", _markdown(list(CAMPAIGN_COLUMNS), [_campaign_row(one) for one in results])]
+    parts += ["## Campaigns", CAMPAIGNS_TO_READ]
+    parts.append(_markdown(list(CAMPAIGN_COLUMNS), [_campaign_row(one) for one in results]))
     told = [one.campaign for one in results if {effect.scope for effect in one.truth} == {OVERALL}]
     if told:
         parts.append(
@@ -222,7 +237,13 @@ def page(facts: dict[str, Any], found: Sequence[WorldSummary], results: Sequence
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-CAMPAIGN_COLUMNS = ("campaign", "seed", "truly parted (G in points)", "said", "standing", "maximiser", "advantage, pt")
+CAMPAIGNS_TO_READ = """\
+*Smallest visible G* is the gap that the scoring of truth would have called a parting with 80 % power, at its share of
+the level: of dev as a whole, and of a family (medians over rounds, estimands and families). *±* is the 95 % interval of
+the sealed items.
+"""
+CAMPAIGN_COLUMNS = ("campaign", "seed", "truly parted (G in points)", "smallest visible G, pt", "said", "standing")
+CAMPAIGN_COLUMNS += ("maximiser", "advantage, pt")
 
 
 def _campaign_row(one: CampaignResult) -> list[str]:
@@ -234,11 +255,26 @@ def _campaign_row(one: CampaignResult) -> list[str]:
     said = dict.fromkeys(_said(alarm) for alarm in one.alarms)
     accuracy = one.sealed["accuracy"]
     scores = [f"{accuracy[side]:.3f}" if side in accuracy else "-" for side in ("standing", "maximiser")]
-    difference = "-" if one.difference is None else f"{100 * one.difference:+.1f}"
+    difference = "-"
+    if one.difference is not None:
+        difference = f"{100 * one.difference:+.1f} ± {196 * one.sealed['difference']['item_se']:.1f}"
     if one.sealed["same"]:
         difference = "+0.0 (same settings)"
     told = one.sealed["reason"] or difference
-    return [one.campaign, str(one.seed), ", ".join(parted) or "nothing", ", ".join(said) or "nothing", *scores, told]
+    names = [", ".join(parted) or "nothing", _visible(one.truth), ", ".join(said) or "nothing"]
+    return [one.campaign, str(one.seed), *names, *scores, told]
+
+
+def _visible(truth: Sequence[TrueEffect]) -> str:
+    """The closed form of every verdict, of the bounds that truth was told by."""
+    power = NormalDist().inv_cdf(POWER)
+    told = []
+    for name, whole in (("overall", True), ("a family", False)):
+        gaps = [effect.g for effect in truth if (effect.scope == OVERALL) == whole]
+        if gaps:
+            size = statistics.median((gap.high - gap.low) / 2 + power * gap.se for gap in gaps)
+            told.append(f"{name} {100 * size:.1f}")
+    return ", ".join(told) or "-"
 
 
 def _said(alarm: Alarm) -> str:

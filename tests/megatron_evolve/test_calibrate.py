@@ -71,9 +71,11 @@ def test_calibrate_and_verify_eval_of_a_campaign(ground):
 
     done = runner.invoke(app, ["verify-eval", str(ground.finished), "--json"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["ok"]
+    found = json.loads(done.stdout)
+    assert found["ok"] and "nano is exempt" in found["leakage"]["exempt"]
     text = runner.invoke(app, ["verify-eval", str(ground.finished)]).stdout
     assert "ok    gold           1.000, must be 1.000" in text and "headroom dev-b" in text
+    assert "leakage not checked: nano is exempt" in text
 
 
 def test_what_cannot_be_calibrated_is_said(tmp_path):

@@ -248,7 +248,10 @@ def test_intervals_are_over_surfaces():
     assert other["against"] == pytest.approx({"mean": -0.02, "low": -0.02, "high": -0.02})
     assert other["gain_per_look"] is None
     assert best["gain_per_look"]["mean"] == pytest.approx(0.065 / 64)
-    assert "greedy on dev" in page([best, other]) and plot([best, other]).startswith("<svg")
+    told = page([best, other])
+    assert "greedy on dev" in told and plot([best, other]).startswith("<svg")
+    assert "| -2.0 [-2.0, -2.0] | 0.0 |" in told and "| - | - |" in told, "a method, and this policy itself"
+    assert "half the width of the interval against this policy" in told
 
 
 def test_compare_command(tmp_path):

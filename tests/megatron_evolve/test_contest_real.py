@@ -280,6 +280,8 @@ def test_intervals_are_students_over_campaigns_and_paired_by_number():
     assert best["against"] is None and other["gain_per_look"] is None
     assert best["gain_per_look"]["mean"] == pytest.approx(np.mean(gains[PRODUCT]) / 10)
     told = page([best, other])
+    assert f"] | {50 * (other['against']['high'] - other['against']['low']):.1f} |" in told
+    assert "*Smallest visible* is half the width" in told
     assert "round 2: DECOUPLED (selected, equation)" in told and "| +10.0 ± 2.0 (dev +12.0) |" in told
     assert json.loads(json.dumps(best)) == best
     assert set(METHODS) > {row["method"] for row in rows}

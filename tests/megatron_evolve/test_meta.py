@@ -319,7 +319,9 @@ def test_check_edits_finds_what_does_not_add_up() -> None:
 def test_every_edit_cites_what_is_there_and_the_argument_can_be_read() -> None:
     policy = start()
     explorers = [explorer(policy, "lr", UP, external=UP), explorer(policy, "headroom", DOWN)]
-    evidence = round_of(policy, *explorers, verdicts=[verdict("DECOUPLED", "green")])
+    told = verdict("DECOUPLED", "green") | {"minimum_detectable_effect": 0.03}
+    sizes = {"dev-b": 0.04, "external": 0.051}
+    evidence = round_of(policy, *explorers, verdicts=[told], minimum_detectable_effect=sizes)
     following, edits = next_policy(RULES, policy, evidence)
     document = evidence.model_dump(mode="json", by_alias=True)
     for edit in edits:
@@ -330,5 +332,11 @@ def test_every_edit_cites_what_is_there_and_the_argument_can_be_read() -> None:
         "objective from 'dev' to 'external'",
         "lr moved dev-b by +3.0 pt",
         struck(premise("green")),
+        "The smallest effect of a candidate that it would see (80 % power, one-sided 5 %): dev-b 4.0 pt, external 5.1",
+        "Told by numbers. It would see a dev gain of 3.0 pt of which nothing arrives.",
     ):
         assert said in text
+    unsettled = [verdict("UNRESOLVED") | {"minimum_detectable_effect": size} for size in (0.09, 0.04, None)]
+    text = explain(policy, evidence.replace(verdicts=unsettled, minimum_detectable_effect={}), following, ())
+    assert "; at best it would see a dev gain of 4.0 pt of which nothing arrives, at worst one of 9.0 pt." in text
+    assert "The smallest effect that it could see is unknown" in text

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ import pytest
 
 from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.report import write_report
+from megatron_evolve.report.chronicle import read_chronicle
 from megatron_evolve.report.figures import NOTHING, Quotes, points, probability, seconds
 from megatron_evolve.report.markup import Markup, tag
 from megatron_evolve.report.svg import Scale
@@ -247,3 +249,17 @@ def test_renders_in_a_browser_with_every_number_and_no_complaint(campaigns, docu
     assert {path: json.loads(value) for path, value in quoted.items()} == expected
     assert not [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
     assert picture.stat().st_size > 50_000
+
+
+def test_a_familys_smallest_visible_effect_stands_below_its_scores(tmp_path: Path) -> None:
+    """The closed form of every verdict, of the bounds that evidence keeps: half the interval and .84 of its error."""
+    folder = build_campaign(tmp_path / "campaign", judged=1)
+    evidence = read_chronicle(folder).chapters[0].evidence
+    name = next(iter(evidence.candidates[0].domains))
+    held = [one.domains[name].dev_effect for one in evidence.candidates if one.domains]
+    found = [(one.high - one.low) / 2 + 0.8416 * one.se for one in held if one]
+    page = write_report(folder, None).read_text()
+    [table] = re.findall(r"<caption>Accuracy by family</caption>.*?</table>", page, re.DOTALL)
+    last = re.findall(r"<tr>.*?</tr>", table, re.DOTALL)[-2:]
+    assert all("smallest visible" in row for row in last) and "dev" in last[0] and "external" in last[1]
+    assert f"{100 * statistics.median(found):.1f}" in last[0]

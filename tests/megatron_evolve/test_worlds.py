@@ -300,6 +300,11 @@ def test_the_page_prints_whatever_came_out() -> None:
     for words in ("2 of 9", "10,000 dev", "a (DECOUPLED, round 2)", "none to count", "2 versions of the code"):
         assert words in text
     assert "scores alone" not in text
+    g = results[0].truth[0].g
+    seen = 100 * ((g.high - g.low) / 2 + 0.8416 * g.se)
+    assert f"overall {seen:.1f}, a family {seen:.1f}" in text and "+0.0 ± 2.0" in text
+    assert Mean.over([0.01, 0.02, 0.03]).visible == "2.5"
+    assert [Mean.over(alike).visible for alike in ([], [0.1], [0.1, 0.1])] == ["-"] * 3
     assert page({**facts, "dev": 1, "external": 1}, [], []).startswith("# Worlds")
     alarm = Alarm(round=1, estimand="mean", scope="overall", outcome="DECOUPLED", attributed_to=("a", "b"))
     whole = results[0].replace(alarms=(alarm,), truth=results[0].truth[:1])
