@@ -33,9 +33,7 @@ HARMLESS = [name for name, one in SCENARIOS.items() if one.harmless]
 def start(scenario, noise, campaigns, seed=1, plan=PLAN):
     """Dice and the first state of some campaigns."""
     draw = Draw(np.random.default_rng(seed), noise, scenario, plan, campaigns)
-    d, t = scenario.draw(draw.rng, campaigns, plan.explorers)
-    nothing = np.zeros((campaigns, len(FAMILIES)))
-    return draw, State(d, t, nothing, nothing, np.zeros(campaigns, dtype=bool))
+    return draw, State.at_origin(*scenario.draw(draw.rng, campaigns, plan.explorers))
 
 
 def alone(answers: Answers, campaign: int) -> list[RunItems]:

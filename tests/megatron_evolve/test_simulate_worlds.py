@@ -47,8 +47,7 @@ def test_a_score_only_target_is_judged_as_one_campaign_is():
     plan = Plan(items=120, exam=world.exam)
     draw = Draw(np.random.default_rng(3), MEASURED, world.scenario, plan, campaigns)
     d, t = world.scenario.draw(draw.rng, campaigns, plan.explorers)
-    nothing = np.zeros((campaigns, len(world.accuracy)))
-    state = State(5 * d, t, nothing, nothing, np.zeros(campaigns, dtype=bool))
+    state = State.at_origin(5 * d, t)
     rule, pool, rounds = rule_of(plan.rules, world.exam.domains), draw.pool(), []
     for number in (1, 2):
         rounds.append(draw.round(number, state)[0])
