@@ -93,7 +93,7 @@ def _together(draw: Draw, plan: Plan, known: bool) -> Told:
         rounds = [*rounds, items][-rule.window :]
         pool = pool.plus(items.replicates())
         looks = [look for _, of_scope in looks_at(rounds, rule, pool) for look in of_scope]
-        found = _alarms(looks, number, rule, state.away_B)
+        found = alarms_of(looks, number, rule, state.away_B)
         alarms.append(found)
         halves = 2 if plan.exam.step is None else 1
         asked += halves * len({name for name, _ in items.external_answers.runs})
@@ -110,7 +110,7 @@ def _together(draw: Draw, plan: Plan, known: bool) -> Told:
     return Told(names, np.stack(alarms, axis=1), moved, *reached, asked, visible)
 
 
-def _alarms(looks: list[Look], number: int, rule: GapTest, away_B: np.ndarray) -> np.ndarray:
+def alarms_of(looks: list[Look], number: int, rule: GapTest, away_B: np.ndarray) -> np.ndarray:
     """Which looks alarm, (B, looks). A campaign that still stands at the origin does not ask the cumulative one."""
     at_home = [
         replace(look, missing="still the origin", asked=False) if look.estimand == "cumulative" else look

@@ -97,7 +97,10 @@ def reported_pool(pool, campaign):
 
 @pytest.mark.slow
 def test_worlds_without_a_cue_alarm_in_at_most_5_per_cent():
-    """Measured 0 of 500 each; a judge that alarmed in 10 % would pass with probability .0002 (at most 3 of 100)."""
+    """Measured 0, 8 and 0 of 500; a judge that alarmed in 10 % of one world would pass it with probability .008.
+
+    (At most 3 of 100.)
+    """
     found = {one["world"]: one for one in simulate_worlds(100, 1, items=300)}
     for name in ("no-shift", "dev-weight-without-cue", "score-only-no-shift"):
         assert found[name]["any_alarm"]["rate"] <= 0.03
