@@ -26,7 +26,7 @@ def simulate(
             metavar="[SCENARIO]...", help="by name; otherwise all, and the conditions under which something must hold"
         ),
     ] = None,
-    campaigns: Annotated[int, typer.Option(help="simulated campaigns a scenario", min=2)] = 300,
+    campaigns: Annotated[int, typer.Option(help="simulated campaigns a scenario", min=2)] = 250,
     seed: Annotated[int, typer.Option(help="the same seed gives the same campaigns", min=0)] = 1,
     noise: Annotated[
         str, typer.Option(help="measured: as nano runs are; specified: as the stated powers assume")

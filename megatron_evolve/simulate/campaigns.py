@@ -112,17 +112,19 @@ def _together(draw: Draw, plan: Plan, known: bool) -> Told:
 
 def alarms_of(looks: list[Look], number: int, rule: GapTest, away_B: np.ndarray) -> np.ndarray:
     """Which looks alarm, (B, looks). A campaign that still stands at the origin does not ask the cumulative one."""
+    found = _alarms(looks, number, rule, len(away_B))
+    if away_B.all() or "cumulative" not in rule.estimands:
+        return found
     at_home = [
         replace(look, missing="still the origin", asked=False) if look.estimand == "cumulative" else look
         for look in looks
     ]
-    left, stayed = (
-        np.stack(
-            [np.broadcast_to(np.isin(one.outcome, ALARMS), away_B.shape) for one in decide(those, number, rule)], 1
-        )
-        for those in (looks, at_home)
-    )
-    return np.where(away_B[:, None], left, stayed)
+    return np.where(away_B[:, None], found, _alarms(at_home, number, rule, len(away_B)))
+
+
+def _alarms(looks: list[Look], number: int, rule: GapTest, campaigns: int) -> np.ndarray:
+    decided = decide(looks, number, rule)
+    return np.stack([np.broadcast_to(np.isin(one.outcome, ALARMS), campaigns) for one in decided], axis=1)
 
 
 def _first(look: Look) -> Look:
