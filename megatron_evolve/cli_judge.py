@@ -21,9 +21,12 @@ def add_judge_commands(app: typer.Typer) -> None:
 
 def simulate(
     scenarios: Annotated[
-        list[str] | None, typer.Argument(metavar="[SCENARIO]...", help="by name; all of them otherwise")
+        list[str] | None,
+        typer.Argument(
+            metavar="[SCENARIO]...", help="by name; otherwise all, and the conditions under which something must hold"
+        ),
     ] = None,
-    campaigns: Annotated[int, typer.Option(help="simulated campaigns a scenario", min=2)] = 500,
+    campaigns: Annotated[int, typer.Option(help="simulated campaigns a scenario", min=2)] = 250,
     seed: Annotated[int, typer.Option(help="the same seed gives the same campaigns", min=0)] = 1,
     noise: Annotated[
         str, typer.Option(help="measured: as nano runs are; specified: as the stated powers assume")
@@ -32,6 +35,10 @@ def simulate(
     anchors: Annotated[int, typer.Option(help="runs of the anchor in every round", min=1, max=64)] = 3,
     origin: Annotated[int, typer.Option(help="runs of the origin that were frozen with the judge", min=2)] = 8,
     shared: Annotated[float, typer.Option(help="share of flips common to all explorers", min=0, max=1)] = 0.0,
+    rounds: Annotated[int, typer.Option(help="of a campaign", min=1, max=100)] = 4,
+    cumulative: Annotated[
+        bool, typer.Option("--cumulative", help="judge the standing settings against the origin too")
+    ] = False,
     worlds: Annotated[
         bool, typer.Option("--worlds", help="the world matrix in place of scenarios, with the demo's 1,200 items")
     ] = False,
@@ -51,7 +58,8 @@ def simulate(
             found = simulate_worlds(campaigns, seed, noise)
             typer.echo("\n".join(json.dumps(one) for one in found) if as_json else page(found))
             return
-        plan = Plan(Constitution(anchor_seeds=anchors), origin_seeds=origin, items=items)
+        plan = Plan(Constitution(anchor_seeds=anchors, rounds=rounds), origin_seeds=origin, items=items)
+        plan = plan.judging_origin() if cumulative else plan
         found = run(scenarios or [], noise, campaigns, seed, plan, shared)
         typer.echo("\n".join(json.dumps(one) for one in found) if as_json else table(found))
 

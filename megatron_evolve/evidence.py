@@ -1,8 +1,10 @@
 """Evidence: the one artefact of a round that meta reads, in one fixed schema.
 
 Every effect is a paired difference to the same-round anchor on the same items. Failures keep their kind; a run without
-a score has none. What meta may read of the external target is the released (Ladder, rounded) value; verdicts are
-computed on raw values elsewhere and stand here as their outcomes.
+a score has none. Of a target that tells scores alone, effects and scores are the released values (Ladder, rounded).
+Verdicts and replicates hold exact ones: verdicts are computed on raw values, and later rounds pool the replicates. The
+next policy is made from the verdicts' outcomes, and the reasons that its edits cite quote the exact changes; it reads
+no other number of theirs.
 """
 
 from functools import lru_cache
@@ -90,7 +92,7 @@ class Noise(Frozen):
 
 
 class Evidence(Frozen):
-    """All that meta may read of a round."""
+    """What a round leaves to meta, to later verdicts and to people."""
 
     schema_: Literal["evidence/1"] = Field(default="evidence/1", alias="schema")
     round: int

@@ -9,9 +9,12 @@ promised, at the least carry-over beta0, and the target did not get. For each es
     UNRESOLVED  otherwise
 
 Each outcome is an intersection-union test (Berger 1982), so its p-value is the larger of its two. DECOUPLED and INVERSE
-alarm. All alarms of a campaign together are false with probability alpha at most, whatever their dependence: every
-declared round has an equal share, half of it for the overall estimands and half for the domains, each half by Holm
-(1979). TRACKING claims are held to the same levels among themselves. The null includes T = beta0 x D exactly.
+alarm. Alpha of a campaign is shared so that nothing hangs on how its looks depend on each other: every declared round
+has an equal share, half of it for the overall estimands and half for the domains, each half by Holm (1979). TRACKING
+claims are held to the same levels among themselves. The null includes T = beta0 x D exactly. Two things keep this short
+of a proof that false alarms stay below alpha: where D = T = 0 the two alarms are disjoint and their levels add, and a
+bound with few degrees of freedom is false up to 1.15 times as often as it says (`SeedVariance.draws`). What simulated
+campaigns do is far below it (docs/results/judge.md).
 
 One campaign is decided, or thousands at once (`megatron-evolve simulate`): a number of one is an array over the others,
 by the same lines, so that what is simulated is what judges.
@@ -26,10 +29,9 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from megatron_evolve.constitution import Constitution
+from megatron_evolve.constitution import Constitution, GapRule
 from megatron_evolve.eval.paired import Estimate, estimate, minimum_detectable_effect
 from megatron_evolve.eval.seeds import SeedPool, SeedVariance
-from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.window import Estimand, Pair, RoundItems, pair_of
 
 OVERALL = "overall"
@@ -37,15 +39,11 @@ Outcome = Literal["TRACKING", "DECOUPLED", "INVERSE", "UNRESOLVED"]
 ALARMS = ("DECOUPLED", "INVERSE")
 
 
-class GapTest(Frozen):
-    """The rule, from the constitution: never changed and never re-estimated during a campaign."""
+class GapTest(GapRule):
+    """The constitution's numbers with what is judged: never changed and never re-estimated during a campaign."""
 
     rounds: tuple[int, ...] = Field(description="numbers of the rounds at which a look is declared; they share alpha")
     domains: tuple[str, ...] = Field(default=(), description="families judged one by one, in addition")
-    estimands: tuple[Estimand, ...] = Field(default=("selected", "mean", "cumulative"), min_length=1)
-    beta0: float = Field(default=0.5, gt=0, description="least share of a dev gain that must reach the target")
-    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="false-alarm probability per campaign")
-    window: int = Field(default=2, ge=1, description="rounds that a verdict pools")
 
     @property
     def level(self) -> float:

@@ -178,10 +178,10 @@ def _reason(outcome: Outcome, look: Look, ranks: bool, level: float, rule: GapTe
         return f"{gained}: they move against each other"
     if outcome == "TRACKING":
         return f"{gained}: more than {rule.beta0:g} of the gain arrived (gap at most {_points(look.g.upper(level))})"
-    return _unresolved(look, level)
+    return _unresolved(look, level, rule)
 
 
-def _unresolved(look: Look, level: float) -> str:
+def _unresolved(look: Look, level: float, rule: GapTest) -> str:
     """What stands in the way, and how much more of what would settle it if the observed effects were the true ones."""
     if look.d.mean > 0:
         sides = {"the dev gain": look.d, "the gap": look.g}
@@ -194,29 +194,40 @@ def _unresolved(look: Look, level: float) -> str:
         )
     open_sides = [name for name, one in sides.items() if min(one.p_above(), one.p_below()) > level]
     text = f"{' and '.join(open_sides) or 'the gap'} cannot be told from zero at level {level:.2g}"
-    return f"{text}; {_settled_by(look, sides.values(), level)}"
+    return f"{text}; {_settled_by(look, sides.values(), level, rule)}"
 
 
-def _settled_by(look: Look, sides: Iterable[Estimate], level: float) -> str:
-    items, seeds, looks = 1.0, 1.0, 1.0
+def _settled_by(look: Look, sides: Iterable[Estimate], level: float, rule: GapTest) -> str:
+    pair = look.pair
+    alone = pair.external.families == (WHOLE,)
+    items, seeds, rounds, doubt = 1.0, 1.0, 1.0, False
     for one in sides:
         target = one.se**2 * (one.mean / minimum_detectable_effect(one, level)) ** 2
-        items = max(items, _times(one.item_variance, target - one.seed_variance))
+        # The items of a target that tells scores alone are the same for ever: more of anything leaves their part.
+        lasting = look.t.item_variance if alone and one is not look.d else 0.0
+        doubt |= target <= lasting
+        items = max(items, _times(one.item_variance - lasting, target - one.seed_variance - lasting))
         seeds = max(seeds, _times(one.seed_variance, target - one.item_variance))
-        looks = max(looks, _times(one.se**2, target))
-    pair = look.pair
+        rounds = max(rounds, _times(one.se**2 - lasting, target - lasting))
     runs = sum(coefficient > 0 for coefficient in pair.dev.coefficients.values())
     ways = []
     if 1 < items <= MOST_TIMES:
         dev, external = (_count(items, one.num_items) for one in (pair.dev, pair.external))
-        ways.append(f"{dev} dev-B and {external} external items in all")
+        ways.append(f"{dev} dev-B items in all" if alone else f"{dev} dev-B and {external} external items in all")
     if 1 < seeds <= MOST_TIMES:
         ways.append(f"{_count(seeds, runs)} candidate runs with {seeds:.1f} times the anchor's")
-    if 1 < looks <= MOST_TIMES:
-        ways.append(f"{_count(looks, pair.num_rounds)} such rounds pooled")
-    if not ways:
-        return f"at the observed effects no {MOST_TIMES}-fold of items, seeds or looks would settle it"
-    return f"at the observed effects about {' or '.join(ways)} would settle it"
+    # A verdict pools its window, and none is declared after the last round; the cumulative one reads a single round.
+    most_rounds = 1 if look.estimand == "cumulative" else min(rule.window, len(rule.rounds))
+    if 1 < rounds * pair.num_rounds <= most_rounds:
+        ways.append(f"{_count(rounds, pair.num_rounds)} such rounds pooled")
+    if ways:
+        return f"at the observed effects about {' or '.join(ways)} would settle it"
+    if doubt:
+        return (
+            "at the observed effects nothing would settle it: one score of "
+            f"{pair.external.num_items:,} items is too coarse, however many runs are scored"
+        )
+    return f"at the observed effects no {MOST_TIMES}-fold of items or seeds would settle it, nor a window of rounds"
 
 
 def _times(part: float, room: float) -> float:

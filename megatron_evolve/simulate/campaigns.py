@@ -71,7 +71,7 @@ def run_campaigns(
     """Runs `campaigns` campaigns; the same scenario and seed give the same ones. `known`: the noise is told."""
     if campaigns < 1 or seed < 0:
         raise ValueError(f"expected at least one campaign and a seed from 0 on, got {campaigns} and {seed}: mend them")
-    parts = []
+    parts, plan = [], plan.judging_origin() if scenario.drift else plan
     for start in range(0, campaigns, AT_ONCE):
         rng = np.random.default_rng([seed, start, *scenario.name.encode()])
         parts.append(_together(Draw(rng, noise, scenario, plan, min(AT_ONCE, campaigns - start)), plan, known))
@@ -85,11 +85,7 @@ def run_campaigns(
 def _together(draw: Draw, plan: Plan, known: bool) -> Told:
     """B campaigns from their first round to their last."""
     scenario, rule = draw.scenario, rule_of(plan.rules, plan.exam.domains)
-    if scenario.drift:
-        rule = rule.replace(estimands=("selected", "mean", "cumulative"))
-    d, t = scenario.draw(draw.rng, draw.campaigns, plan.explorers)
-    nothing = np.zeros((draw.campaigns, draw.num_families))
-    state = State(d, t, nothing, nothing, np.zeros(draw.campaigns, dtype=bool))
+    state = State.at_origin(*scenario.draw(draw.rng, draw.campaigns, plan.explorers))
     pool, rounds, alarms, moves, looks, asked = draw.pool(), [], [], [], [], 0
     pool = KnownNoise((), draw.noise, plan.exam.families) if known else pool
     for number in rule.rounds:
@@ -97,7 +93,7 @@ def _together(draw: Draw, plan: Plan, known: bool) -> Told:
         rounds = [*rounds, items][-rule.window :]
         pool = pool.plus(items.replicates())
         looks = [look for _, of_scope in looks_at(rounds, rule, pool) for look in of_scope]
-        found = _alarms(looks, number, rule, draw.campaigns)
+        found = alarms_of(looks, number, rule, state.away_B)
         alarms.append(found)
         halves = 2 if plan.exam.step is None else 1
         asked += halves * len({name for name, _ in items.external_answers.runs})
@@ -114,8 +110,19 @@ def _together(draw: Draw, plan: Plan, known: bool) -> Told:
     return Told(names, np.stack(alarms, axis=1), moved, *reached, asked, visible)
 
 
+def alarms_of(looks: list[Look], number: int, rule: GapTest, away_B: np.ndarray) -> np.ndarray:
+    """Which looks alarm, (B, looks). A campaign that still stands at the origin does not ask the cumulative one."""
+    found = _alarms(looks, number, rule, len(away_B))
+    if away_B.all() or "cumulative" not in rule.estimands:
+        return found
+    at_home = [
+        replace(look, missing="still the origin", asked=False) if look.estimand == "cumulative" else look
+        for look in looks
+    ]
+    return np.where(away_B[:, None], found, _alarms(at_home, number, rule, len(away_B)))
+
+
 def _alarms(looks: list[Look], number: int, rule: GapTest, campaigns: int) -> np.ndarray:
-    """Which looks alarm, (B, looks)."""
     decided = decide(looks, number, rule)
     return np.stack([np.broadcast_to(np.isin(one.outcome, ALARMS), campaigns) for one in decided], axis=1)
 
@@ -147,6 +154,7 @@ def _after(state: State, moves: np.ndarray, order: np.ndarray, alarmed: np.ndarr
         standing_d_BF=state.standing_d_BF + gained[0] + scenario.drift,
         standing_t_BF=state.standing_t_BF + gained[1],
         external_B=state.external_B | alarmed,
+        away_B=state.away_B | (moves >= 0) | bool(scenario.drift),
     )
 
 

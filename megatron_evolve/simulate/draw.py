@@ -5,7 +5,7 @@ order of their A-half scores, best first, so that the same row is the leader's i
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -32,6 +32,14 @@ class State:
     standing_d_BF: np.ndarray
     standing_t_BF: np.ndarray
     external_B: np.ndarray  # whether the search is after the external score
+    away_B: np.ndarray  # whether the standing settings have left the origin's
+
+    @classmethod
+    def at_origin(cls, d_BKF: np.ndarray, t_BKF: np.ndarray) -> "State":
+        """Before the first round."""
+        nothing = np.zeros((len(d_BKF), d_BKF.shape[-1]))
+        no = np.zeros(len(d_BKF), dtype=bool)
+        return cls(d_BKF, t_BKF, nothing, nothing, no, no)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +63,16 @@ class Plan:
     @property
     def explorers(self) -> int:
         return self.rules.workers - 1
+
+    @property
+    def judges_origin(self) -> bool:
+        """Whether the standing settings are judged against the origin, which then answers each round's items."""
+        return "cumulative" in self.rules.gap.estimands
+
+    def judging_origin(self) -> "Plan":
+        """The same with all three estimands."""
+        gap = self.rules.gap.replace(estimands=("selected", "mean", "cumulative"))
+        return replace(self, rules=self.rules.replace(gap=gap))
 
     def seeds_of(self, rank: int) -> int:
         """Runs of the explorer at a rank: leaders get further seeds."""
@@ -139,7 +157,7 @@ class Draw:
 
     def round(self, number: int, state: State) -> tuple[RoundItems, np.ndarray]:
         """A round's answers, and which axis stands at which rank, (B, K)."""
-        away = bool(self.scenario.drift) and bool(state.standing_d_BF.any())
+        away = self.plan.judges_origin and bool(state.away_B.any())
         runs = self.plan.runs(number, away)
         ranks = np.array([rank for _, rank in runs])
         dev_luck, external_luck = self.luck(len(runs))
@@ -156,7 +174,7 @@ class Draw:
         dev = self.answers(runs, d_BRF, dev_luck, self.plan.items)
         external = self.answers(told, t_BRF[:, asked], external_luck[:, asked], self.external_items)
         scores = {name_of(rank, number): -float(rank) for rank in range(self.plan.explorers)}
-        origin = (ORIGIN if away else ANCHOR) if self.scenario.drift else None
+        origin = (ORIGIN if away else ANCHOR) if self.plan.judges_origin else None
         if self.exam.step is not None:
             external = self.reported(external)
         weights = self.exam.dev_weights, self.exam.external_weights

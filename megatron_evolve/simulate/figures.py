@@ -5,6 +5,7 @@ normal one. Power is set beside its bound: the same campaigns judged by somebody
 campaign does. Where even the bound is low, no test finds that effect in that many items, runs and rounds.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from megatron_evolve.eval.paired import wilson
 from megatron_evolve.gap import OVERALL
 from megatron_evolve.simulate.campaigns import PLAN, Told, run_campaigns
+from megatron_evolve.simulate.demanded import Condition, demanded
 from megatron_evolve.simulate.draw import Plan
 from megatron_evolve.simulate.noise import NOISE, Noise
 from megatron_evolve.simulate.scenarios import SCENARIOS, Scenario, scenario
@@ -23,12 +25,21 @@ from megatron_evolve.simulate.scenarios import SCENARIOS, Scenario, scenario
 def simulate(
     names: Sequence[str], noise: str, campaigns: int, seed: int, plan: Plan = PLAN, shared: float = 0.0
 ) -> list[dict[str, Any]]:
-    """The figures of these scenarios, of all where none is named, in order; `shared`: flips common to explorers."""
-    if noise not in NOISE:
-        raise ValueError(f"expected one of the noises {', '.join(NOISE)}, got {noise!r}: choose one")
-    chosen = [scenario(name) for name in names] or list(SCENARIOS.values())
-    dice = NOISE[noise].replace(shared=shared)
-    return [figures(one, dice, campaigns, seed, plan) | {"noise": noise, "shared_flips": shared} for one in chosen]
+    """The figures of these scenarios in order; `shared`: flips common to explorers.
+
+    Where none is named: of all, and then of those of which something must hold, under the conditions it is asked for.
+    """
+    conditions = [Condition(tuple(names or SCENARIOS), noise, plan, shared), *(() if names else demanded())]
+    return [row for one in conditions for row in _under(one, campaigns, seed)]
+
+
+def _under(condition: Condition, campaigns: int, seed: int) -> list[dict[str, Any]]:
+    if condition.noise not in NOISE:
+        raise ValueError(f"expected one of the noises {', '.join(NOISE)}, got {condition.noise!r}: choose one")
+    dice = NOISE[condition.noise].replace(shared=condition.shared)
+    told = {"noise": condition.noise, "shared_flips": condition.shared, "demand": condition.demand}
+    chosen = [scenario(name) for name in condition.names]
+    return [told | figures(one, dice, campaigns, seed, condition.plan) for one in chosen]
 
 
 def figures(one: Scenario, noise: Noise, campaigns: int, seed: int, plan: Plan = PLAN) -> dict[str, Any]:
@@ -44,6 +55,7 @@ def figures(one: Scenario, noise: Noise, campaigns: int, seed: int, plan: Plan =
         "items": plan.items,
         "anchor_runs": plan.rules.anchor_seeds,
         "origin_runs": plan.origin_seeds,
+        "estimands": list(dict.fromkeys(estimand for estimand, _ in told.looks)),
         "campaigns": campaigns,
         "seed": seed,
         "seconds": time.perf_counter() - start,
@@ -118,20 +130,32 @@ HEADER = ("scenario", "alarms per campaign", "wrong scope", "power by round", "b
 HEADER += ("visible, pt", "external, pt")
 
 
+SAME = ("items", "anchor_runs", "origin_runs", "estimands", "noise", "shared_flips", "demand")
+
+
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """The figures as a page of text."""
+    """The figures as a page of text, the rows of one condition together."""
+    parts = [_part(list(rows)) for _, rows in itertools.groupby(found, lambda one: [one[name] for name in SAME])]
+    told = (
+        f"{found[0]['campaigns']} campaigns a scenario, seed {found[0]['seed']}. Brackets are 95 % intervals over "
+        "campaigns.\nbound: the last power, had the noise of a run been known.\n"
+        "visible: dev gain, of the mean (of the standing settings where they are judged), that the last round sees "
+        "with 80 % power."
+    )
+    return "\n\n".join([*parts, told])
+
+
+def _part(found: Sequence[dict[str, Any]]) -> str:
+    first = found[0]
+    told = (
+        f"{first['items']} dev-B items, {first['anchor_runs']} anchor runs a round, {first['origin_runs']} of the "
+        f"origin; noise {first['noise']}, {100 * first['shared_flips']:.0f} % of flips common to all explorers; "
+        f"judged: {', '.join(first['estimands'])}"
+    )
     rows = [HEADER, *(_row(one) for one in found)]
     widths = [max(len(row[place]) for row in rows) for place in range(len(HEADER))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    first = found[0]
-    told = (
-        f"{first['campaigns']} campaigns a scenario, seed {first['seed']}; {first['items']} dev-B items, "
-        f"{first['anchor_runs']} anchor runs a round, {first['origin_runs']} of the origin; noise {first['noise']}, "
-        f"{100 * first['shared_flips']:.0f} % of flips common to all explorers.\n"
-        "Brackets are 95 % intervals over campaigns. bound: the last power, had the noise of a run been known.\n"
-        "visible: dev gain, of the mean (of the standing settings in drift), that the last round sees with 80 % power."
-    )
-    return "\n".join([*lines, "", told])
+    return "\n".join([told, *([f"must hold: {first['demand']}"] if first["demand"] else []), *lines])
 
 
 def _row(one: dict[str, Any]) -> tuple[str, ...]:

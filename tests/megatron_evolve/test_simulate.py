@@ -17,25 +17,23 @@ from megatron_evolve.constitution import Constitution
 from megatron_evolve.eval.paired import Answers, RunItems
 from megatron_evolve.eval.seeds import Replicates, RunReplicates, SeedPool
 from megatron_evolve.gap import decide, looks_at, rule_of
-from megatron_evolve.simulate.campaigns import PLAN, run_campaigns
+from megatron_evolve.simulate.campaigns import PLAN, alarms_of, run_campaigns
+from megatron_evolve.simulate.demanded import HARMLESS, few_degrees
 from megatron_evolve.simulate.draw import Draw, Plan, State
 from megatron_evolve.simulate.exam import EVEN
 from megatron_evolve.simulate.figures import figures
-from megatron_evolve.simulate.noise import ACCURACY, FAMILIES, MEASURED, SPECIFIED, Noise
+from megatron_evolve.simulate.noise import ACCURACY, FAMILIES, MEASURED, SPECIFIED
 from megatron_evolve.simulate.scenarios import SCENARIOS
 from megatron_evolve.verdict import judge
 from megatron_evolve.window import RoundItems
 
 WEIGHTS = EVEN.dev_weights
-HARMLESS = [name for name, one in SCENARIOS.items() if one.harmless]
 
 
 def start(scenario, noise, campaigns, seed=1, plan=PLAN):
     """Dice and the first state of some campaigns."""
     draw = Draw(np.random.default_rng(seed), noise, scenario, plan, campaigns)
-    d, t = scenario.draw(draw.rng, campaigns, plan.explorers)
-    nothing = np.zeros((campaigns, len(FAMILIES)))
-    return draw, State(d, t, nothing, nothing, np.zeros(campaigns, dtype=bool))
+    return draw, State.at_origin(*scenario.draw(draw.rng, campaigns, plan.explorers))
 
 
 def alone(answers: Answers, campaign: int) -> list[RunItems]:
@@ -58,7 +56,7 @@ def pool_alone(pool: SeedPool, campaign: int) -> SeedPool:
 def test_many_campaigns_are_judged_as_each_alone(name):
     """The oracle of the batch is the product: `judge` on every campaign's own runs."""
     campaigns = 6
-    draw, state = start(SCENARIOS[name], replace_shared(MEASURED, 0.3), campaigns)
+    draw, state = start(SCENARIOS[name], MEASURED.replace(shared=0.3), campaigns)
     rule, pool, rounds = rule_of(Constitution(), FAMILIES), draw.pool(), []
     for number in (1, 2):
         rounds.append(draw.round(number, state)[0])
@@ -87,12 +85,30 @@ def test_many_campaigns_are_judged_as_each_alone(name):
                 assert mine.se[campaign] == pytest.approx(theirs.se)
 
 
-def replace_shared(noise: Noise, shared: float) -> Noise:
-    return noise.replace(shared=shared)
+def test_cumulative_is_asked_of_campaigns_that_have_left_the_origin():
+    """The oracle is the product: the others' standing settings are the origin, so there is no such look."""
+    plan, campaigns = PLAN.judging_origin(), 6
+    draw, state = start(SCENARIOS["null"], SPECIFIED, campaigns, plan=plan)
+    away = np.arange(campaigns) % 2 == 0
+    state = replace(state, standing_d_BF=np.where(away[:, None], 0.2, 0.0) + state.standing_d_BF, away_B=away)
+    rule, pool = rule_of(plan.rules, ()), draw.pool()
+    items, _ = draw.round(1, state)
+    looks = [look for _, of_scope in looks_at([items], rule, pool) for look in of_scope]
+    found = alarms_of(looks, 1, rule, away)
+    assert [look.estimand for look in looks] == ["selected", "mean", "cumulative"] and found[:, 2].tolist() == list(
+        away
+    )
+    for campaign in range(campaigns):
+        splits = (alone(answers, campaign) for answers in (items.dev_answers, items.external_answers))
+        origin = items.origin if away[campaign] else items.anchor
+        single = RoundItems(1, items.anchor, items.dev_a, *splits, WEIGHTS, WEIGHTS, origin)
+        verdicts = judge([single], rule, pool_alone(pool, campaign))
+        assert [verdict.alarm for verdict in verdicts] == found[campaign].tolist()
+        assert ("still the origin" in verdicts[2].reason) != away[campaign]
 
 
 @pytest.mark.parametrize(
-    "noise", [MEASURED, SPECIFIED, replace_shared(SPECIFIED, 0.6)], ids=["measured", "12", "shared"]
+    "noise", [MEASURED, SPECIFIED, SPECIFIED.replace(shared=0.6)], ids=["measured", "12", "shared"]
 )
 def test_the_dice_are_as_calibrated(noise):
     """Means, flips and luck of 200 campaigns' runs, each within four of its standard errors."""
@@ -128,24 +144,33 @@ def alarms(name, noise, campaigns, plan=PLAN, seed=1):
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_harmless_campaigns_alarm_in_at_most_5_per_cent(name):
-    """A judge that alarmed in 10 % would pass with probability .01 (at most 7 of 150). Measured: at most .03."""
+    """A judge that alarmed in 10 % would pass with probability .014 (at most 7 of 150). Measured: at most .03."""
     assert alarms(name, MEASURED, 150) <= 0.05
+
+
+HARD = [
+    pytest.param(MEASURED.replace(shared=0.6), Plan(), id="shared-flips"),
+    pytest.param(SPECIFIED.replace(shared=0.6), Plan(), id="shared-flips-no-luck"),
+    pytest.param(MEASURED, few_degrees(Plan()), id="few-degrees-of-freedom"),
+    pytest.param(MEASURED, Plan().judging_origin(), id="three-estimands"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("noise", "plan"), HARD)
+def test_harmless_campaigns_alarm_in_at_most_5_per_cent_where_it_is_hard(noise, plan):
+    """For each scenario, a judge that alarmed in 10 % would pass with probability .014 (at most 7 of 150)."""
+    found = {name: alarms(name, noise, 150, plan) for name in HARMLESS if name != "slope-at-beta"}
+    assert max(found.values()) <= 0.05, found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("noise", "plan"),
-    [
-        pytest.param(replace_shared(MEASURED, 0.6), Plan(), id="shared-flips"),
-        pytest.param(replace_shared(SPECIFIED, 0.6), Plan(), id="shared-flips-no-luck"),
-        pytest.param(MEASURED, Plan(Constitution(anchor_seeds=2), origin_seeds=2), id="few-degrees-of-freedom"),
-        pytest.param(MEASURED.replace(seed_sd=0.03), Plan(), id="loud-seeds"),
-    ],
+    ("noise", "plan"), [*HARD, pytest.param(MEASURED.replace(seed_sd=0.03), Plan(), id="loud-seeds")]
 )
-@pytest.mark.parametrize("name", ["slope-at-beta", "tracks"])
-def test_slope_at_beta_alarms_in_at_most_5_per_cent(name, noise, plan):
-    """A judge that alarmed in 8 % would pass with probability .01 (at most 20 of 400)."""
-    assert alarms(name, noise, 400, plan) <= 0.05
+def test_slope_at_beta_alarms_in_at_most_5_per_cent_where_it_is_hard(noise, plan):
+    """The hardest of them. A judge that alarmed in 8 % would pass with probability .013 (at most 20 of 400)."""
+    assert alarms("slope-at-beta", noise, 400, plan) <= 0.05
 
 
 @pytest.mark.slow
@@ -160,7 +185,7 @@ def test_power_with_three_anchor_runs_and_500_items_a_split():
 
 
 def test_selected_finds_one_exploiter_of_seven():
-    """At least 95 % of first rounds, specified noise; a mean over seven hides it. A power of .9 would pass at .006."""
+    """At least 95 % of first rounds, specified noise; a mean over seven hides it. A power of .9 would pass at .014."""
     told = figures(SCENARIOS["one-exploiter"], SPECIFIED, 150, 1)["power_by_round_and_estimand"]
     assert told["selected"][0] >= 0.95 and told["mean"][0] < 0.2
 
@@ -173,6 +198,26 @@ def test_the_parted_family_is_named_and_no_other():
 def test_cumulative_sees_drift_that_the_window_does_not():
     told = figures(SCENARIOS["drift"], SPECIFIED, 100, 1)["power_by_round_and_estimand"]
     assert told["cumulative"][-1] >= 0.35 and told["selected"][-1] == told["mean"][-1] == 0
+
+
+@pytest.mark.slow
+def test_simulate_without_a_scenario_prints_all_that_must_hold():
+    """Every figure that was demanded is a row: what it was simulated under, its interval, and what must hold."""
+    done = CliRunner().invoke(app, ["simulate", "--campaigns", "2", "--json"])
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["scenario"] for one in found[: len(SCENARIOS)]] == list(SCENARIOS)
+    rest = found[len(SCENARIOS) :]
+    assert all(one["demand"] for one in rest) and not any(one["demand"] for one in found[: len(SCENARIOS)])
+
+    def told(**same):
+        return [one["scenario"] for one in rest if all(one[name] == value for name, value in same.items())]
+
+    for hard in ({"shared_flips": 0.6}, {"anchor_runs": 2, "origin_runs": 2}):
+        assert told(**hard, noise="measured", estimands=["selected", "mean"]) == list(HARMLESS)
+    assert told(estimands=["selected", "mean", "cumulative"], shared_flips=0.0, anchor_runs=3) == list(HARMLESS)
+    same = {"noise": "specified", "items": 500, "anchor_runs": 3, "shared_flips": 0.0}
+    assert told(**same) == ["decoupled", "one-exploiter"]
+    assert {"low", "high"} < set(rest[0]["false_alarm_per_campaign"]) and len(rest[-1]["power_interval_by_round"]) == 4
 
 
 def test_simulate_command():

@@ -47,8 +47,7 @@ def test_a_score_only_target_is_judged_as_one_campaign_is():
     plan = Plan(items=120, exam=world.exam)
     draw = Draw(np.random.default_rng(3), MEASURED, world.scenario, plan, campaigns)
     d, t = world.scenario.draw(draw.rng, campaigns, plan.explorers)
-    nothing = np.zeros((campaigns, len(world.accuracy)))
-    state = State(5 * d, t, nothing, nothing, np.zeros(campaigns, dtype=bool))
+    state = State.at_origin(5 * d, t)
     rule, pool, rounds = rule_of(plan.rules, world.exam.domains), draw.pool(), []
     for number in (1, 2):
         rounds.append(draw.round(number, state)[0])
@@ -98,7 +97,10 @@ def reported_pool(pool, campaign):
 
 @pytest.mark.slow
 def test_worlds_without_a_cue_alarm_in_at_most_5_per_cent():
-    """Measured 0 of 500 each; a judge that alarmed in 10 % would pass with probability .0002 (at most 3 of 100)."""
+    """Measured 0, 8 and 0 of 500; a judge that alarmed in 10 % of one world would pass it with probability .008.
+
+    (At most 3 of 100.)
+    """
     found = {one["world"]: one for one in simulate_worlds(100, 1, items=300)}
     for name in ("no-shift", "dev-weight-without-cue", "score-only-no-shift"):
         assert found[name]["any_alarm"]["rate"] <= 0.03

@@ -6,6 +6,7 @@ turns unknown items right and a loss known ones wrong, for all runs of the candi
 and external scores together by `seed_sd`. Of an explorer's flips the share `shared` is common to all explorers.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from megatron_evolve.window import RoundItems
 KNOWN = 0.6
 FAMILIES = tuple(f"domain{number}" for number in range(5))
 WEIGHTS = dict.fromkeys(FAMILIES, 0.2)
+ALL = ("selected", "mean", "cumulative")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def all_at(gain: float, **other: float) -> dict[str, float]:
 
 def campaign(seed, world, dev, external, rounds=4, window=4, domains=()) -> list[tuple[Verdict, ...]]:
     """Verdicts by round of one campaign that declared its `rounds`."""
-    rule = GapTest(rounds=tuple(range(1, rounds + 1)), window=window, domains=domains)
+    rule = GapTest(estimands=ALL, rounds=tuple(range(1, rounds + 1)), window=window, domains=domains)
     latent = Latent(np.random.default_rng(seed), world)
     pool, drawn, verdicts = latent.pool(), [], []
     for number in rule.rounds:
@@ -174,7 +176,7 @@ def test_decoupled_is_found_within_four_rounds_with_alpha_paid():
 
 
 def test_selected_finds_one_exploiter_where_the_mean_does_not():
-    found, rule = {"selected": 0, "mean": 0}, GapTest(rounds=(1, 2, 3, 4))
+    found, rule = {"selected": 0, "mean": 0}, GapTest(estimands=ALL, rounds=(1, 2, 3, 4))
     for seed in range(60):
         latent = Latent(np.random.default_rng([13, seed]), World())
         pool, one = latent.pool(), latent.round(1, all_at(0.0, c3=0.09), all_at(0.0, c3=-0.04))
@@ -235,7 +237,7 @@ def test_one_decoupled_domain_is_named_and_labels_are_only_labels():
     ]
     half = len(one.dev_b)
     other = RoundItems(1, "anchor", one.dev_a, renamed[:half], renamed[half:], weights, weights)
-    rule = GapTest(rounds=(1,), domains=FAMILIES)
+    rule = GapTest(estimands=ALL, rounds=(1,), domains=FAMILIES)
     before = judge([one], rule, SeedPool(one.replicates()))
     after = judge([other], rule.replace(domains=tuple(names.values())), SeedPool(other.replicates()))
     back = {"overall": "overall", **{new: old for old, new in names.items()}}
@@ -249,7 +251,7 @@ def test_order_of_explorers_and_of_runs_does_not_matter():
     turned = RoundItems(
         1, "anchor", dict(reversed(one.dev_a.items())), one.dev_b[::-1], one.external[::-1], WEIGHTS, WEIGHTS
     )
-    rule = GapTest(rounds=(1,))
+    rule = GapTest(estimands=ALL, rounds=(1,))
     for ours, theirs in zip(judge([one], rule, pool), judge([turned], rule, pool), strict=True):
         assert ours.outcome == theirs.outcome
         if ours.gap:
@@ -262,17 +264,17 @@ def test_cumulative_sees_what_the_rounds_do_not():
     pool, one = latent.pool(), latent.round(1, all_at(0.0, origin=-0.10), all_at(0.0))
     dev_a = {name: mean for name, mean in one.dev_a.items() if name != "origin"}
     here = RoundItems(1, "anchor", dev_a, one.dev_b, one.external, WEIGHTS, WEIGHTS, origin="origin")
-    selected, mean, cumulative = judge([here], GapTest(rounds=(1,)), pool)
+    selected, mean, cumulative = judge([here], GapTest(estimands=ALL, rounds=(1,)), pool)
     assert cumulative.outcome == "DECOUPLED", cumulative.reason
     assert not selected.alarm and not mean.alarm
     still = RoundItems(1, "origin", dev_a, one.dev_b, one.external, WEIGHTS, WEIGHTS, origin="origin")
-    assert "still the origin" in judge([still], GapTest(rounds=(1,)), pool)[2].reason
+    assert "still the origin" in judge([still], GapTest(estimands=ALL, rounds=(1,)), pool)[2].reason
 
 
 def test_no_number_comes_from_nothing():
     latent = Latent(np.random.default_rng(37), World(anchors=1, items=1000))
     pool, one = latent.pool(), latent.round(1, all_at(0.1), all_at(0.0))
-    rule = GapTest(rounds=(1,), domains=FAMILIES)
+    rule = GapTest(estimands=ALL, rounds=(1,), domains=FAMILIES)
 
     def reasons(rounds, of_pool=pool):
         verdicts = judge(rounds, rule, of_pool)
@@ -315,7 +317,7 @@ def test_no_verdict_comes_from_rounding(anchors, explorers):
 
     one, origin = (agreed(latent.round(number, names, names)) for number in (1, 2))
     pool = SeedPool((*origin.replicates(), *latent.pool().groups))
-    verdicts = judge([one], GapTest(rounds=(1,), domains=FAMILIES), pool)
+    verdicts = judge([one], GapTest(estimands=ALL, rounds=(1,), domains=FAMILIES), pool)
     for verdict in verdicts:
         if verdict.domain == "domain2" and verdict.estimand != "cumulative":
             assert verdict.outcome == "UNRESOLVED" and "tells the two sides apart" in verdict.reason, verdict
@@ -324,7 +326,7 @@ def test_no_verdict_comes_from_rounding(anchors, explorers):
 def test_undeclared_round_reports_and_does_not_alarm():
     latent = Latent(np.random.default_rng(41), World(items=2000))
     pool, one = latent.pool(), latent.round(5, all_at(0.1), all_at(-0.1))
-    for verdict in judge([one], GapTest(rounds=(1, 2, 3, 4)), pool)[:2]:
+    for verdict in judge([one], GapTest(estimands=ALL, rounds=(1, 2, 3, 4)), pool)[:2]:
         assert verdict.outcome == "UNRESOLVED" and verdict.alpha_spent == 0
         assert verdict.gap.low > 0 and "not a declared look" in verdict.reason
 
@@ -332,10 +334,16 @@ def test_undeclared_round_reports_and_does_not_alarm():
 def test_unresolved_says_what_would_settle_it():
     latent = Latent(np.random.default_rng(43), World(seed_sd=0.005))
     pool, one = latent.pool(), latent.round(1, all_at(0.03), all_at(0.0))
-    mean = judge([one], GapTest(rounds=(1, 2, 3, 4)), pool)[1]
+    mean = judge([one], GapTest(estimands=ALL, rounds=(1, 2, 3, 4)), pool)[1]
     assert mean.outcome == "UNRESOLVED"
     assert "would settle it" in mean.reason and "rounds pooled" in mean.reason
     assert mean.minimum_detectable_effect > mean.d_dev.mean
+    rounds = int(re.search(r"(\d+) such rounds pooled", mean.reason)[1])
+    fewer = tuple(range(1, rounds))
+    few = GapTest(rounds=fewer, alpha=0.05 * len(fewer) / 4)  # the level of each look as before
+    for rule in (GapTest(rounds=(1, 2, 3, 4), window=rounds - 1), few):
+        text = judge([one], rule, pool)[1].reason
+        assert "would settle it" in text and "rounds pooled" not in text, "neither window nor looks reach so far"
 
 
 def test_holm_levels():
@@ -354,7 +362,7 @@ def test_windows_that_cannot_be_pooled_are_refused():
     latent = Latent(np.random.default_rng(47), World(items=100, origin_items=100))
     pool = latent.pool()
     one, two = (latent.round(number, all_at(0.0), all_at(0.0)) for number in (1, 2))
-    rule = GapTest(rounds=(1, 2))
+    rule = GapTest(estimands=ALL, rounds=(1, 2))
     for rounds in ((), (two, one), (one, one), (one, two, one)):
         with pytest.raises(ValueError, match="rounds in order"):
             judge(rounds, rule, pool)
