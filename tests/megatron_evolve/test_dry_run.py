@@ -38,8 +38,8 @@ NODE, CLUSTER = load_site(find_site("h100-node")), load_site(find_site("h100-slu
 
 # GPUs of a run; training runs of origin, rounds (anchors + explorers + confirmations) and end; scoring jobs; looks
 COUNTS = {
-    "nemotron3-nano-lora": (8, (8, 4 * (3 + 7 + 2), 3), (8 * 3, 4 * 12 * 3, 3 + 8 + 3), (16, 65)),
-    "nemotron3-super-lora": (16, (8, 4 * (3 + 7 + 2), 3), (8 * 3, 4 * 12 * 3, 3 + 8 + 3), (16, 65)),
+    "nemotron3-nano-lora": (8, (8, 4 * (3 + 7 + 2), 3), (8 * 3, 4 * 12 * 3, 3 + 8 + 3), (16, 71)),
+    "nemotron3-super-lora": (16, (8, 4 * (3 + 7 + 2), 3), (8 * 3, 4 * 12 * 3, 3 + 8 + 3), (16, 71)),
     "nemotron3-ultra-infrastructure": (32, (8, 2 * (2 + 3 + 1), 2), (8 * 3, 2 * 6 * 3, 2 + 8), (8, 16)),
 }
 
