@@ -85,5 +85,12 @@ def _would_see(size: float) -> str:
 
 
 def _short(value: object) -> str:
-    text = repr(value) if value not in (None, "") else "nothing"
-    return text if len(text) <= 60 else text[:57] + "..."
+    """A value of the policy in words: what an edit put in place of what."""
+    if value is None or value == "" or value == [] or value == {}:
+        return "nothing"
+    if isinstance(value, dict):
+        known = {name: inner for name, inner in value.items() if inner not in (None, "", [], {})}
+        return " ".join(f"{name} {_short(inner)}" for name, inner in known.items())
+    if isinstance(value, list | tuple):
+        return "(" + "; ".join(map(_short, value)) + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value)
