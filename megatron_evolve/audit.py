@@ -169,6 +169,8 @@ def _check_ground(record: Record, notes: list[str]) -> None:
             raise
         notes.append(f"frozen by another version of the code: {error}")
     _check_looks(record, notes)
+    if unasked := (record.data("survey") or {}).get("unasked"):
+        notes.append(f"no external look was left for the survey: {', '.join(unasked)} rows were not asked")
     if record.pruned:
         notes.append(f"the weights of {len(record.pruned)} runs were pruned, as {folder.pruned.name} says")
     for event in record.events:
@@ -322,8 +324,11 @@ def _check_final(record: Record) -> None:
 def _check_survey(record: Record) -> None:
     policy = record.policy(record.campaign.constitution.rounds + 1)
     runs, stages = surveyed(record.campaign, policy, record.substrate.digest, record.origin, record.substrate.default)
-    scored = [run for run in runs if all(record.finished(f"{run.key}/{stage}") for stage in stages)]
-    _must("the survey", record.data("survey"), survey(record.folder, scored, stages))
+    name, number = runs[0].candidate.id, policy.round
+    paid = [one for one in stages if record.looks.paid(candidate=name, round_number=number, split=one) is not None]
+    scored = [run for run in runs if paid and all(record.finished(f"{run.key}/{stage}") for stage in paid)]
+    unasked = [stage for stage in stages if stage not in paid]
+    _must("the survey", record.data("survey"), survey(record.folder, scored, paid, unasked))
 
 
 def _check_finding(record: Record) -> None:
