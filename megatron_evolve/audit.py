@@ -179,6 +179,8 @@ def _check_ground(record: Record, notes: list[str]) -> None:
         elif event.kind == "policy":
             load_yaml_checked(folder.policy(int(event.key)), event.data["digest"])
             load_json(folder.edits(int(event.key)), event.data["edits"])
+        elif event.kind == "external-submitted":
+            _must_hold(folder.submitted(event.key), event.data["digest"])
         elif event.kind == "proposed" and event.data["call"]["reply"]:
             number, worker, attempt = event.key.split("/")
             path = folder.worker(int(number), int(worker)) / attempt / PROPOSAL

@@ -65,7 +65,7 @@ class RunFacts:
         for stage in ("external-a", "external-b"):
             path = self.folder / stage / REPORTED_FILE
             if self.has(stage) and path.exists():
-                return read_json(path)
+                return read_json(self._kept(stage, REPORTED_FILE))
         return None
 
     def comparison(self, split: str) -> str:
