@@ -210,9 +210,17 @@ def _check_stage(record: Record, event: Event) -> None:
             _check_weights(record, base, digest)
     for split in SPLITS_OF.get(stage, (stage,)) if stage != "train" and record.is_reviewed(int(number)) else ():
         asked = int(number) or record.campaign.constitution.rounds + 1  # the origin's runs are asked at the end
-        look = record.looks.paid(candidate=name, round_number=asked, split=split)
-        if event.data["end"]["outcome"] == "finished" and look is None:
-            raise Broken(str(record.folder.looks), f"a look at {split} for {name} in round {asked}", "none")
+        if event.data["end"]["outcome"] == "finished":
+            # Dev-A of a confirming run is scored with its dev-B and read by nobody: the evidence tells.
+            _must_be_paid(record, name, asked, split, None if split == "dev-a" else f"{number}/{name}/{seed}")
+
+
+def _must_be_paid(record: Record, name: str, asked: int, split: str, run: str | None) -> None:
+    """A look at a candidate's score was paid in a round, and it names the run."""
+    look = record.looks.paid(candidate=name, round_number=asked, split=split)
+    if look is None or (run is not None and run not in look.runs):
+        got = "none" if look is None else f"one that does not name run {run}"
+        raise Broken(str(record.folder.looks), f"a look at {split} for {name} in round {asked}", got)
 
 
 def _check_weights(record: Record, run_dir: Path, manifest: str) -> None:
@@ -296,6 +304,10 @@ def _check_evidence(record: Record, number: int) -> None:
     again = review(window, rules, record.origin, record.weights, earlier, found.looks)
     expected, got = (digest_of(one.model_dump(mode="json", by_alias=True)) for one in (found, again))
     _must(f"evidence of round {number}", expected, got)
+    for one in found.candidates:
+        for run in one.runs:
+            for split in run.scores:
+                _must_be_paid(record, one.id, number, split, f"{number}/{one.id}/{run.seed}")
 
 
 def _check_policy(record: Record, number: int) -> None:
