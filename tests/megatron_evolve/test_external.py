@@ -32,9 +32,8 @@ from megatron_evolve.ledger import Ledger
 from megatron_evolve.meta import next_policy
 from megatron_evolve.released import released
 from megatron_evolve.review import a_half_means, review, round_items
-from megatron_evolve.status import paused, state_of
+from megatron_evolve.status import state_of
 from megatron_evolve.substrate.digest import digest_file, digest_of
-from megatron_evolve.tally import Tally
 from megatron_evolve.worlds.sealed import dev_a_means
 from tests.megatron_evolve.tiny import command, events
 
@@ -219,19 +218,6 @@ def test_a_score_that_was_changed_after_it_was_submitted_is_refused(table):
         read()
 
 
-def test_a_campaign_is_paused_until_it_goes_on_whatever_an_operator_enters(table):
-    table.ledger.append("paused", "1", {"why": "disk full", "attempts": {}})
-    table.ledger.append("external-submitted", RUN.key, {"digest": "d"})
-    table.ledger.append("external-again", f"{RUN.key}/1", {"run": RUN.key, "reason": "down"})
-    assert state_of(table.ledger) == "paused" and paused(table.ledger).data["why"] == "disk full"
-    tally = Tally()
-    for event in table.ledger:
-        tally.add(event)
-    assert tally.pause == "disk full"
-    table.ledger.append("resumed", "1", {})
-    assert paused(table.ledger) is None
-
-
 def test_a_score_that_is_awaited_pauses_and_says_so_once(table):
     target = ExternalScores(**TARGET)
     for _ in range(2):
@@ -245,7 +231,9 @@ def test_a_score_that_is_awaited_pauses_and_says_so_once(table):
 
 
 def test_the_sealed_half_waits_for_an_operators_word(table):
-    table.campaign = load_campaign(find_campaign("demo")).replace(open_final="by-operator")
+    document = load_campaign(find_campaign("demo")).model_dump(mode="json", by_alias=True)
+    del document["open_final"]
+    table.campaign = Campaign.parse(document, where="a campaign that does not say when")
     for _ in range(2):
         with pytest.raises(Awaiting, match="open-final"):
             await_opening(table)
@@ -261,7 +249,7 @@ def test_the_sealed_half_waits_for_an_operators_word(table):
     await_opening(table)  # the ledger has it: it opened once
 
 
-def test_by_default_it_opens_after_the_last_round(table):
+def test_a_campaign_that_must_end_by_itself_opens_it_after_the_last_round(table):
     table.campaign = load_campaign(find_campaign("demo"))
     await_opening(table)
     assert len(table.ledger) == 0
