@@ -55,6 +55,10 @@ class CampaignFolder:
         """A candidate of a round."""
         return self.round(number) / name
 
+    def submitted(self, key: str) -> Path:
+        """The score that an operator brought for a run (round/candidate/seed)."""
+        return self.root / "external" / f"{key.replace('/', '-')}.json"
+
     def run(self, number: int, name: str, seed: int) -> Path:
         """One run of a candidate."""
         return self.candidate(number, name) / "runs" / str(seed)
@@ -95,7 +99,9 @@ def check_file(path: Path, digest: str) -> None:
     found = digest_file(path) if path.exists() else None
     if found != digest:
         got = "no file" if found is None else found[:12]
-        raise ValueError(f"{path} is not what its job left: expected digest {digest[:12]}, got {got}; restore the file")
+        raise ValueError(
+            f"{path} is not what was left there: expected digest {digest[:12]}, got {got}; restore the file"
+        )
 
 
 def check_digest(path: Path, value: Any, digest: str) -> None:

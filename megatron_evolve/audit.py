@@ -169,6 +169,8 @@ def _check_ground(record: Record, notes: list[str]) -> None:
             raise
         notes.append(f"frozen by another version of the code: {error}")
     _check_looks(record, notes)
+    if unasked := (record.data("survey") or {}).get("unasked"):
+        notes.append(f"no external look was left for the survey: {', '.join(unasked)} rows were not asked")
     if record.pruned:
         notes.append(f"the weights of {len(record.pruned)} runs were pruned, as {folder.pruned.name} says")
     for event in record.events:
@@ -177,6 +179,8 @@ def _check_ground(record: Record, notes: list[str]) -> None:
         elif event.kind == "policy":
             load_yaml_checked(folder.policy(int(event.key)), event.data["digest"])
             load_json(folder.edits(int(event.key)), event.data["edits"])
+        elif event.kind == "external-submitted":
+            _must_hold(folder.submitted(event.key), event.data["digest"])
         elif event.kind == "proposed" and event.data["call"]["reply"]:
             number, worker, attempt = event.key.split("/")
             path = folder.worker(int(number), int(worker)) / attempt / PROPOSAL
@@ -206,9 +210,17 @@ def _check_stage(record: Record, event: Event) -> None:
             _check_weights(record, base, digest)
     for split in SPLITS_OF.get(stage, (stage,)) if stage != "train" and record.is_reviewed(int(number)) else ():
         asked = int(number) or record.campaign.constitution.rounds + 1  # the origin's runs are asked at the end
-        look = record.looks.paid(candidate=name, round_number=asked, split=split)
-        if event.data["end"]["outcome"] == "finished" and look is None:
-            raise Broken(str(record.folder.looks), f"a look at {split} for {name} in round {asked}", "none")
+        if event.data["end"]["outcome"] == "finished":
+            # Dev-A of a confirming run is scored with its dev-B and read by nobody: the evidence tells.
+            _must_be_paid(record, name, asked, split, None if split == "dev-a" else f"{number}/{name}/{seed}")
+
+
+def _must_be_paid(record: Record, name: str, asked: int, split: str, run: str | None) -> None:
+    """A look at a candidate's score was paid in a round, and it names the run."""
+    look = record.looks.paid(candidate=name, round_number=asked, split=split)
+    if look is None or (run is not None and run not in look.runs):
+        got = "none" if look is None else f"one that does not name run {run}"
+        raise Broken(str(record.folder.looks), f"a look at {split} for {name} in round {asked}", got)
 
 
 def _check_weights(record: Record, run_dir: Path, manifest: str) -> None:
@@ -292,6 +304,10 @@ def _check_evidence(record: Record, number: int) -> None:
     again = review(window, rules, record.origin, record.weights, earlier, found.looks)
     expected, got = (digest_of(one.model_dump(mode="json", by_alias=True)) for one in (found, again))
     _must(f"evidence of round {number}", expected, got)
+    for one in found.candidates:
+        for run in one.runs:
+            for split in run.scores:
+                _must_be_paid(record, one.id, number, split, f"{number}/{one.id}/{run.seed}")
 
 
 def _check_policy(record: Record, number: int) -> None:
@@ -322,8 +338,11 @@ def _check_final(record: Record) -> None:
 def _check_survey(record: Record) -> None:
     policy = record.policy(record.campaign.constitution.rounds + 1)
     runs, stages = surveyed(record.campaign, policy, record.substrate.digest, record.origin, record.substrate.default)
-    scored = [run for run in runs if all(record.finished(f"{run.key}/{stage}") for stage in stages)]
-    _must("the survey", record.data("survey"), survey(record.folder, scored, stages))
+    name, number = runs[0].candidate.id, policy.round
+    paid = [one for one in stages if record.looks.paid(candidate=name, round_number=number, split=one) is not None]
+    scored = [run for run in runs if paid and all(record.finished(f"{run.key}/{stage}") for stage in paid)]
+    unasked = [stage for stage in stages if stage not in paid]
+    _must("the survey", record.data("survey"), survey(record.folder, scored, paid, unasked))
 
 
 def _check_finding(record: Record) -> None:

@@ -176,9 +176,9 @@ class Campaign(Frozen):
     search: SearchSpec = Field(default=SearchSpec())
     worker: tuple[str, ...] | None = Field(default=None, description="argv of the proposer; none: the default program")
     open_final: Literal["at-end", "by-operator"] = Field(
-        default="at-end",
-        description="when the sealed half is opened, once, which closes the campaign: after the last round, or when an "
-        "operator says so (`external open-final`)",
+        default="by-operator",
+        description="when the sealed half is opened, once, which closes the campaign: when an operator says so "
+        "(`external open-final`), or after the last round, for a campaign that must end by itself",
     )
     launch: LaunchSpec = Field(default=LaunchSpec())
 

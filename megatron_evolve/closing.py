@@ -25,7 +25,7 @@ from megatron_evolve.prepare import origin_ground
 from megatron_evolve.review import pooled_rounds
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
-from megatron_evolve.survey import closing_folder, survey, survey_stages
+from megatron_evolve.survey import affordable, closing_folder, survey, survey_stages
 
 
 def close_campaign(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
@@ -81,21 +81,25 @@ def final_comparison(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
 
 
 def final_survey(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
-    """Every sub-family of the target as the standing settings answer it; the origin's runs where nothing has moved."""
+    """Every sub-family of the target as the standing settings answer it; the origin's runs where nothing has moved.
+
+    What the budget has no look left for is not asked: the sealed half is open by now, so the campaign must close.
+    """
     runs, stages = surveyed(desk.campaign, policy, desk.substrate_digest, desk.origin, desk.origin_settings)
+    asked = affordable(desk.looks, stages, runs[0].candidate.id, policy.round)
     ground = desk.ground
     if runs[0].round == ORIGIN_ROUND:
         ground = _origins(ground)
         _pay(desk, policy, FINAL_STAGE, [runs[0].candidate.id], runs)
     else:
         runs = finish(desk, ground, runs, "train")
-    for stage in stages:
+    for stage in asked:
         if not runs:
             break
         if stage != FINAL_STAGE:
             _pay(desk, policy, stage, [runs[0].candidate.id], runs)
         runs = finish(desk, ground, runs, stage)
-    return survey(desk.ground.folder, runs, stages)
+    return survey(desk.ground.folder, runs, asked, [stage for stage in stages if stage not in asked])
 
 
 def _origins(ground: Ground) -> Ground:
@@ -107,7 +111,7 @@ def _origins(ground: Ground) -> Ground:
 def surveyed(
     campaign: Campaign, policy: SearchPolicy, substrate: str, scored: Origin, origin_settings: Settings
 ) -> tuple[list[Run], tuple[Stage, ...]]:
-    """The runs that the survey asks, and what it asks them."""
+    """The runs that the survey asks, and what it asks them as far as looks are left."""
     standing, origin = candidate(substrate, policy.standing), candidate(substrate, origin_settings)
     mine, theirs = closing_runs(campaign, policy.round, standing, origin, scored)
     runs = theirs[: campaign.constitution.anchor_seeds] if standing.id == origin.id else mine

@@ -62,6 +62,11 @@ def scored_on_all(facts: RoundFacts, name: str, splits: Sequence[str]) -> list[R
     return [run for run in facts.scored(name, splits[0]) if all(run.has(split) for split in splits)]
 
 
+def read_on(facts: RoundFacts, name: str, split: str) -> list[RunFacts]:
+    """Runs of a candidate whose score on a split counts. Dev-A selects: confirming runs are not asked, only scored."""
+    return facts.first(name, split) if split == "dev-a" else scored_on_all(facts, name, SPLITS[split])
+
+
 class Comparisons:
     """A round's candidates against its anchor: each contrast and each seed variance is worked out once."""
 
@@ -99,7 +104,7 @@ class Comparisons:
     def _contrast(self, name: str, split: str) -> Contrast | None:
         if self._told(split):
             return told_contrast(self.facts, name)
-        mine, anchors = (scored_on_all(self.facts, one, SPLITS[split]) for one in (name, self.facts.anchor))
+        mine, anchors = (read_on(self.facts, one, split) for one in (name, self.facts.anchor))
         if not mine or not anchors:
             return None
         answers = Answers.of([run.items(SPLITS[split]) for run in (*mine, *anchors)])

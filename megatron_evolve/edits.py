@@ -38,7 +38,9 @@ def apply_edits(policy: SearchPolicy, edits: tuple[Edit, ...]) -> SearchPolicy:
     for edit in edits:
         before = _write(tree, edit.path, edit.after)
         if before != edit.before:
-            raise ValueError(f"edit of {edit.path}: expected {before!r} as `from`, got {edit.before!r}")
+            raise ValueError(
+                f"edit of {edit.path}: expected {before!r} as `from`, got {edit.before!r}: write what stands there"
+            )
         if before == edit.after:
             raise ValueError(f"edit of {edit.path} changes nothing: {before!r} stands there already; leave it out")
     return SearchPolicy.parse(tree, where="policy after the edits")

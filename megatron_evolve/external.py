@@ -1,6 +1,7 @@
 """External scores from outside: an operator's hand or a program brings one number a run, and none is asked twice.
 
-    look paid (looks.jsonl) -> awaited, or the program asked once (ledger) -> score submitted (external/) -> recorded
+    look paid (looks.jsonl) -> awaited, or the program asked once (ledger) -> score submitted (external/, its digest in
+    the ledger) -> recorded
 
 A score is written once and never changed. A reply that was lost is a spent look and an unknown score; only an operator
 may have the program ask again, by a command that the ledger keeps. With `reported` the campaign pauses where scores are
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_evolve.artefacts import CampaignFolder, save_json
+from megatron_evolve.artefacts import CampaignFolder, check_file, save_json
 from megatron_evolve.audit import open_record
 from megatron_evolve.campaign import ExternalScores
 from megatron_evolve.desk import ENDED, STOPPED, Awaiting, Desk, Stopped
@@ -36,7 +37,7 @@ def ask_scores(desk: Desk, target: ExternalScores, stages: Sequence[tuple[Run, S
         key = f"{run.key}/{stage}"
         if desk.ledger.find("ended", key) is not None:
             continue
-        told = submitted(desk.ground.folder, run.key)
+        told = submitted(desk.ground.folder, desk.ledger, run.key)
         if told is None and target.kind == "command":
             told = _asked_once(desk, target, run)
         elif told is None:
@@ -113,14 +114,11 @@ def checked(target: ExternalScores, score: Any, items: int | None, se: float | N
 # --- the operator's commands -----------------------------------------------------------------------------------------
 
 
-def place_of(folder: CampaignFolder, key: str) -> Path:
-    """Where the submitted score of a run (round/candidate/seed) lies."""
-    return folder.root / "external" / f"{key.replace('/', '-')}.json"
-
-
-def submitted(folder: CampaignFolder, key: str) -> dict[str, Any] | None:
-    """The submitted score of a run, if there is one."""
-    path = place_of(folder, key)
+def submitted(folder: CampaignFolder, history: History, key: str) -> dict[str, Any] | None:
+    """The submitted score of a run, if there is one. Raises ValueError where it was changed since it was submitted."""
+    path, event = folder.submitted(key), history.find("external-submitted", key)
+    if event is not None:
+        check_file(path, event.data["digest"])
     return read_json(path) if path.exists() else None
 
 
@@ -138,7 +136,7 @@ def _paid(looks: Looks) -> list[str]:
 
 def _standing(folder: CampaignFolder, history: History, key: str, waiting: set[str], lost: set[str]) -> dict[str, Any]:
     number, name, seed = key.split("/")
-    told = submitted(folder, key)
+    told = submitted(folder, history, key)
     state, score = "asked", None
     if told is not None:
         state, score = "submitted", told["score"]
@@ -147,9 +145,10 @@ def _standing(folder: CampaignFolder, history: History, key: str, waiting: set[s
     elif key in lost:
         state = "lost"
     for stage in ("external-a", "external-b"):
-        if history.has("ended", f"{key}/{stage}"):
-            state = "scored"
-            score = read_json(folder.run(int(number), name, int(seed)) / stage / REPORTED_FILE)["score"]
+        if (ended := history.find("ended", f"{key}/{stage}")) is not None:
+            path = folder.run(int(number), name, int(seed)) / stage / REPORTED_FILE
+            check_file(path, ended.data["files"][REPORTED_FILE])
+            state, score = "scored", read_json(path)["score"]
     weights = str(folder.run(int(number), name, int(seed)) / "train")
     return {"run": key, "candidate": name, "seed": int(seed), "state": state, "score": score, "weights": weights}
 
@@ -175,15 +174,26 @@ def submit(root: Path, who: str, score: float, items: int | None = None, se: flo
         raise ValueError(f"expected one run, {who} has {len(unheard)}: name one of {names}")
     (one,) = unheard
     value = checked(target, score, items, se)
-    if one["score"] is None:
-        _write_once(place_of(folder, one["run"]), {"score": value, "items": target.items, "se": se, "by": "operator"})
-        one = _standing(folder, record.events, one["run"], waiting=set(), lost=set())  # told: neither any more
+    if one["state"] != "scored":
+        _keep(folder, one["run"], {"score": value, "items": target.items, "se": se, "by": "operator"})
+        one = _standing(folder, History(folder.ledger), one["run"], waiting=set(), lost=set())  # told: neither any more
     if abs(one["score"] - value) > ROUNDING:
         raise ValueError(
             f"run {one['run']} was scored {one['score']}, got {value}: a score is never changed after the fact; judge "
             "with what is there"
         )
     return one
+
+
+def _keep(folder: CampaignFolder, key: str, document: dict[str, Any]) -> None:
+    """Keeps a score and enters its digest: changed afterwards it is refused, also before the controller records it."""
+    with Lock(folder.lock):
+        ledger = Ledger(folder.root)
+        try:
+            _write_once(folder.submitted(key), document)
+            ledger.once("external-submitted", key, lambda: {"digest": digest_file(folder.submitted(key))})
+        finally:
+            ledger.close()
 
 
 def _write_once(path: Path, document: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ class RunFacts:
         for stage in ("external-a", "external-b"):
             path = self.folder / stage / REPORTED_FILE
             if self.has(stage) and path.exists():
-                return read_json(path)
+                return read_json(self._kept(stage, REPORTED_FILE))
         return None
 
     def comparison(self, split: str) -> str:
@@ -133,12 +133,17 @@ class RoundFacts:
         return [run for run in self.runs.get(name, ()) if run.has(split)]
 
     def first(self, name: str, split: str) -> list[RunFacts]:
-        """The scored runs that selection reads: all of the anchor, and of an explorer those before any confirmation."""
+        """The scored runs that selection reads: all of the anchor, and of an explorer those before any confirmation.
+
+        Every worker that opens with a candidate adds runs of it; a repair adds some only where there were none.
+        """
         runs = self.scored(name, split)
         if name == self.anchor:
             return runs
-        proposed = sum(one.candidate == name for one in self.proposals)
-        planned = self.runs.get(name, ())[: proposed * self.policy.replicates.explorer]
+        opened = {one.worker: one.candidate for one in reversed(self.proposals)}  # each worker's first
+        repaired = any(one.candidate == name for one in self.proposals)
+        workers = sum(found == name for found in opened.values()) or int(repaired)
+        planned = self.runs.get(name, ())[: workers * self.policy.replicates.explorer]
         return [run for run in runs if run in planned]
 
     @property

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,11 @@ class History:
     def latest(self) -> Event | None:
         """The event that happened last."""
         return self._read([len(self) - 1])[0] if len(self) else None
+
+    def latest_but(self, kinds: Collection[str]) -> Event | None:
+        """The event that happened last, those of these kinds passed over."""
+        events = (self._read([number])[0] for number in reversed(range(len(self))))
+        return next((event for event in events if event.kind not in kinds), None)
 
     def _read(self, numbers: list[int]) -> list[Event]:
         if not numbers:

@@ -38,6 +38,7 @@ from megatron_evolve.reuse import rounds_anew
 from megatron_evolve.rounds import run_campaign_rounds
 from megatron_evolve.site import Site, kubernetes_launcher, placed
 from megatron_evolve.sources import decision_sources
+from megatron_evolve.status import paused
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.manifest import public_view
 
@@ -113,9 +114,8 @@ def launcher_of(campaign: Campaign, session: Session) -> Iterator[Launcher]:
 @contextmanager
 def pauses(ledger: Ledger) -> Iterator[None]:
     """Enters that a paused campaign goes on, and that one pauses: its standing between the two is that it is paused."""
-    latest = ledger.latest
-    if latest is not None and latest.kind == "paused":
-        ledger.append("resumed", latest.key, {})
+    if (pause := paused(ledger)) is not None:
+        ledger.append("resumed", pause.key, {})
     try:
         yield
     except Paused as pause:

@@ -170,6 +170,7 @@ def _candidate(compared: Comparisons, name: str) -> CandidateEvidence:
     facts, weights = compared.facts, compared.weights
     proposal = next((one for one in facts.proposals if one.candidate == name), None)
     anchor = name == facts.anchor
+    selecting = facts.first(name, "dev-a")
     effects = {} if anchor else {split: compared.effect(name, split) for split in weights.splits}
     return CandidateEvidence(
         id=name,
@@ -177,7 +178,7 @@ def _candidate(compared: Comparisons, name: str) -> CandidateEvidence:
         role="anchor" if anchor else "explorer",
         change={} if proposal is None else proposal.change,
         hypothesis="" if proposal is None else proposal.hypothesis,
-        runs=tuple(_run_record(run, weights) for run in facts.runs.get(name, ())),
+        runs=tuple(_run_record(run, weights, run in selecting) for run in facts.runs.get(name, ())),
         dev=_score(facts, name, "dev-b", weights.dev),
         external=_outside(facts, name, weights),
         effects={split: found for split, found in effects.items() if found is not None},
@@ -198,11 +199,12 @@ def _refused(facts: RoundFacts) -> list[CandidateEvidence]:
     ]
 
 
-def _run_record(run: RunFacts, weights: Weights) -> RunRecord:
+def _run_record(run: RunFacts, weights: Weights, selects: bool) -> RunRecord:
+    """A run and its scores; on dev-A only of one that selects, whose look was paid before anything confirmed it."""
     failed = next((end for end in run.ends.values() if end["outcome"] != "finished"), None)
     scores = {}
     for split in ("dev-a", "dev-b", "external-a", "external-b"):
-        if run.has(split) and split in weights.splits:
+        if run.has(split) and split in weights.splits and (selects or split != "dev-a"):
             overall = overall_score(run.rows(split), weights.of(split))
             scores[split] = ScoreValue(mean=overall.mean, se=overall.se, n=overall.n)
     return RunRecord(

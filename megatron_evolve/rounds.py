@@ -133,6 +133,7 @@ def run_candidates(desk: Desk, policy: SearchPolicy) -> RoundRuns:
     if policy.objective == "external":
         ask_external(runs, "external-a")
     confirm(runs)
+    pay_dev(runs, "dev-a")  # again, for what came in place of a candidate that failed when it was confirmed
     if policy.objective == "dev":
         ask_external(runs, "external-a")
     ask_external(runs, "external-b")

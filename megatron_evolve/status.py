@@ -14,7 +14,7 @@ from megatron_evolve.eval.looks import Looks
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.launch.rundir import read_json
 from megatron_evolve.ledger import Event, History
-from megatron_evolve.tally import Tally
+from megatron_evolve.tally import OPERATOR_KINDS, Tally
 
 INTERVENTION_KINDS = ("intervention",)
 
@@ -30,12 +30,12 @@ def status_of(folder: CampaignFolder, history: History, tally: Tally) -> dict[st
     opened = tally.opened
     if opened is None:
         return {"campaign": None, "state": "preparing", "rounds": []}
-    budget, latest = opened["plan"]["external_looks"], history.latest
+    budget, pause = opened["plan"]["external_looks"], paused(history)
     survey = history.find("survey")
     return {
         "campaign": opened["name"],
         "state": state_of(history),
-        "paused": latest.data["why"] if latest.kind == "paused" else None,
+        "paused": pause.data["why"] if pause else None,
         "claim": opened["claim"],
         "interventions": sum(len(history.keys(kind)) for kind in INTERVENTION_KINDS),
         "looks": Looks(folder.looks, external_budget=budget).summary(),
@@ -65,12 +65,18 @@ def state_of(history: History) -> str:
     """
     if history.has("campaign-closed"):
         return "closed"
-    if history.latest.kind == "paused":
+    if paused(history) is not None:
         return "paused"
     if awaited(history):
         return "awaiting external scores"
     awaits = history.keys("final-awaited") and not history.keys("final-opened")
     return "awaiting the sealed half" if awaits else "running"
+
+
+def paused(history: History) -> Event | None:
+    """The pause that the campaign is in, if it is in one."""
+    latest = history.latest_but(OPERATOR_KINDS)
+    return latest if latest is not None and latest.kind == "paused" else None
 
 
 def awaited(history: History) -> list[str]:

@@ -19,6 +19,8 @@ from megatron_evolve.ledger import Event
 
 KEPT_FAILURES = 5
 KEPT_VERDICTS = 3  # rounds
+# What an operator enters in a campaign that does not run: it goes on being paused.
+OPERATOR_KINDS = ("external-submitted", "external-again")
 
 
 def why_paused(event: Event) -> str | None:
@@ -83,7 +85,8 @@ class Tally:
             self.active_s += min((moment - self.last_time).total_seconds(), self.longest_s or float("inf"))
         self.num_events += 1
         self.last_time = moment
-        self.pause = why_paused(event)
+        if event.kind not in OPERATOR_KINDS:
+            self.pause = why_paused(event)
         step = getattr(self, f"_{event.kind.replace('-', '_')}", None)
         if step is not None:
             step(event)

@@ -1,12 +1,13 @@
 """A trial: a researcher's own delta against the anchor, outside any round, with an honest paired verdict.
 
 Both sides train under the same number of fresh seeds and answer the same fresh dev items, which no round has seen. What
-was run stays in DIR/try, so the same command answers at once. A look at the external target is spent only when asked
-for.
+was run stays in DIR/try, so the same command answers at once. Its looks at dev stand in the campaign's account, more
+seeds being a further look. A look at the external target is spent only when asked for.
 """
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_evolve.document import load_yaml
 from megatron_evolve.eval.looks import Look, Looks
 from megatron_evolve.eval.paired import Estimate, effect, minimum_detectable_effect, probability_better
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool
+from megatron_evolve.eval.suite import Split
 from megatron_evolve.facts import RunFacts
 from megatron_evolve.jobs import Ground, Run, Stage, drive, write_candidate
 from megatron_evolve.launch.rundir import Lock
@@ -36,6 +38,7 @@ from megatron_evolve.substrate.settings import Settings
 # Rounds of trials lie far above any campaign's, so their items are drawn by nobody else.
 FIRST_TRIAL_ROUND = 1_000_000
 MDE_ALPHA = 0.05
+DEV_SPLITS = ("dev-a", "dev-b")  # one job scores both halves
 EXTERNAL_SPLITS = ("external-a", "external-b")
 
 
@@ -112,12 +115,15 @@ def base_of(record: Record, delta: Delta, where: str) -> Settings:
 
 def run_both(trial: Trial, root: Path, ask_external: bool) -> list[str]:
     """Trains and scores both sides; returns what failed, in words."""
+    if ask_external and trial.record.campaign.judge.target_suite is None:
+        raise ValueError("expected a target that this campaign asks itself, got none: leave --external out")
     failures: list[str] = []
     sides = (trial.anchor, trial.candidate)
     for side in sides:
         write_candidate(trial.ground.folder, trial.round, side)
-    if ask_external:
-        pay(trial, root)
+    rules = trial.record.campaign.constitution
+    account = Looks(CampaignFolder(root).looks, external_budget=rules.external_looks)
+    pay(trial, account, (*DEV_SPLITS, *(EXTERNAL_SPLITS if ask_external else ())))
     stages: tuple[Stage, ...] = ("train", "dev", *(EXTERNAL_SPLITS if ask_external else ()))
     following = dict(itertools.pairwise(stages))
     session = Session(root, default_store(), lambda what, facts: None, lambda: False, trial.ground.placement.site)
@@ -131,24 +137,31 @@ def run_both(trial: Trial, root: Path, ask_external: bool) -> list[str]:
     return failures
 
 
-def pay(trial: Trial, root: Path) -> None:
+def pay(trial: Trial, account: Looks, splits: Sequence[Split]) -> None:
     """Enters both sides' looks in the campaign's account before anything is asked."""
-    if trial.record.campaign.judge.target_suite is None:
-        raise ValueError("this campaign has no external target: leave --external out")
-    account = Looks(CampaignFolder(root).looks, external_budget=trial.record.campaign.constitution.external_looks)
     for side in (trial.anchor, trial.candidate):
-        for split in EXTERNAL_SPLITS:
+        for split in splits:
+            runs = tuple(run.key for run in trial.runs(side))
             account.pay(
                 Look(
                     candidates=(side.id,),
-                    runs=tuple(run.key for run in trial.runs(side)),
+                    runs=runs,
                     purpose="trial",
                     split=split,
-                    round=trial.round,
+                    round=_number(account, side.id, split, trial.round, runs),
                     item_set=digest_of({"judge": trial.record.opened["judge"], "split": split, "round": trial.round}),
                     items=trial.record.suites["items"][split],
                 )
             )
+
+
+def _number(account: Looks, name: str, split: Split, first: int, runs: Sequence[str]) -> int:
+    """The round a look is entered under: the trial's own, or where it was asked by other runs the next free one."""
+    number, before = first, account.paid(candidate=name, round_number=first, split=split)
+    while before is not None and set(before.runs) != set(runs):
+        number += 1
+        before = account.paid(candidate=name, round_number=number, split=split)
+    return number
 
 
 # --- the verdict -----------------------------------------------------------------------------------------------------

@@ -29,4 +29,7 @@ def survey_section(quotes: Quotes) -> Markup | None:
             quotes.number("survey", "items"),
             " items. Accuracy is the official metric; exact text counts no tolerance. The interval is of the items.",
         ),
+        note("The open rows of the target are not among them: the rounds had spent every external look.")
+        if found.get("unasked")
+        else None,
     )

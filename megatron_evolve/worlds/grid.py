@@ -151,6 +151,7 @@ def campaign_of(
         substrate=SubstrateSpec(path=str(substrate)),
         judge=judge_of(base, world, secret=drawn(code, world, index, "judge")),
         constitution=base.constitution.replace(rounds=grid.rounds),
+        open_final="at-end",  # nobody watches over hundreds of campaigns
     )
     if world.score_only is None:
         return campaign

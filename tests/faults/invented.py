@@ -77,6 +77,7 @@ def campaign(
         "claim": "performance",
         "comparator": "origin",
         "seed": seed,
+        "open_final": "at-end",
         "judge": {
             "secret": "a-secret-of-the-tests-only",
             "dev": suite(1, "dev-a", "dev-b"),

@@ -1,5 +1,6 @@
 """One changed byte anywhere is found and named; on changed ground nothing starts, goes on or is lost."""
 
+import json
 import os
 from pathlib import Path
 
@@ -174,3 +175,12 @@ def test_a_campaign_whose_ledger_keeps_no_digest_of_the_looks_is_read(copy_of_fi
     (tmp_path / LEDGER).replace(copy_of_finished / LEDGER)
     found = verify_campaign(copy_of_finished)
     assert found["ok"] and any("no digest" in note for note in found["notes"])
+    path = copy_of_finished / "looks.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    place = next(place for place, line in enumerate(lines) if b'"split":"dev-b"' in line)
+    look = json.loads(lines[place])
+    lines[place] = json.dumps({**look, "runs": look["runs"][1:]}).encode() + b"\n"
+    path.unlink()
+    path.write_bytes(b"".join(lines))
+    broken = verify_campaign(copy_of_finished)["first_broken"]
+    assert broken["where"] == str(path) and look["runs"][0] in broken["got"], "a look that does not name the run"

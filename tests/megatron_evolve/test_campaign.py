@@ -27,6 +27,15 @@ def test_shipped_campaigns_are_valid_and_survive_saving(path: Path, tmp_path: Pa
     assert plan_of(campaign)["runs"] > 0
 
 
+def test_an_operator_opens_the_sealed_half_unless_the_campaign_must_end_by_itself() -> None:
+    shipped = {path.stem: Campaign.parse(load_yaml(path), where=str(path)) for path in SHIPPED.glob("*.yaml")}
+    by_itself = {name for name, campaign in shipped.items() if campaign.open_final == "at-end"}
+    assert by_itself == {"demo", "control", "challenge-cpu"}
+    document = yaml.safe_load((SHIPPED / "demo.yaml").read_text())
+    del document["open_final"]
+    assert Campaign.parse(document, where="campaign.yaml").open_final == "by-operator"
+
+
 def test_names_and_paths(tmp_path: Path) -> None:
     assert find_campaign("demo") == SHIPPED / "demo.yaml"
     with pytest.raises(ValueError, match="did you mean demo"):

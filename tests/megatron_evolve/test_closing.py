@@ -2,17 +2,26 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from megatron_evolve.artefacts import CampaignFolder, save_json
+from megatron_evolve.campaign import ExternalCsv, find_campaign, load_campaign
 from megatron_evolve.cli import app
-from megatron_evolve.closing import compare
+from megatron_evolve.closing import compare, final_survey
 from megatron_evolve.comparisons import Weights
+from megatron_evolve.contest.surface import ORIGIN, VIEW
+from megatron_evolve.desk import Desk
+from megatron_evolve.eval.looks import Look, Looks
 from megatron_evolve.eval.paired import Answers, RunItems
+from megatron_evolve.eval.score import ItemRows, write_rows
 from megatron_evolve.eval.seeds import RunReplicates
-from megatron_evolve.ledger import LEDGER, read_ledger
+from megatron_evolve.jobs import Ground, StageEnd
+from megatron_evolve.ledger import LEDGER, Ledger, read_ledger
+from megatron_evolve.meta import initial_policy
 from megatron_evolve.origin import Origin
 from megatron_evolve.report import write_report
 from megatron_evolve.terminal import final_table
@@ -78,3 +87,82 @@ def test_a_campaign_that_was_closed_before_it_was_kept_says_that_it_is_unknown(t
     assert "smallest visible difference unknown" in final_table(json.loads(json.dumps({**final, "gain": gain}))).title
     assert "nothing to compare" in final_table({"standing": "a", "origin": "a", "same": True})
     assert "no run of the origin" in final_table({"failed": "no run of the origin finished and was scored"})
+
+
+# --- the survey of a CSV whose open rows need a look ---
+
+ROWS = {"final": 6, "open": 4}
+CLOSING_ROUND = 2
+
+
+class Answering(Desk):
+    """A desk whose jobs end at once: every item is answered, right or wrong in turn. The rest is the product's."""
+
+    def drive(self, stages, after=lambda end: (), ground=None):
+        for run, stage in stages:
+            place = self.ground.stage_dir(run, stage)
+            place.mkdir(parents=True)
+            if stage == "train":
+                save_json(place / "result.json", {})
+            else:
+                save_json(place / "scores.json", {})
+                write_rows(place / "scores.parquet", answers(stage))
+            end = StageEnd(run, stage, "finished", "", cpu_seconds=1.0, seconds=1.0, attempts=1)
+            self.record(end, self.ground)
+            yield end
+
+
+def answers(stage: str) -> ItemRows:
+    count = ROWS[stage]
+    flags = [place % 2 == 0 for place in range(count)]
+    return ItemRows(
+        [str(place) for place in range(count)],
+        *([one] * count for one in ("a", "a1", stage)),
+        *[flags] * 4,
+        [3] * count,
+        [""] * count,
+    )
+
+
+def desk_with(root: Path, budget: int, spent: int) -> Answering:
+    campaign = load_campaign(find_campaign("demo"))
+    target = ExternalCsv(path="t.csv", items={"external-a": 2, "external-b": 2})
+    folder = CampaignFolder(root)
+    looks = Looks(folder.looks, external_budget=budget)
+    for number in range(spent):
+        asked = {"candidates": (f"c{number}",), "runs": (f"1/c{number}/7",), "purpose": "judge", "item_set": "i"}
+        looks.pay(Look(**asked, split="external-b", round=1, items=2))
+    looks.pay(
+        Look(candidates=("s", "o"), runs=("2/s/7",), purpose="end", item_set="i", split="final", round=2, items=6)
+    )
+    theirs = rolled(0.5)
+    return Answering(
+        campaign=campaign.replace(judge=campaign.judge.replace(external=target)),
+        ground=Ground(folder, root, root, 10.0),
+        ledger=Ledger(root),
+        looks=looks,
+        launcher=None,
+        substrate_view=VIEW,
+        substrate_digest=VIEW["digest"],
+        judge_digest="j",
+        origin=origin_of(theirs),
+        origin_settings=ORIGIN,
+        suites={"items": ROWS},
+        on_progress=lambda what, facts: None,
+        stop=lambda: False,
+    )
+
+
+@pytest.mark.parametrize(("budget", "spent", "asked"), [(5, 4, True), (4, 4, False), (0, 0, False)])
+def test_a_budget_that_the_rounds_have_spent_closes_without_the_open_rows(tmp_path, budget, spent, asked) -> None:
+    """4 rounds x 8 candidates x 2 halves is the default budget exactly: no look need be left for the survey."""
+    desk = desk_with(tmp_path, budget, spent)
+    moved = ORIGIN.replace(recipe=ORIGIN.recipe.replace(lr=2 * ORIGIN.recipe.lr))
+    policy = initial_policy(moved, {}, desk.campaign.constitution).replace(round=CLOSING_ROUND)
+    found = final_survey(desk, policy)
+    assert found["items"] == ROWS["final"] + asked * ROWS["open"]
+    assert found.get("unasked") == (None if asked else ["open"])
+    assert found["runs"] == desk.campaign.constitution.anchor_seeds
+    assert desk.looks.spent == spent + asked
+    again = Looks(desk.looks.path, external_budget=budget)
+    assert final_survey(Answering(**{**vars(desk), "looks": again}), policy) == found, "as a campaign that goes on does"

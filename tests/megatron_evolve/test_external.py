@@ -25,15 +25,15 @@ from megatron_evolve.contest.surface import ORIGIN, draw_surface
 from megatron_evolve.desk import Awaiting
 from megatron_evolve.eval.paired import Estimate
 from megatron_evolve.eval.reported import WHOLE_WEIGHT, ReportedScores
-from megatron_evolve.external import ask_scores, checked, place_of
-from megatron_evolve.facts import RoundFacts
+from megatron_evolve.external import ask_scores, checked, submit
+from megatron_evolve.facts import RoundFacts, RunFacts
 from megatron_evolve.jobs import Ground, Run
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.meta import next_policy
 from megatron_evolve.released import released
 from megatron_evolve.review import a_half_means, review, round_items
 from megatron_evolve.status import state_of
-from megatron_evolve.substrate.digest import digest_of
+from megatron_evolve.substrate.digest import digest_file, digest_of
 from megatron_evolve.worlds.sealed import dev_a_means
 from tests.megatron_evolve.tiny import command, events
 
@@ -183,10 +183,39 @@ def test_only_a_recorded_command_has_it_asked_again(table):
 def test_a_hand_may_bring_what_a_program_lost(table):
     target = program("sys.exit('down')")
     assert ask(table, target) is None
-    path = place_of(table.ground.folder, RUN.key)
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"score": 0.55, "by": "operator"}))
+    bring(table, 0.55)
     assert ask(table, target)["by"] == "operator" and calls(table) == 1
+
+
+def bring(table: Table, score: float) -> Path:
+    """A score as an operator leaves it."""
+    path = table.ground.folder.submitted(RUN.key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"score": score, "by": "operator"}))
+    return path
+
+
+def test_a_score_that_was_changed_after_it_was_submitted_is_refused(table):
+    """Before the controller records it, and after: by the reviewer too, which reads it again every round."""
+    path = bring(table, 0.55)
+    table.ledger.append("external-submitted", RUN.key, {"digest": digest_file(path)})
+    for changed in (lambda: bring(table, 0.75), path.unlink):
+        changed()
+        with pytest.raises(ValueError, match=f"{path.name} is not what .* restore"):
+            ask(table, ExternalScores(**TARGET))
+    bring(table, 0.55)
+    assert ask(table, ExternalScores(**TARGET))["score"] == 0.55
+    event = table.ledger.find("ended", f"{RUN.key}/external-b").data
+    recorded = table.ground.stage_dir(RUN, "external-b") / "reported.json"
+
+    def read() -> dict[str, Any] | None:
+        ends, files = {"external-b": event["end"]}, {"external-b": event["files"]}
+        return RunFacts(RUN.candidate.id, RUN.seed, recorded.parent.parent, ends, files).reported
+
+    assert read()["score"] == 0.55
+    recorded.write_text(recorded.read_text().replace("0.55", "0.75"))
+    with pytest.raises(ValueError, match=r"reported.json is not what .* restore"):
+        read()
 
 
 def test_a_score_that_is_awaited_pauses_and_says_so_once(table):
@@ -202,7 +231,9 @@ def test_a_score_that_is_awaited_pauses_and_says_so_once(table):
 
 
 def test_the_sealed_half_waits_for_an_operators_word(table):
-    table.campaign = load_campaign(find_campaign("demo")).replace(open_final="by-operator")
+    document = load_campaign(find_campaign("demo")).model_dump(mode="json", by_alias=True)
+    del document["open_final"]
+    table.campaign = Campaign.parse(document, where="a campaign that does not say when")
     for _ in range(2):
         with pytest.raises(Awaiting, match="open-final"):
             await_opening(table)
@@ -218,7 +249,7 @@ def test_the_sealed_half_waits_for_an_operators_word(table):
     await_opening(table)  # the ledger has it: it opened once
 
 
-def test_by_default_it_opens_after_the_last_round(table):
+def test_a_campaign_that_must_end_by_itself_opens_it_after_the_last_round(table):
     table.campaign = load_campaign(find_campaign("demo"))
     await_opening(table)
     assert len(table.ledger) == 0
@@ -340,6 +371,13 @@ def test_a_campaign_waits_for_an_operator_and_goes_on(own_ground, variant, tmp_p
         done = command("external", "submit", one["run"], 0.5 + 0.01 * place, "--dir", folder, "--n", 400, "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["awaited"] == len(listed) - 1 - place
+    brought = CampaignFolder(folder).submitted(first)
+    kept = brought.read_text()
+    brought.write_text(kept.replace("0.5", "0.7"))
+    with pytest.raises(ValueError, match=f"{brought.name} is not what"):
+        submit(folder, first, 0.5)
+    assert brought.name in verify_campaign(folder)["first_broken"]["where"]
+    brought.write_text(kept)
     again = command("external", "submit", first, "0.5", "--dir", folder)
     assert again.returncode == 0, "the same score once more is no change"
     changed = command("external", "submit", first, "0.6", "--dir", folder)

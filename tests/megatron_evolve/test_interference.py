@@ -80,6 +80,7 @@ def test_only_the_judge_opens_the_target(
         judge__external={"kind": "csv", "items": {"external-a": 12, "external-b": 12}, "sealed": 0.3},
         constitution__rounds=1,
         constitution__workers=2,
+        constitution__external_looks=4,  # 2 candidates x 2 halves: none is left for the survey's open rows
         worker=[sys.executable, str(worker)],
     )
     folder, log = own_ground.root / "campaign", tmp_path / "opened.jsonl"
@@ -93,11 +94,14 @@ def test_only_the_judge_opens_the_target(
     assert asking
     assert len(freezing) + len(asking) == len(opened), "another process opened the target"
     splits = {words[words.index("--splits") + 1] for words in asking}
-    assert splits <= {"external-a", "external-b", "final", "open"}
-    assert {"external-a", "external-b"} <= splits
+    assert {"external-a", "external-b"} <= splits <= {"external-a", "external-b", "final"}
     proposed = [event["data"] for event in events(folder) if event["kind"] == "proposed"]
     assert [one["call"]["ending"] for one in proposed] == ["ok"], "the worker ran with the target absent"
-    assert verify_campaign(folder)["ok"]
+    surveyed = next(event["data"] for event in events(folder) if event["kind"] == "survey")
+    assert surveyed["unasked"] == ["open"] and surveyed["runs"] > 0
+    verified = verify_campaign(folder)
+    assert verified["ok"] and ["open rows were not asked" in note for note in verified["notes"]] == [True]
+    assert "had spent every external look" in (folder / "report.html").read_text()
 
 
 def test_what_others_are_given_does_not_name_the_target(

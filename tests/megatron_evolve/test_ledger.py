@@ -7,6 +7,8 @@ from contextlib import closing
 import pytest
 
 from megatron_evolve.ledger import GENESIS, History, Ledger, read_ledger
+from megatron_evolve.status import paused, state_of
+from megatron_evolve.tally import Tally
 
 
 def filled(folder, count: int = 4):
@@ -97,3 +99,17 @@ def test_an_empty_folder_holds_no_campaign(tmp_path) -> None:
 def test_lines_are_plain_json(tmp_path) -> None:
     first = json.loads(filled(tmp_path).read_text().splitlines()[0])
     assert set(first) == {"number", "time", "kind", "key", "data", "previous", "hash"}
+
+
+def test_a_campaign_is_paused_until_it_goes_on_whatever_an_operator_enters(tmp_path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.append("paused", "1", {"why": "disk full", "attempts": {}})
+    ledger.append("external-submitted", "1/c/7", {"digest": "d"})
+    ledger.append("external-again", "1/c/7/1", {"run": "1/c/7", "reason": "down"})
+    assert state_of(ledger) == "paused" and paused(ledger).data["why"] == "disk full"
+    tally = Tally()
+    for event in ledger:
+        tally.add(event)
+    assert tally.pause == "disk full"
+    ledger.append("resumed", "1", {})
+    assert paused(ledger) is None

@@ -117,6 +117,9 @@ def test_a_researchers_delta_is_tried_against_the_anchor(
     assert found["external"] is None
     assert (copy_of_finished / "ledger.jsonl").read_bytes() == before
     assert command("verify", copy_of_finished).returncode == 0
+    looks = (copy_of_finished / "looks.jsonl").read_text().splitlines()
+    trials = [look for look in map(json.loads, looks) if look["purpose"] == "trial"]
+    assert sorted(look["split"] for look in trials) == ["dev-a", "dev-a", "dev-b", "dev-b"]
     change["change"] = {"recipe.steps": {"set": 8}}  # as the substrate's own recipe has it
     delta.write_text(yaml.safe_dump(change))
     same = command("try", delta, "--dir", copy_of_finished, "--seeds", 1)

@@ -310,7 +310,7 @@ def test_check_edits_finds_what_does_not_add_up() -> None:
         check_edits(policy, following, edits[1:], evidence)
     with pytest.raises(ValueError, match="does not resolve"):
         check_edits(policy, following, (edits[0].replace(evidence=("/candidates/99",)), *edits[1:]), evidence)
-    with pytest.raises(ValueError, match="as `from`"):
+    with pytest.raises(ValueError, match="as `from`, got 7: write what stands there"):
         check_edits(policy, following, (edits[0].replace(before=7), *edits[1:]), evidence)
     with pytest.raises(ValueError, match="one edit per path"):
         check_edits(policy, following, (*edits, edits[0]), evidence)

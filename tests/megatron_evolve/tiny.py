@@ -111,6 +111,7 @@ def settings_on(substrate: Path) -> dict[str, Any]:
         "claim": "performance",
         "comparator": "origin",
         "seed": 20260620,
+        "open_final": "at-end",
         "substrate": {"path": str(substrate)},
         "judge": {
             "secret": "a-secret-of-the-tests-only",

@@ -1,0 +1,57 @@
+"""The review reads what was paid for: a confirming run is judged on dev-B, and never selected on."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_evolve.contest.laboratory import Laboratory
+from megatron_evolve.contest.product import DrawnRound, ProductCampaign, Variant
+from megatron_evolve.contest.surface import draw_surface
+from megatron_evolve.facts import RoundFacts
+from megatron_evolve.reading import readings
+from megatron_evolve.review import a_half_means, review, round_items
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[ProductCampaign, RoundFacts]:
+    """A round drawn from a surface: the product's own, but for its jobs."""
+    campaign = ProductCampaign(Laboratory(draw_surface("cue", "review", 4), np.random.default_rng(4), 48), Variant(), 4)
+    one = DrawnRound(campaign, campaign._first_policy())
+    one.run_candidates()
+    return campaign, one.facts()
+
+
+def test_the_dev_a_of_confirming_runs_is_read_nowhere(drawn) -> None:
+    campaign, facts = drawn
+    evidence = review([facts], campaign.rules, campaign.origin, campaign.weights, [], {})
+    explorers = {one.id: one for one in evidence.candidates if one.role == "explorer"}
+    first = campaign.campaign.search.replicates.explorer
+    confirmed = [one for one in explorers.values() if len(one.runs) > first]
+    assert confirmed, "the leaders of dev-A ran again"
+    for one in explorers.values():
+        for place, run in enumerate(one.runs):
+            assert ("dev-a" in run.scores) == (place < first) and "dev-b" in run.scores
+    means = a_half_means(facts, campaign.weights)
+    anchor = round_items(facts, campaign.weights).dev_a[facts.anchor]
+    for name, mean in means.items():
+        assert explorers[name].effects["dev-a"].mean == pytest.approx(mean - anchor, abs=1e-12)
+    ranked = sorted(readings(evidence, "dev", campaign.rules), key=lambda one: one.rank)
+    assert ranked[0].candidate.id == evidence.selected, "the ranking that promotes is the one that selected"
+
+
+def test_what_a_repair_proposed_again_makes_no_confirming_run_select(drawn) -> None:
+    """Two workers that open with a candidate add runs of it; a repair that comes to one that runs adds none."""
+    _, facts = drawn
+    name = next(one for one in facts.explorers if len(facts.runs[one]) > 1)
+    mine = next(one for one in facts.proposals if one.candidate == name)
+    other = next(one for one in facts.proposals if one.candidate != name)
+    assert len(facts.first(name, "dev-a")) == 1
+    repair = replace(facts, proposals=(*facts.proposals, replace(mine, worker=other.worker)))
+    assert len(repair.first(name, "dev-a")) == 1
+    twice = replace(facts, proposals=(*facts.proposals, replace(mine, worker=99)))
+    assert len(twice.first(name, "dev-a")) == 2
+    moved = tuple(replace(one, worker=other.worker) if one is mine else one for one in facts.proposals)
+    alone = replace(facts, proposals=(other, *(one for one in moved if one is not other)))
+    assert len(alone.first(name, "dev-a")) == 1, "it came by a repair alone"
+    assert facts.first("nobody", "dev-a") == []
