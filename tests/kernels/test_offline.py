@@ -11,7 +11,8 @@ from megatron_evolve.kernels.offline import CHIPS, MAX_REGISTERS, MAX_SHARED_BYT
 from megatron_evolve.kernels.tile_table import entries
 
 WANTED = {"sm_90a": "wgmma", "sm_100": "tcgen05"}
-CLAMP_SPILLS = {"sm_90a": 0, "sm_100": 32}  # bytes a thread, of the gradient through fc2 with an adapter: 16 at rank 32, 32 at 64
+# bytes a thread, of the gradient through fc2 with a clamp and an adapter: 16 at rank 32, 32 at 64
+CLAMP_SPILLS = {"sm_90a": 0, "sm_100": 32}
 
 
 @pytest.fixture(scope="module", params=CHIPS)
