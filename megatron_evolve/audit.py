@@ -168,6 +168,7 @@ def _check_ground(record: Record, notes: list[str]) -> None:
         if "source changed" not in str(error):
             raise
         notes.append(f"frozen by another version of the code: {error}")
+    _check_reach(record)
     _check_looks(record, notes)
     if unasked := (record.data("survey") or {}).get("unasked"):
         notes.append(f"no external look was left for the survey: {', '.join(unasked)} rows were not asked")
@@ -185,6 +186,16 @@ def _check_ground(record: Record, notes: list[str]) -> None:
             number, worker, attempt = event.key.split("/")
             path = folder.worker(int(number), int(worker)) / attempt / PROPOSAL
             _must_hold(path, event.data["call"]["reply"])
+
+
+def _check_reach(record: Record) -> None:
+    """The folder holds no round that the ledger does not tell of; one cut back between lines is whole in itself."""
+    opened = set(record.events.keys("round-opened"))
+    ended = {event.key.split("/")[0] for event in record.events.of_kind("ended")}
+    for place in sorted((record.folder.root / "rounds").glob("*"), key=lambda place: int(place.name)):
+        judged = record.folder.evidence(int(place.name)).exists()
+        if place.name not in (ended if judged else opened) and (judged or any(place.glob("*/runs"))):
+            raise Broken(str(record.folder.ledger), f"the events of round {place.name}, whose files are there", "none")
 
 
 def _check_looks(record: Record, notes: list[str]) -> None:

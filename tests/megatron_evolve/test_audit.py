@@ -96,6 +96,19 @@ def test_removed_and_reordered_lines_are_found(copy_of_finished: Path) -> None:
         assert f"line {line}" in broken["got"]
 
 
+def test_a_ledger_that_was_cut_back_is_found(copy_of_finished: Path) -> None:
+    """After its opening, after the first round, and after the second was begun: what is left is whole in itself."""
+    path = copy_of_finished / "ledger.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    kinds = [event["kind"] for event in events(copy_of_finished)]
+    judged = kinds.index("evidence")
+    for last, number in ((kinds.index("campaign-opened"), 1), (judged, 2), (kinds.index("round-opened", judged), 2)):
+        path.unlink()
+        path.write_bytes(b"".join(lines[: last + 1]))
+        broken = verify_campaign(copy_of_finished)["first_broken"]
+        assert broken["where"] == str(path) and broken["expected"].startswith(f"the events of round {number}"), broken
+
+
 def test_a_missing_file_is_found(copy_of_finished: Path) -> None:
     for pattern in ("rounds/1/evidence.json", "rounds/1/*/runs/*/dev/scores.parquet", "rounds/2/policy.yaml"):
         path = one_of(copy_of_finished, pattern)
