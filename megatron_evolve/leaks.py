@@ -9,7 +9,7 @@ the ids of items, and no prompt or answer leaves it. A run that stopped early tr
 
 Rows of a CSV are withheld from training (`eval/freeze.py`). Items of a generated suite are not: they are drawn by the
 same generators under a secret, so a row equals one by chance alone. At challenge difficulty 40,000 rows of each family
-held one such pair, of numerals, among 4.8 billion.
+held one such pair among 4.8 billion.
 """
 
 import json

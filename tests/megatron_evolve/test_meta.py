@@ -329,7 +329,7 @@ def test_every_edit_cites_what_is_there_and_the_argument_can_be_read() -> None:
     text = explain(policy, evidence, following, edits)
     for said in (
         "DECOUPLED",
-        "objective from 'dev' to 'external'",
+        "objective from dev to external",
         "lr moved dev-b by +3.0 pt",
         struck(premise("green")),
         "The smallest effect of a candidate that it would see (80 % power, one-sided 5 %): dev-b 4.0 pt, external 5.1",
