@@ -184,12 +184,7 @@ def bench_plot(
     def answer() -> None:
         from megatron_evolve.kernels.bench import plot
 
-        try:
-            found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, json.JSONDecodeError) as failure:
-            raise ValueError(
-                f"expected JSON lines in {rows}; got {failure}: give the file that a bench wrote"
-            ) from None
+        found = read_rows(rows)
         out.write_text(plot.svg(found, title or rows.stem), encoding="utf-8")
         typer.echo(str(out))
 
