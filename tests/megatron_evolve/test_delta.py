@@ -59,13 +59,22 @@ def test_refusals_say_why(change: dict, says: str) -> None:
         ({"hypothesis": "x"}, "change is missing"),
         ({"hypothesis": "x", "change": {}}, "at least 1 item"),
         ({"hypothesis": "x", "change": {"recipe.lr": {"set": 1, "scale": 2}}}, "exactly one of `set` and `scale`"),
+        (
+            {"hypothesis": "x", "change": {"recipe.lr": {"set": 1e-3}}, "predict": {"dev": [0.05, 0.01]}},
+            "predict: dev is an interval",
+        ),
+        (
+            {"hypothesis": "x", "change": {"recipe.lr": {"set": 1e-3}}, "predict": {"external": [0, -0.1]}},
+            "write the lower number first",
+        ),
         ({"hypothesis": "x", "chnage": {}}, "unknown key 'chnage'; did you mean change"),
         ({"hypothesis": "x", "change": {"recipe.lr": {"scale": -1}}}, "greater than 0"),
     ],
 )
 def test_malformed_documents(document: dict, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=says) as refusal:
         Delta.parse(document, where="delta.yaml")
+    assert str(refusal.value).count("got") <= 1, "a sentence that is whole gets no other behind it"
 
 
 def test_yaml_reads_a_learning_rate_as_people_write_it(tmp_path) -> None:
