@@ -14,7 +14,7 @@ import pytest
 
 from megatron_evolve import preflight as preflight_module
 from megatron_evolve.artefacts import CampaignFolder
-from megatron_evolve.campaign import SHIPPED, Campaign
+from megatron_evolve.campaign import SHIPPED, Campaign, load_campaign
 from megatron_evolve.candidate import candidate, run_seed
 from megatron_evolve.desk import Stopped
 from megatron_evolve.doctor import gpu_names
@@ -314,6 +314,15 @@ def test_a_machine_without_the_scan_that_memory_was_planned_for_is_refused(
         monkeypatch.setattr(preflight_module, "machine", lambda gpu, packages=packages: Machine(gpu, packages))
         with pytest.raises(ValueError, match=says):
             check_campaign(campaign, NODE, tmp_path, new=True)
+
+
+def test_a_csv_that_is_not_there_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    campaign = load_campaign(SHIPPED / "challenge-cpu.yaml", external=tmp_path / "nope.csv")
+    with pytest.raises(ValueError, match=r"nope.csv, found no file: check --external"):
+        dry_run(campaign, tmp_path / "run", Site(), tmp_path / "store")
+    with pytest.raises(ValueError, match=r"nope.csv, found no file: check --external"):
+        run_campaign(Session(tmp_path / "run", tmp_path / "store", lambda what, facts: None, lambda: False), campaign)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_launcher_gives_the_gpus_that_the_controller_may_see(
