@@ -348,6 +348,8 @@ def substrate_plan(
         job |= {"recompute": recompute, "optimizer_state": optimizer_state, "offload": offload, "scan": scan}
         plan = make_plan(preset, gpus, gpu_memory, job, layout, transformer_engine)
         emit(plan) if as_json else show_plan(plan)
+        if not any(row["fits"] for row in plan["layouts"]):
+            raise typer.Exit(1)
 
     guarded(answer, as_json)
 
