@@ -23,14 +23,16 @@ def simulate(
     scenarios: Annotated[
         list[str] | None, typer.Argument(metavar="[SCENARIO]...", help="by name; all of them otherwise")
     ] = None,
-    campaigns: Annotated[int, typer.Option(help="simulated campaigns a scenario", min=2)] = 500,
+    campaigns: Annotated[int, typer.Option(help="simulated campaigns a scenario", min=2, max=100_000)] = 500,
     seed: Annotated[int, typer.Option(help="the same seed gives the same campaigns", min=0)] = 1,
     noise: Annotated[
         str, typer.Option(help="measured: as nano runs are; specified: as the stated powers assume")
     ] = "measured",
-    items: Annotated[int, typer.Option(help="dev-B items of a round, and as many of the target", min=10)] = 500,
+    items: Annotated[
+        int, typer.Option(help="dev-B items of a round, and as many of the target", min=10, max=100_000)
+    ] = 500,
     anchors: Annotated[int, typer.Option(help="runs of the anchor in every round", min=1, max=64)] = 3,
-    origin: Annotated[int, typer.Option(help="runs of the origin that were frozen with the judge", min=2)] = 8,
+    origin: Annotated[int, typer.Option(help="runs of the origin that were frozen with the judge", min=2, max=64)] = 8,
     shared: Annotated[float, typer.Option(help="share of flips common to all explorers", min=0, max=1)] = 0.0,
     worlds: Annotated[
         bool, typer.Option("--worlds", help="the world matrix in place of scenarios, with the demo's 1,200 items")
@@ -123,7 +125,9 @@ def _compared_by_training(
 
 def calibrate(
     dir: Annotated[Path, typer.Argument(help="a campaign's folder", show_default=False)],
-    campaigns: Annotated[int, typer.Option(help="simulated campaigns in which nothing differs", min=2)] = 500,
+    campaigns: Annotated[
+        int, typer.Option(help="simulated campaigns in which nothing differs", min=2, max=100_000)
+    ] = 500,
     seed: Annotated[int, typer.Option(help="of the simulated ones", min=0)] = 1,
     as_json: Json = False,
 ) -> None:

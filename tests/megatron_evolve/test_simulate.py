@@ -175,6 +175,20 @@ def test_cumulative_sees_drift_that_the_window_does_not():
     assert told["cumulative"][-1] >= 0.35 and told["selected"][-1] == told["mean"][-1] == 0
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("simulate", "--items", "999999999995"),
+        ("simulate", "--campaigns", "100001"),
+        ("simulate", "--origin", "65"),
+        ("calibrate", "nowhere", "--campaigns", "100001"),
+    ],
+)
+def test_more_than_can_be_simulated_is_refused(words):
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == 2 and isinstance(done.exception, SystemExit) and words[-2] in done.stderr
+
+
 def test_simulate_command():
     runner = CliRunner()
     done = runner.invoke(app, ["simulate", "null", "inverse", "--campaigns", "20", "--json"])
