@@ -124,6 +124,8 @@ def verify(dir: Dir, as_json: Json = False) -> None:
                 typer.echo(f"note: {note}")
         else:
             broken = found["first_broken"]
+            if broken["where"] == str(dir):  # the folder could not be read, and `got` is a whole sentence
+                fail(broken["got"])
             typer.secho(
                 f"broken at {broken['where']}: expected {broken['expected']}, got {broken['got']}", fg="red", err=True
             )
