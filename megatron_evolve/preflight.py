@@ -12,6 +12,7 @@ from megatron_evolve.budget import WORDS, figures, limits_of, most_within
 from megatron_evolve.campaign import Campaign, ExternalCsv, SubstrateSpec
 from megatron_evolve.doctor import gpu_names
 from megatron_evolve.eval.engines.settings import CommandServer, OpenAISettings, VllmServer
+from megatron_evolve.eval.suite import GeneratedSuite
 from megatron_evolve.launch import slurm, slurm_queue
 from megatron_evolve.launch.job import Job as LaunchJob
 from megatron_evolve.placement import Placement, cores_here
@@ -86,6 +87,7 @@ class Preflight:
 def preflight(campaign: Campaign, site: Site, store: Path) -> Preflight:
     """Raises ValueError in one sentence for a campaign that cannot run on the site as both are written."""
     _check_target(campaign)
+    _check_splits(campaign)
     expected = expect(campaign.substrate, store)
     placement = Placement.of(campaign, site)
     hours = campaign.constitution.limits.run_seconds / 3600
@@ -216,6 +218,27 @@ def _check_target(campaign: Campaign) -> None:
     target = campaign.judge.external
     if isinstance(target, ExternalCsv) and target.path is not None:
         require_target(target)
+
+
+def _check_splits(campaign: Campaign) -> None:
+    """Raises ValueError where a suite has no items for a split that every round, or the end, asks."""
+    judge = campaign.judge
+    for name, suite, splits in (
+        ("dev", judge.dev, ("dev-a", "dev-b")),
+        ("external", judge.target_suite, ("external-a", "external-b", "final")),
+    ):
+        if isinstance(suite, GeneratedSuite):
+            given, needed = suite.items_per_family, splits
+        elif suite is not None:  # a CSV, whose sealed share is its final split
+            given, needed = suite.items, splits[:2]
+        else:
+            continue
+        lacking = [split for split in needed if split not in given]
+        if lacking:
+            raise ValueError(
+                f"judge.{name} of campaign {campaign.name} needs items for {', '.join(needed)}, got "
+                f"{', '.join(given)}: add {', '.join(lacking)}"
+            )
 
 
 def _check_budgets(campaign: Campaign, placement: Placement) -> None:

@@ -325,6 +325,21 @@ def test_a_csv_that_is_not_there_is_refused_before_anything_is_built(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("side", "items", "says"),
+    [
+        ("dev", {"dev-a": 200}, "judge.dev of campaign .* needs items for dev-a, dev-b, got dev-a: add dev-b"),
+        ("external", {"external-a": 5, "external-b": 5}, "judge.external .* got external-a, external-b: add final"),
+        ("dev", {"dev-a": 2, "dev-b": 2_000_000_000}, "dev.items_per_family.dev-b is at most 100000, got 2000000000"),
+    ],
+)
+def test_a_judge_without_the_items_that_are_asked_is_refused(side: str, items: dict, says: str, tmp_path: Path) -> None:
+    document = load_yaml(SHIPPED / "demo.yaml")
+    document["judge"][side]["items_per_family"] = items
+    with pytest.raises(ValueError, match=says):
+        preflight(Campaign.parse(document, where="demo"), Site(), tmp_path)
+
+
 def test_the_launcher_gives_the_gpus_that_the_controller_may_see(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
