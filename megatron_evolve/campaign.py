@@ -18,6 +18,7 @@ from megatron_evolve.policy import Axis, Replicates
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.substrate.layout import Layout
 
+MOST_ITEMS = 100_000  # of a family in a split: each is a puzzle drawn in Python and decoded by every run
 SHIPPED = Path(__file__).resolve().parent / "campaigns"
 
 
@@ -81,6 +82,17 @@ class JudgeSpec(Frozen):
     engine: EngineSettings = Field(default=MegatronSettings(), description="how completions are decoded")
     secret: str = Field(min_length=16, description="seeds every draw of items; keep it from workers")
     origin_seeds: int = Field(default=8, ge=8, le=64, description="seeds of the substrate's own recipe, scored once")
+
+    # Here and not in the suite, whose file is among the judge's sources: its digest would move.
+    @model_validator(mode="after")
+    def _suites_can_be_drawn(self) -> "JudgeSpec":
+        for name, suite in (("dev", self.dev), ("external", self.external)):
+            for split, items in suite.items_per_family.items() if isinstance(suite, GeneratedSuite) else ():
+                if items > MOST_ITEMS:
+                    raise ValueError(
+                        f"{name}.items_per_family.{split} is at most {MOST_ITEMS}, got {items}; ask for fewer items"
+                    )
+        return self
 
     @property
     def target_suite(self) -> GeneratedSuite | ExternalCsv | None:

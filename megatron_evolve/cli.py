@@ -124,6 +124,8 @@ def verify(dir: Dir, as_json: Json = False) -> None:
                 typer.echo(f"note: {note}")
         else:
             broken = found["first_broken"]
+            if broken["where"] == str(dir):  # the folder could not be read, and `got` is a whole sentence
+                fail(broken["got"])
             typer.secho(
                 f"broken at {broken['where']}: expected {broken['expected']}, got {broken['got']}", fg="red", err=True
             )
@@ -348,6 +350,8 @@ def substrate_plan(
         job |= {"recompute": recompute, "optimizer_state": optimizer_state, "offload": offload, "scan": scan}
         plan = make_plan(preset, gpus, gpu_memory, job, layout, transformer_engine)
         emit(plan) if as_json else show_plan(plan)
+        if not any(row["fits"] for row in plan["layouts"]):
+            raise typer.Exit(1)
 
     guarded(answer, as_json)
 

@@ -26,8 +26,12 @@ def bench_kernels(
     size: Annotated[
         str | None, typer.Option(help="nano, super or ultra with the options below; a default list otherwise")
     ] = None,
-    tokens: Annotated[list[int] | None, typer.Option(help="tokens of a rank, repeatable; 8192 otherwise")] = None,
-    ep: Annotated[list[int] | None, typer.Option(help="ranks that share the experts, repeatable; 1 and 8")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="tokens of a rank, repeatable; 8192 otherwise", min=1)
+    ] = None,
+    ep: Annotated[
+        list[int] | None, typer.Option(help="ranks that share the experts, repeatable; 1 and 8", min=1)
+    ] = None,
     mode: Annotated[
         list[str] | None, typer.Option(help="frozen, full, lora8 or lora32, repeatable; frozen and lora32")
     ] = None,
@@ -142,6 +146,31 @@ def bench_train(
     guarded(answer, as_json)
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that a bench wrote. Raises ValueError with the line that holds none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as failure:
+        raise ValueError(f"{path}: cannot be read ({failure.strerror}); give the file that a bench wrote") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected UTF-8 text, got other bytes; give the file that a bench wrote") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # ValueError: no JSON, or a number of thousands of digits
+            row = None
+        if not isinstance(row, dict):
+            told = line if len(line) <= 40 else f"{line[:37]}..."
+            raise ValueError(
+                f"{path} line {number}: expected a JSON object, got {told}; give the file that a bench wrote"
+            )
+        found.append(row)
+    return found
+
+
 @bench_app.command("plot")
 def bench_plot(
     rows: Annotated[Path, typer.Argument(help="JSON lines of bench kernels or of gpu_check")],
@@ -155,12 +184,7 @@ def bench_plot(
     def answer() -> None:
         from megatron_evolve.kernels.bench import plot
 
-        try:
-            found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, json.JSONDecodeError) as failure:
-            raise ValueError(
-                f"expected JSON lines in {rows}; got {failure}: give the file that a bench wrote"
-            ) from None
+        found = read_rows(rows)
         out.write_text(plot.svg(found, title or rows.stem), encoding="utf-8")
         typer.echo(str(out))
 

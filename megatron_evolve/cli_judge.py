@@ -26,14 +26,16 @@ def simulate(
             metavar="[SCENARIO]...", help="by name; otherwise all, and the conditions under which something must hold"
         ),
     ] = None,
-    campaigns: Annotated[int, typer.Option(help="simulated campaigns a scenario", min=2)] = 250,
+    campaigns: Annotated[int, typer.Option(help="simulated campaigns a scenario", min=2, max=100_000)] = 250,
     seed: Annotated[int, typer.Option(help="the same seed gives the same campaigns", min=0)] = 1,
     noise: Annotated[
         str, typer.Option(help="measured: as nano runs are; specified: as the stated powers assume")
     ] = "measured",
-    items: Annotated[int, typer.Option(help="dev-B items of a round, and as many of the target", min=10)] = 500,
+    items: Annotated[
+        int, typer.Option(help="dev-B items of a round, and as many of the target", min=10, max=100_000)
+    ] = 500,
     anchors: Annotated[int, typer.Option(help="runs of the anchor in every round", min=1, max=64)] = 3,
-    origin: Annotated[int, typer.Option(help="runs of the origin that were frozen with the judge", min=2)] = 8,
+    origin: Annotated[int, typer.Option(help="runs of the origin that were frozen with the judge", min=2, max=64)] = 8,
     shared: Annotated[float, typer.Option(help="share of flips common to all explorers", min=0, max=1)] = 0.0,
     rounds: Annotated[int, typer.Option(help="of a campaign", min=1, max=100)] = 4,
     cumulative: Annotated[
@@ -131,7 +133,9 @@ def _compared_by_training(
 
 def calibrate(
     dir: Annotated[Path, typer.Argument(help="a campaign's folder", show_default=False)],
-    campaigns: Annotated[int, typer.Option(help="simulated campaigns in which nothing differs", min=2)] = 500,
+    campaigns: Annotated[
+        int, typer.Option(help="simulated campaigns in which nothing differs", min=2, max=100_000)
+    ] = 500,
     seed: Annotated[int, typer.Option(help="of the simulated ones", min=0)] = 1,
     as_json: Json = False,
 ) -> None:

@@ -25,7 +25,8 @@ class Change(Frozen):
     @model_validator(mode="after")
     def _exactly_one(self) -> "Change":
         if len(self.model_fields_set & {"set", "scale"}) != 1:
-            raise ValueError("a change has exactly one of `set` and `scale`")
+            given = " and ".join(sorted(self.model_fields_set)) or "neither"
+            raise ValueError(f"a change has exactly one of `set` and `scale`, got {given}; give one")
         return self
 
     @model_serializer
@@ -48,6 +49,16 @@ class Prediction(Frozen):
     )
     external: tuple[float, float] | None = Field(default=None, description="interval of the expected external gain")
     domains: dict[str, Direction] = Field(default_factory=dict, description="direction by domain: up, down or flat")
+
+    @model_validator(mode="after")
+    def _low_before_high(self) -> "Prediction":
+        for name in ("dev", "external"):
+            low, high = getattr(self, name) or (0.0, 0.0)
+            if low > high:
+                raise ValueError(
+                    f"{name} is an interval [low, high], got [{low}, {high}]; write the lower number first"
+                )
+        return self
 
 
 class Delta(Frozen):

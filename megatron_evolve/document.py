@@ -5,6 +5,7 @@ number it is. Errors are one sentence with the line.
 """
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ class _Loader(yaml.SafeLoader):
         seen: set = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "expected a single value as key", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
@@ -73,6 +78,11 @@ def parse_yaml(text: str, *, where: str, loader: type = _Loader) -> dict[str, An
         line = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ValueError(f"{where}: not valid YAML{line}: {problem}; fix the line") from None
+    except RecursionError:
+        raise ValueError(f"{where}: expected keys and values, got hundreds of levels of them; nest them less") from None
+    except (ValueError, KeyError, AttributeError) as error:  # PyYAML's, of a date, number or boolean that is none
+        problem = str(error).split(";")[0] if isinstance(error, ValueError) else "a value that its tag has none of"
+        raise ValueError(f"{where}: not valid YAML: {problem}; fix or quote the value") from None
     if not isinstance(document, dict):
         kind = "an empty document" if document is None else type(document).__name__
         raise ValueError(f"{where}: expected keys and values, got {kind}; see `megatron-evolve schema`")

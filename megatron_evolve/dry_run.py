@@ -1,8 +1,8 @@
 """A dry run: every script that a campaign would start on a site and what it would use, before anything is.
 
 The scripts are those of the run itself: the same jobs, from the same ground, rendered by the same launcher. Nothing is
-started or written, and neither the weights nor the external target need be there; where a CSV is, its rows are counted,
-so that it is told from which round on they return.
+started or written, and the weights need not be there, nor a CSV be named; one that is named must be there, and its rows
+are counted, so that it is told from which round on they return.
 """
 
 import shlex

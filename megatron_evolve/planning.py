@@ -26,6 +26,11 @@ def make_plan(
     model = architecture(preset)
     gpu_bytes = memory_bytes(gpu_memory)
     asked = Job.parse(job, where="plan")
+    if asked.sequence_length > model.max_sequence_length:
+        raise ValueError(
+            f"a row of {preset} has at most {model.max_sequence_length} tokens, got {asked.sequence_length}: "
+            "lower --seq"
+        )
     if layout is None:
         found = rank(model, gpus, gpu_bytes, asked, transformer_engine=transformer_engine)
     else:

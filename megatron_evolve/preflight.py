@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_evolve.budget import WORDS, figures, limits_of, most_within
-from megatron_evolve.campaign import Campaign, SubstrateSpec
+from megatron_evolve.campaign import Campaign, ExternalCsv, SubstrateSpec
 from megatron_evolve.doctor import gpu_names
 from megatron_evolve.eval.engines.settings import CommandServer, OpenAISettings, VllmServer
+from megatron_evolve.eval.suite import GeneratedSuite
 from megatron_evolve.launch import slurm, slurm_queue
 from megatron_evolve.launch.job import Job as LaunchJob
 from megatron_evolve.placement import Placement, cores_here
-from megatron_evolve.prepare import IMPORTED, require_import, require_own_pool, substrate_folder
+from megatron_evolve.prepare import IMPORTED, require_import, require_own_pool, require_target, substrate_folder
 from megatron_evolve.site import Site, kubernetes_launcher
 from megatron_evolve.substrate.build import PRESETS as BUILT
 from megatron_evolve.substrate.exchange import imported_default
@@ -85,6 +86,8 @@ class Preflight:
 
 def preflight(campaign: Campaign, site: Site, store: Path) -> Preflight:
     """Raises ValueError in one sentence for a campaign that cannot run on the site as both are written."""
+    _check_target(campaign)
+    _check_splits(campaign)
     expected = expect(campaign.substrate, store)
     placement = Placement.of(campaign, site)
     hours = campaign.constitution.limits.run_seconds / 3600
@@ -208,6 +211,34 @@ def _fitting(campaign: Campaign, site: Site, expected: Expected, job: Job) -> Ca
             f"{training.layout}: {found.reason}"
         )
     return found
+
+
+def _check_target(campaign: Campaign) -> None:
+    """Raises ValueError where a CSV is named and not there; a dry run may name none."""
+    target = campaign.judge.external
+    if isinstance(target, ExternalCsv) and target.path is not None:
+        require_target(target)
+
+
+def _check_splits(campaign: Campaign) -> None:
+    """Raises ValueError where a suite has no items for a split that every round, or the end, asks."""
+    judge = campaign.judge
+    for name, suite, splits in (
+        ("dev", judge.dev, ("dev-a", "dev-b")),
+        ("external", judge.target_suite, ("external-a", "external-b", "final")),
+    ):
+        if isinstance(suite, GeneratedSuite):
+            given, needed = suite.items_per_family, splits
+        elif suite is not None:  # a CSV, whose sealed share is its final split
+            given, needed = suite.items, splits[:2]
+        else:
+            continue
+        lacking = [split for split in needed if split not in given]
+        if lacking:
+            raise ValueError(
+                f"judge.{name} of campaign {campaign.name} needs items for {', '.join(needed)}, got "
+                f"{', '.join(given)}: add {', '.join(lacking)}"
+            )
 
 
 def _check_budgets(campaign: Campaign, placement: Placement) -> None:

@@ -253,12 +253,18 @@ def judge_folder(spec: JudgeSpec, substrate: Substrate, store: Path, *, packed: 
     """Where that judge lies, or will. Raises ValueError where its external target is not there."""
     named = spec.model_dump(mode="json")
     if isinstance(spec.external, ExternalCsv):
-        path = Path(spec.external.path or "")
-        if not path.is_file():
-            raise ValueError(f"expected the external target at {path}, found no file: check --external")
+        path = require_target(spec.external)
         named["external"] |= {"bytes": path.stat().st_size, "modified_ns": path.stat().st_mtime_ns}
     name = digest_of([named, substrate.digest, judge_sources(), decoding_packages(spec.engine)])[:12]
     return (store / "judges" / f"{name}{PACKED if packed else ''}" / "judge").resolve()
+
+
+def require_target(target: ExternalCsv) -> Path:
+    """Where the CSV of an external target lies. Raises ValueError where there is none."""
+    path = Path(target.path or "")
+    if not path.is_file():
+        raise ValueError(f"expected the external target at {path}, found no file: check --external")
+    return path
 
 
 def freezing(folder: Path) -> tuple[str, ...]:

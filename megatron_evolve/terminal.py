@@ -230,14 +230,17 @@ def build_in_terminal(preset: str, seed: int, store: Path | None, as_json: bool)
     from megatron_evolve.cli import emit
     from megatron_evolve.launch.local import LocalLauncher
     from megatron_evolve.launch.rundir import make_folder
-    from megatron_evolve.prepare import build_substrate, default_store
+    from megatron_evolve.preflight import expect
+    from megatron_evolve.prepare import build_substrate, default_store, require_import
     from megatron_evolve.substrate.manifest import verify
 
-    place = store or default_store()
+    place, spec = store or default_store(), SubstrateSpec(preset=preset, seed=seed)
+    expect(spec, place)  # before a folder is made
+    require_import(spec, place)
     make_folder(place)
     narrator = Narrator(Console(stderr=True, highlight=False), 0)
     with LocalLauncher(1, place.resolve()) as launcher:
-        folder = build_substrate(SubstrateSpec(preset=preset, seed=seed), place, launcher, narrator)
+        folder = build_substrate(spec, place, launcher, narrator)
     digest = verify(folder).digest
     if as_json:
         emit({"digest": digest, "folder": str(folder)})

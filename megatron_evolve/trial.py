@@ -33,7 +33,9 @@ from megatron_evolve.prepare import default_store, ground_of
 from megatron_evolve.review import POOLED_ROUNDS
 from megatron_evolve.site import kept_site
 from megatron_evolve.substrate.digest import digest_of
+from megatron_evolve.substrate.manifest import public_view
 from megatron_evolve.substrate.settings import Settings
+from megatron_evolve.workers.validate import check_styles
 
 # Rounds of trials lie far above any campaign's, so their items are drawn by nobody else.
 FIRST_TRIAL_ROUND = 1_000_000
@@ -88,6 +90,7 @@ def open_trial(delta_path: Path, root: Path, seeds: int) -> Trial:
     delta = Delta.parse(load_yaml(delta_path), where=str(delta_path))
     base = base_of(record, delta, str(delta_path))
     resolved = resolve(base, delta, record.campaign.constitution.mutation_space)
+    check_styles(resolved, public_view(record.substrate))
     judge = Path(record.opened["judge_folder"])
     site, folder = kept_site(record.folder.site), CampaignFolder(root.resolve() / "try")
     ground = ground_of(record.campaign, site, folder, Path(record.opened["substrate_folder"]), judge)

@@ -47,7 +47,9 @@ def _sentence(cls: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{path} is missing: {_meaning(cls, first['loc'])}{more}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{path}: {message[0].lower() + message[1:]}, got {_brief(first.get('input'))}{more}"
+    # A validator of ours says a whole sentence, with what it got and the remedy.
+    got = "" if first["type"] == "value_error" else f", got {_brief(first.get('input'))}"
+    return f"{path}: {message[0].lower() + message[1:]}{got}{more}"
 
 
 def _brief(value: Any) -> str:

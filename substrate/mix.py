@@ -38,7 +38,7 @@ class Mix(Frozen):
     @classmethod
     def _normalised(cls, weight: dict[str, float]) -> dict[str, float]:
         if any(not math.isfinite(value) or value < 0 for value in weight.values()):
-            raise ValueError("family weights must be finite and >= 0")
+            raise ValueError(f"family weights must be finite and >= 0, got {weight}; give such")
         total = math.fsum(weight.values())
         if total <= 0:
             raise ValueError("family weights sum to zero, so there is nothing to train on; give a family a weight > 0")

@@ -30,7 +30,7 @@ class Adapter(Frozen):
     @model_validator(mode="after")
     def _each_target_once(self) -> "Adapter":
         if len(set(self.targets)) != len(self.targets):
-            raise ValueError("each adapter target may stand once")
+            raise ValueError(f"each adapter target may stand once, got {', '.join(self.targets)}; leave out the second")
         return self
 
     @property

@@ -38,10 +38,23 @@ def case_of(model: str, tokens: int, ep: int, mode: str, max_vio: float = 0.0) -
     return Case(shape_of(model, tokens, ep, int(rank)), kind, max_vio)
 
 
+def _largest_vio(model: str) -> float:
+    """All T tokens at one of E experts, over the mean of T K / E, less 1."""
+    whole = shape_of(model, 1)
+    return whole.experts / whole.chosen - 1
+
+
 def asked(
     model: str, tokens: list[int] | None, ep: list[int] | None, modes: list[str] | None, max_vio: list[float] | None
 ) -> list[Case]:
-    """Every combination of what is named, and of the usual where nothing is."""
+    """Every combination of what is named, and of the usual where nothing is. ValueError for a skew that is none."""
+    most = _largest_vio(model)
+    for vio in max_vio or ():
+        if not 0 <= vio <= most:  # not a number compares false as well
+            raise ValueError(
+                f"max-vio must be from 0 to {most:.1f}, where every token chooses one and the same expert of {model}; "
+                f"got {vio}: choose one between"
+            )
     return [
         case_of(model, t, ranks, mode, vio)
         for mode in modes or ("frozen", "lora32")

@@ -40,12 +40,20 @@ class Group(NamedTuple):
 
 
 def groups(rows: Iterable[dict]) -> list[Group]:
-    """Layers in the order of the rows, each with the providers that have both times."""
+    """Layers in the order of the rows, each with the providers that have both times. ValueError for half a row."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for row in rows:
-        if row.get("op") == "experts" and row.get("median_ms") and row["pass"] in PASSES:
-            by_provider = found.setdefault(title_of(row["shape"]), {})
-            by_provider.setdefault(row["provider"], {})[row["pass"]] = row["median_ms"]
+    for number, row in enumerate(rows, start=1):
+        if row.get("op") != "experts" or not row.get("median_ms"):
+            continue
+        try:
+            if row["pass"] in PASSES:
+                by_provider = found.setdefault(title_of(row["shape"]), {})
+                by_provider.setdefault(row["provider"], {})[row["pass"]] = float(row["median_ms"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ValueError(
+                f"row {number}: expected a layer's pass, provider, median_ms and shape as a bench writes them, got "
+                f"something else under {', '.join(row)}; run the bench again"
+            ) from None
     return [
         Group(title, [Bar(name, ms) for name, ms in by_provider.items() if len(ms) == len(PASSES)])
         for title, by_provider in found.items()

@@ -35,7 +35,7 @@ def validate(
         parsed = delta if isinstance(delta, Delta) else Delta.parse(delta, where="delta")
         resolved = resolve(base_settings(parsed, policy, substrate), parsed, rules.mutation_space)
         _check_is_new(resolved, policy)
-        _check_styles(resolved, substrate)
+        check_styles(resolved, substrate)
         _check_limits(resolved, rules.limits)
         _check_is_open(resolved, policy)
     except ValueError as error:
@@ -69,11 +69,14 @@ def _check_is_new(resolved: Settings, policy: SearchPolicy) -> None:
         raise ValueError("the delta gives the standing settings, which the anchor runs already; propose another value")
 
 
-def _check_styles(resolved: Settings, substrate: dict[str, Any]) -> None:
+def check_styles(resolved: Settings, substrate: dict[str, Any]) -> None:
+    """Raises ValueError for a form of completions that the substrate (its public view) has not for a family."""
     for family, style in resolved.mix.style.items():
         offered = substrate["construction"]["styles"].get(family, ())
         if style not in offered:
-            raise ValueError(f"mix.style.{family}: expected one of {', '.join(offered)}, got {style!r}")
+            raise ValueError(
+                f"mix.style.{family}: expected one of {', '.join(offered)}, got {style!r}; set one of these"
+            )
 
 
 def _check_limits(resolved: Settings, limits: Limits) -> None:

@@ -203,6 +203,24 @@ def test_the_command_prints_a_row_a_line(tmp_path, monkeypatch):
     assert refused.exit_code == 1 and "need a GPU to be measured" in refused.output
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--ep", "0", "--ep"),
+        ("--ep", "3", "the ranks must divide the 128 experts"),
+        ("--tokens", "0", "--tokens"),
+        ("--tokens", "-5", "--tokens"),
+        ("--max-vio", "-1", "from 0 to 20.3"),
+        ("--max-vio", "1e9", "from 0 to 20.3"),
+        ("--max-vio", "nan", "from 0 to 20.3"),
+    ],
+)
+def test_options_out_of_range_are_refused(option, value, said):
+    done = CliRunner().invoke(app, ["bench", "kernels", "--model", "--size", "nano", option, value])
+    assert isinstance(done.exception, SystemExit) and done.exit_code != 0 and not done.stdout
+    assert said in " ".join(done.stderr.replace("│", " ").split())
+
+
 def test_eager_is_measured_against_a_loop_of_64_experts():
     assert all(case.shape.experts == 64 for case in CPU_CASES)
     assert {case.shape.rank for case in CPU_CASES} == {0, 8}

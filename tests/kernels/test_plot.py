@@ -1,9 +1,12 @@
 """The picture of the benchmark: bars as long as their times, and nothing drawn that has none."""
 
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_evolve.cli import app
 from megatron_evolve.kernels.bench import plot
 
 SHAPE = {"model": "nano", "tokens": 8192, "ep": 8, "rank": 0, "mode": "frozen", "max_vio": 0.0}
@@ -56,3 +59,26 @@ def test_a_legend_of_many_providers_takes_more_lines():
     bars = [float(rect.get("y")) for rect in rects if len(rect)]
     assert len(set(marks)) == len(plot.COLOURS) // 2 and max(marks) + 11 < min(bars)
     assert len({rect.get("fill") for rect in rects if len(rect)}) == 2 * len(plot.COLOURS)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[1]\n", "line 1: expected a JSON object, got [1]"),
+        (b"{}\n\nnone\n", "line 3: expected a JSON object, got none"),
+        (b"[" * 100_000, "line 1: expected a JSON object"),
+        (b"9" * 6_000, "line 1: expected a JSON object"),
+        (b"\xff\xfe", "expected UTF-8 text, got other bytes"),
+        (None, "cannot be read (No such file or directory)"),
+        (b'{"op": "experts", "median_ms": 1}', "row 1: expected a layer's pass"),
+        (b'{"op": "experts", "median_ms": "x", "pass": "forward", "provider": "p", "shape": 1}', "row 1: expected"),
+        (b"", "a picture needs rows"),
+    ],
+)
+def test_a_file_that_no_bench_wrote_is_refused(content: bytes | None, said: str, tmp_path: Path):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "rows.svg"
+    if content is not None:
+        rows.write_bytes(content)
+    done = CliRunner().invoke(app, ["bench", "plot", str(rows), "--out", str(out)])
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1 and not out.exists()

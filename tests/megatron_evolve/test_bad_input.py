@@ -81,6 +81,7 @@ def test_a_file_that_is_not_there(ground: Ground, tmp_path: Path) -> None:
         ({"mix.weight.*": {"set": 0}}, "mix.weight"),
         ({"recipe.lrr": {"set": 0.1}}, "recipe.lr"),
         ({"recipe.lr": {"set": 1e9}}, "recipe.lr"),
+        ({"mix.style.cipher": {"set": "foo"}}, "mix.style.cipher: expected one of"),
         ({"judge.secret": {"set": "mine"}}, "judge.secret"),
     ],
 )
@@ -88,6 +89,7 @@ def test_deltas_that_do_not_fit(change: dict, named: str, ground: Ground, tmp_pa
     delta = tmp_path / "delta.yaml"
     delta.write_text(yaml.safe_dump({"schema": "delta/1", "hypothesis": "None.", "change": change}))
     refused(command("try", delta, "--dir", ground.finished), named)
+    refused(command("mix", "show", delta, "--dir", ground.finished), named)
     assert not (ground.finished / "try").exists()
 
 

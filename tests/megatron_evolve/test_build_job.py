@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from megatron_evolve.campaign import SubstrateSpec
+from megatron_evolve.cli import app
 from megatron_evolve.launch.job import Job, OutcomeKind
 from megatron_evolve.launch.local import LocalLauncher
 from megatron_evolve.launch.rundir import attempt_dir, read_outcome
@@ -27,6 +29,17 @@ if int(Path(os.environ[ATTEMPT_VARIABLE]).name) <= int(sys.argv[1]):
     time.sleep(60)
 (Path(sys.argv[2]) / "manifest.json").touch()
 """
+
+
+@pytest.mark.parametrize(
+    ("preset", "said"),
+    [("nano-cup", "no preset 'nano-cup'; did you mean nano-cpu"), ("nemotron3-nano", "is imported, not built")],
+)
+def test_what_cannot_be_built_is_refused_before_anything_is_written(preset: str, said: str, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    done = CliRunner().invoke(app, ["substrate", "build", "--preset", preset, "--store", str(store)])
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1 and not store.exists()
 
 
 @pytest.fixture

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from megatron_evolve.artefacts import CampaignFolder, save_yaml
 from megatron_evolve.campaign import SHIPPED, Campaign, Training, find_campaign, load_campaign, plan_of
 from megatron_evolve.candidate import candidate
+from megatron_evolve.cli import app
 from megatron_evolve.document import load_yaml
 from megatron_evolve.jobs import Ground, Run
 from megatron_evolve.placement import Placement
@@ -63,6 +65,12 @@ def test_wrong_campaigns(change: dict, says: str) -> None:
     document = yaml.safe_load((SHIPPED / "demo.yaml").read_text()) | change
     with pytest.raises(ValueError, match=says):
         Campaign.parse(document, where="campaign.yaml")
+
+
+def test_a_folder_without_a_campaign_is_told_in_one_sentence(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert done.exit_code == 1 and done.stderr.startswith(f"megatron-evolve: {tmp_path} holds no campaign: expected")
+    assert done.stderr.count("expected") == 1 and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["delta", "policy", "constitution", "campaign", "site"])

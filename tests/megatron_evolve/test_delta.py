@@ -59,13 +59,22 @@ def test_refusals_say_why(change: dict, says: str) -> None:
         ({"hypothesis": "x"}, "change is missing"),
         ({"hypothesis": "x", "change": {}}, "at least 1 item"),
         ({"hypothesis": "x", "change": {"recipe.lr": {"set": 1, "scale": 2}}}, "exactly one of `set` and `scale`"),
+        (
+            {"hypothesis": "x", "change": {"recipe.lr": {"set": 1e-3}}, "predict": {"dev": [0.05, 0.01]}},
+            "predict: dev is an interval",
+        ),
+        (
+            {"hypothesis": "x", "change": {"recipe.lr": {"set": 1e-3}}, "predict": {"external": [0, -0.1]}},
+            "write the lower number first",
+        ),
         ({"hypothesis": "x", "chnage": {}}, "unknown key 'chnage'; did you mean change"),
         ({"hypothesis": "x", "change": {"recipe.lr": {"scale": -1}}}, "greater than 0"),
     ],
 )
 def test_malformed_documents(document: dict, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=says) as refusal:
         Delta.parse(document, where="delta.yaml")
+    assert str(refusal.value).count("got") <= 1, "a sentence that is whole gets no other behind it"
 
 
 def test_yaml_reads_a_learning_rate_as_people_write_it(tmp_path) -> None:
@@ -77,11 +86,23 @@ def test_yaml_reads_a_learning_rate_as_people_write_it(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("a: [1", "not valid YAML in line"), ("a: 1\na: 2", "stands twice"), ("- 1", "keys and values"), ("", "empty")],
+    [
+        ("a: [1", "not valid YAML in line"),
+        ("a: 1\na: 2", "stands twice"),
+        ("- 1", "keys and values"),
+        ("", "empty"),
+        ("? {a: 1}\n: 2", "line 1: expected a single value as key"),
+        ("a: {[b]: 2}", "line 1: expected a single value as key"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nest them less"),
+        ("schema: 2024-99-99", "month must be in 1..12; fix or quote the value"),
+        ("a: " + "9" * 6000, "6000 digits; fix or quote the value"),
+        ("a: !!bool x", "a value that its tag has none of; fix or quote the value"),
+    ],
 )
 def test_malformed_yaml(text: str, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=says) as refusal:
         parse_yaml(text, where="t.yaml")
+    assert str(refusal.value).startswith("t.yaml: ") and len(str(refusal.value)) < 200
 
 
 def test_yaml_makes_no_objects() -> None:

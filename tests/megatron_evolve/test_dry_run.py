@@ -14,7 +14,7 @@ import pytest
 
 from megatron_evolve import preflight as preflight_module
 from megatron_evolve.artefacts import CampaignFolder
-from megatron_evolve.campaign import SHIPPED, Campaign
+from megatron_evolve.campaign import SHIPPED, Campaign, load_campaign
 from megatron_evolve.candidate import candidate, run_seed
 from megatron_evolve.desk import Stopped
 from megatron_evolve.doctor import gpu_names
@@ -314,6 +314,30 @@ def test_a_machine_without_the_scan_that_memory_was_planned_for_is_refused(
         monkeypatch.setattr(preflight_module, "machine", lambda gpu, packages=packages: Machine(gpu, packages))
         with pytest.raises(ValueError, match=says):
             check_campaign(campaign, NODE, tmp_path, new=True)
+
+
+def test_a_csv_that_is_not_there_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    campaign = load_campaign(SHIPPED / "challenge-cpu.yaml", external=tmp_path / "nope.csv")
+    with pytest.raises(ValueError, match=r"nope.csv, found no file: check --external"):
+        dry_run(campaign, tmp_path / "run", Site(), tmp_path / "store")
+    with pytest.raises(ValueError, match=r"nope.csv, found no file: check --external"):
+        run_campaign(Session(tmp_path / "run", tmp_path / "store", lambda what, facts: None, lambda: False), campaign)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("side", "items", "says"),
+    [
+        ("dev", {"dev-a": 200}, "judge.dev of campaign .* needs items for dev-a, dev-b, got dev-a: add dev-b"),
+        ("external", {"external-a": 5, "external-b": 5}, "judge.external .* got external-a, external-b: add final"),
+        ("dev", {"dev-a": 2, "dev-b": 2_000_000_000}, "dev.items_per_family.dev-b is at most 100000, got 2000000000"),
+    ],
+)
+def test_a_judge_without_the_items_that_are_asked_is_refused(side: str, items: dict, says: str, tmp_path: Path) -> None:
+    document = load_yaml(SHIPPED / "demo.yaml")
+    document["judge"][side]["items_per_family"] = items
+    with pytest.raises(ValueError, match=says):
+        preflight(Campaign.parse(document, where="demo"), Site(), tmp_path)
 
 
 def test_the_launcher_gives_the_gpus_that_the_controller_may_see(

@@ -43,6 +43,7 @@ def test_one_layout_alone() -> None:
     assert code == 0 and row["fits"] and (row["tp"], row["ep"], row["dp"]) == (2, 8, 4)
     code, out = plan(*NANO, "--layout", "ep=16", "--json")
     (row,) = json.loads(out)["layouts"]
+    assert code == 1, "nothing fits"
     assert row["dp"] is row["memory_gb"] is None and "runs on a multiple of 16 ranks" in row["reason"]
 
 
@@ -53,6 +54,7 @@ def test_one_layout_alone() -> None:
         (("--gpus", "0"), "at least 1 GPU; got 0"),
         (("--gpus", "0", "--layout", "tp=2"), "at least 1 GPU; got 0"),
         (("--seq", "0"), "sequence_length: input should be greater than or equal to 1, got 0"),
+        (("--seq", "262145"), "at most 262144 tokens, got 262145"),
         (("--gpu-memory", "80"), "is written as in `80GB`; got '80'"),
         (("--mode", "full"), "mode: input should be 'sft' or 'lora', got 'full'"),
         (("--recompute", "all"), "recompute: input should be 'none', 'selective' or 'full'"),

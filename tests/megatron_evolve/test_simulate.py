@@ -220,6 +220,20 @@ def test_simulate_without_a_scenario_prints_all_that_must_hold():
     assert {"low", "high"} < set(rest[0]["false_alarm_per_campaign"]) and len(rest[-1]["power_interval_by_round"]) == 4
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("simulate", "--items", "999999999995"),
+        ("simulate", "--campaigns", "100001"),
+        ("simulate", "--origin", "65"),
+        ("calibrate", "nowhere", "--campaigns", "100001"),
+    ],
+)
+def test_more_than_can_be_simulated_is_refused(words):
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == 2 and isinstance(done.exception, SystemExit) and words[-2] in done.stderr
+
+
 def test_simulate_command():
     runner = CliRunner()
     done = runner.invoke(app, ["simulate", "null", "inverse", "--campaigns", "20", "--json"])
