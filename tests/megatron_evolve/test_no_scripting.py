@@ -17,6 +17,7 @@ OPERATORS_FILES = {
     "cli.py": "refreezes it",
     "grid.py": "grid of worlds: the pools to build",
     "ground.py": "builds them",
+    "leaks.py": "draws the rows of a finished run again, for people; nothing that decides reads it",
 }
 
 
