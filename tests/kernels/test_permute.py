@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_evolve.kernels import eager, fused, reference
+from megatron_evolve.substrate.model import build
 from tests.kernels.expert_cases import DEVICE, TILE_CASES, error, inputs, widened
 
 # Rows are copied, so exact; a sum of K <= 7 rows in float32 rounds once in bfloat16 (2^-9) and to 4 eps in float32.
@@ -67,6 +68,7 @@ CHUNKS = {  # rows of each chunk, by rank and expert
 @pytest.mark.parametrize("name", CHUNKS)
 def test_chunks_from_other_ranks_are_sorted_as_megatron_does(name, backend):
     """Values, probabilities and gradients, and the way back; Megatron's own sort lists its counts on the host."""
+    build.prepare()  # Megatron is never imported before it, or no later test of this process could train
     from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 
     counts_RE = torch.tensor(CHUNKS[name])
