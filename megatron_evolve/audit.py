@@ -192,10 +192,11 @@ def _check_reach(record: Record) -> None:
     """The folder holds no round that the ledger does not tell of; one cut back between lines is whole in itself."""
     opened = set(record.events.keys("round-opened"))
     ended = {event.key.split("/")[0] for event in record.events.of_kind("ended")}
-    for place in sorted((record.folder.root / "rounds").glob("*"), key=lambda place: int(place.name)):
-        judged = record.folder.evidence(int(place.name)).exists()
-        if place.name not in (ended if judged else opened) and (judged or any(place.glob("*/runs"))):
-            raise Broken(str(record.folder.ledger), f"the events of round {place.name}, whose files are there", "none")
+    for number in range(1, record.campaign.constitution.rounds + 1):
+        judged = record.folder.evidence(number).exists()
+        ran = judged or any(record.folder.round(number).glob("*/runs"))
+        if ran and str(number) not in (ended if judged else opened):
+            raise Broken(str(record.folder.ledger), f"the events of round {number}, whose files are there", "none")
 
 
 def _check_looks(record: Record, notes: list[str]) -> None:
