@@ -26,7 +26,10 @@ def simulate(
             metavar="[SCENARIO]...", help="by name; otherwise all, and the conditions under which something must hold"
         ),
     ] = None,
-    campaigns: Annotated[int, typer.Option(help="simulated campaigns a scenario", min=2, max=100_000)] = 250,
+    campaigns: Annotated[
+        int | None,
+        typer.Option(help="simulated campaigns a row; otherwise 250, of worlds 500", min=2, max=100_000),
+    ] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same campaigns", min=0)] = 1,
     noise: Annotated[
         str, typer.Option(help="measured: as nano runs are; specified: as the stated powers assume")
@@ -57,12 +60,12 @@ def simulate(
         if worlds:
             from megatron_evolve.simulate.worlds import page, simulate_worlds
 
-            found = simulate_worlds(campaigns, seed, noise)
+            found = simulate_worlds(campaigns or 500, seed, noise)
             typer.echo("\n".join(json.dumps(one) for one in found) if as_json else page(found))
             return
         plan = Plan(Constitution(anchor_seeds=anchors, rounds=rounds), origin_seeds=origin, items=items)
         plan = plan.judging_origin() if cumulative else plan
-        found = run(scenarios or [], noise, campaigns, seed, plan, shared)
+        found = run(scenarios or [], noise, campaigns or 250, seed, plan, shared)
         typer.echo("\n".join(json.dumps(one) for one in found) if as_json else table(found))
 
     guarded(answer, as_json)

@@ -12,6 +12,7 @@ same generators under a secret, so a row equals one by chance alone. At challeng
 held one such pair among 4.8 billion.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -180,9 +181,11 @@ def words(found: dict[str, Any] | None) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of the process. Status 0 once it has said what it found; otherwise one sentence on stderr."""
-    [root] = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="megatron_evolve.leaks", description=__doc__.splitlines()[0])
+    parser.add_argument("root", type=Path, metavar="DIR", help="the campaign")
+    root = parser.parse_args(argv).root
     try:
-        found = leaks(Path(root))
+        found = leaks(root)
     except (ValueError, RunDirError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -279,10 +279,15 @@ def judge_argv(*arguments: str) -> tuple[str, ...]:
 
 def judge_process(*arguments: str) -> None:
     """Runs the judge's own process. Raises ValueError with its one sentence."""
-    argv = judge_argv(*arguments)
+    told_by(judge_argv(*arguments))
+
+
+def told_by(argv: Sequence[str]) -> str:
+    """What a process of the judge's side prints. Raises ValueError with its one sentence where it fails."""
     done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise ValueError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "the judge's process failed")
+    return done.stdout
 
 
 def score_origin(

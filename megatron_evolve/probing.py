@@ -5,7 +5,6 @@ and so does the comparison of what was trained on with what was asked (`leaks.py
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.audit import open_record
 from megatron_evolve.eval.judge import MANIFEST
 from megatron_evolve.leaks import words as leak_words
+from megatron_evolve.prepare import told_by
 
 
 def probe(folder: Path) -> dict[str, Any]:
@@ -28,13 +28,7 @@ def probe(folder: Path) -> dict[str, Any]:
 
 
 def _told(module: str, *arguments: str) -> dict[str, Any]:
-    """What a process of the judge's side prints. Raises ValueError with its one sentence."""
-    argv = (sys.executable, "-m", module, *arguments)
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        told = done.stderr.strip().splitlines()
-        raise ValueError(told[-1] if told else "the judge's process failed")
-    return json.loads(done.stdout)
+    return json.loads(told_by((sys.executable, "-m", module, *arguments)))
 
 
 def words(found: dict[str, Any]) -> str:

@@ -9,13 +9,13 @@ file: it tells a number a half.
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_evolve.campaign import Campaign, ExternalCsv
 from megatron_evolve.eval.suite import csv_suite, rounds_without_reuse
+from megatron_evolve.prepare import told_by
 
 
 def rounds_anew(campaign: Campaign) -> dict[str, int]:
@@ -28,10 +28,7 @@ def rounds_anew(campaign: Campaign) -> dict[str, int]:
         return {}
     argv = (sys.executable, "-m", "megatron_evolve.reuse", "--csv", target.path, "--items", json.dumps(target.items))
     argv += ("--sealed", str(target.sealed))
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise ValueError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "the target was not counted")
-    return json.loads(done.stdout)
+    return json.loads(told_by(argv))
 
 
 def reuse_words(anew: Mapping[str, int], rounds: int) -> list[str]:

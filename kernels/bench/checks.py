@@ -40,8 +40,9 @@ class Sizes(NamedTuple):
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
 
     def rows(self) -> tuple[int, ...]:
-        own = [entry for entry in entries() if entry.shape == shape_key(self.hidden, self.width)]
-        return self.rows_per_expert or tuple(mean_rows(entry) for entry in own)
+        key = shape_key(self.hidden, self.width)
+        key = key if any(entry.shape == key for entry in entries()) else None  # those for any other shape
+        return self.rows_per_expert or tuple(mean_rows(entry) for entry in entries() if entry.shape == key)
 
 
 def poison(device: str) -> None:
@@ -168,9 +169,13 @@ def check_doors(device: str, sizes: Sizes, mine: Turn = everything) -> Iterator[
         for name, check in named.items():
             if mine():
                 yield judged(name, dtype, check)
-    if mine():
+
+    def from_logits() -> dict:
         problem, run = doors.router(device, sizes.tokens, shape_of("nano", sizes.tokens))
-        yield judged(problem.op, "float32", lambda: beyond(run, problem, device))
+        return beyond(run, problem, device)
+
+    if mine():
+        yield judged("router from logits", "float32", from_logits)
 
 
 def graph_problems(device: str, sizes: Sizes) -> Iterator[tuple[Problem, Callable[[], Prepared]]]:

@@ -1,11 +1,10 @@
 """The tables of a round: its candidates with every effect, its verdicts with every figure, its runs and families."""
 
 import statistics
-from statistics import NormalDist
 from typing import Any
 
-from megatron_evolve.eval.paired import POWER
 from megatron_evolve.evidence import CandidateEvidence
+from megatron_evolve.reading import smallest_visible
 from megatron_evolve.report.chronicle import Chapter, Chronicle
 from megatron_evolve.report.figures import NOTHING, Quotes, digest, label, ratio, seconds, size
 from megatron_evolve.report.markup import Markup, cell, fold, join, note, section, table, tag
@@ -21,7 +20,6 @@ from megatron_evolve.report.wording import (
 SCORED_SPLITS = ("dev-a", "dev-b", "external-a", "external-b")
 SIDES = ("dev", "external")
 BOUNDS = ("d_dev", "d_external", "gap")
-POWER_Z = NormalDist().inv_cdf(POWER)
 
 
 def rounds(chronicle: Chronicle, quotes: Quotes) -> Markup:
@@ -255,4 +253,4 @@ def _visible(chapter: Chapter, family: str, split: str) -> str | Markup:
     found = [effect for one in held if (effect := one.dev_effect if split == "dev" else one.external_effect)]
     if not found:
         return NOTHING
-    return size(statistics.median((one.high - one.low) / 2 + POWER_Z * one.se for one in found))
+    return size(statistics.median(smallest_visible(one.low, one.high, one.se) for one in found))

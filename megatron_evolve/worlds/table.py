@@ -7,12 +7,12 @@ printed, whatever comes out.
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from statistics import NormalDist
 from typing import Any, Self
 
 from pydantic import Field
 
-from megatron_evolve.eval.paired import POWER, wilson
+from megatron_evolve.eval.paired import wilson
+from megatron_evolve.reading import smallest_visible
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.verdict import OVERALL
 from megatron_evolve.worlds.truth import TRUTH_ALPHA, TrueEffect
@@ -267,12 +267,11 @@ def _campaign_row(one: CampaignResult) -> list[str]:
 
 def _visible(truth: Sequence[TrueEffect]) -> str:
     """The closed form of every verdict, of the bounds that truth was told by."""
-    power = NormalDist().inv_cdf(POWER)
     told = []
     for name, whole in (("overall", True), ("a family", False)):
         gaps = [effect.g for effect in truth if (effect.scope == OVERALL) == whole]
         if gaps:
-            size = statistics.median((gap.high - gap.low) / 2 + power * gap.se for gap in gaps)
+            size = statistics.median(smallest_visible(gap.low, gap.high, gap.se) for gap in gaps)
             told.append(f"{name} {100 * size:.1f}")
     return ", ".join(told) or "-"
 

@@ -65,6 +65,8 @@ def test_every_tile_of_nano_is_asked_and_the_graph_has_a_fetched_one():
     asked = {chosen(sizes.hidden, sizes.width, 8 * rows, 8) for rows in sizes.rows()}
     assert asked == {entry.tiles for entry in entries() if entry.shape == shape_key(sizes.hidden, sizes.width)}
     assert chosen(sizes.hidden, sizes.width, 8 * sizes.graph_rows, 8).fc1.fetched
+    others = {entry.tiles for entry in entries() if entry.shape is None}
+    assert {chosen(48, 32, 8 * rows, 8) for rows in sizes._replace(width=32, hidden=48).rows()} == others
 
 
 def test_what_megatrons_layers_call_is_checked():

@@ -145,3 +145,9 @@ def test_the_process_tells_counts_and_no_item(tmp_path):
     told = probing._told("megatron_evolve.leaks", str(root))
     assert told == json.loads(json.dumps(leaks.leaks(root))) and not told["ok"]
     assert not any(row.prompt in json.dumps(told) or f'"{row.answer}"' in json.dumps(told) for row in rows)
+
+
+def test_without_a_campaign_it_says_how_it_is_called(capsys):
+    with pytest.raises(SystemExit):
+        leaks.main([])
+    assert "usage: megatron_evolve.leaks" in capsys.readouterr().err

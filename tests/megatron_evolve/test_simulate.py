@@ -95,9 +95,8 @@ def test_cumulative_is_asked_of_campaigns_that_have_left_the_origin():
     items, _ = draw.round(1, state)
     looks = [look for _, of_scope in looks_at([items], rule, pool) for look in of_scope]
     found = alarms_of(looks, 1, rule, away)
-    assert [look.estimand for look in looks] == ["selected", "mean", "cumulative"] and found[:, 2].tolist() == list(
-        away
-    )
+    assert [look.estimand for look in looks] == ["selected", "mean", "cumulative"]
+    assert found[:, 2].tolist() == away.tolist()
     for campaign in range(campaigns):
         splits = (alone(answers, campaign) for answers in (items.dev_answers, items.external_answers))
         origin = items.origin if away[campaign] else items.anchor
