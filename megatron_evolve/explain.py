@@ -84,12 +84,16 @@ def _would_see(size: float) -> str:
     return f"it would see a dev gain of {100 * size:.1f} pt of which nothing arrives"
 
 
+# Of an entry of a policy: what stands in the sentence anyway, or helps a program alone.
+UNSAID = ("reason", "evidence", "ground")
+
+
 def _short(value: object) -> str:
     """A value of the policy in words: what an edit put in place of what."""
     if value is None or value == "" or value == [] or value == {}:
         return "nothing"
     if isinstance(value, dict):
-        known = {name: inner for name, inner in value.items() if inner not in (None, "", [], {})}
+        known = {name: inner for name, inner in value.items() if name not in UNSAID and inner not in (None, "", [], {})}
         return " ".join(f"{name} {_short(inner)}" for name, inner in known.items())
     if isinstance(value, list | tuple):
         return "(" + "; ".join(map(_short, value)) + ")"
