@@ -19,6 +19,10 @@ from megatron_evolve.substrate.settings import Settings
 
 MANIFEST = "manifest.json"
 
+# What times, compiles or plans, and which no trainer imports: it may be updated under a frozen substrate.
+MEASURES = ("kernels/bench/", "kernels/gpu_check.py", "kernels/offline.py", "kernels/roofline.py")
+MEASURES += ("substrate/gpu_check.py", "substrate/plan/", "substrate/speed.py")
+
 
 class SourceFile(Frozen):
     """A file that belongs to a frozen folder."""
@@ -67,12 +71,14 @@ def _digest(substrate: Substrate) -> str:
 
 
 def trainer_sources() -> dict[str, str]:
-    """sha256 of every source file of `substrate/` and `kernels/`, by path relative to the package root."""
-    here = Path(__file__).resolve().parent
-    kernels = here.parent / "kernels"
-    files = [("substrate", here, path) for path in sorted(here.rglob("*.py"))]
-    files += [("kernels", kernels, path) for path in sorted(kernels.rglob("*.py"))]
-    return {f"{room}/{path.relative_to(base).as_posix()}": digest_file(path) for room, base, path in files}
+    """sha256 of each file of `substrate/` and `kernels/` that a trained number rests on, by its path in the package.
+
+    The kernels' tile table is one of them: a tile decides in which order a matrix product adds up.
+    """
+    root = Path(__file__).resolve().parent.parent
+    paths = [path for room in ("kernels", "substrate") for path in (root / room).rglob("*.py")]
+    named = {path.relative_to(root).as_posix(): path for path in (*paths, root / "kernels" / "tile_table.json")}
+    return {name: digest_file(named[name]) for name in sorted(named) if not name.startswith(MEASURES)}
 
 
 def describe_file(path: Path) -> SourceFile:

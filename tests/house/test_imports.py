@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_evolve.substrate.manifest import MEASURES, trainer_sources
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_evolve"
 ROOMS = ("kernels", "launch", "substrate", "eval", "megatron_evolve")
@@ -105,6 +107,15 @@ def test_nobody_below_imports_the_loop(room: str) -> None:
         for name in imports(path):
             if name.startswith(f"{PACKAGE}."):
                 assert name.startswith(below), f"{path.relative_to(ROOT)} imports {name}, a room of the loop"
+
+
+def test_no_trainer_rests_on_what_its_digest_leaves_out() -> None:
+    """The files that `trainer_sources` passes over are there, and nothing it covers imports one of them."""
+    left_out = [f"{PACKAGE}.{name.removesuffix('.py').strip('/').replace('/', '.')}" for name in MEASURES]
+    assert all((ROOT / name).exists() for name in MEASURES)
+    for name in trainer_sources():
+        for imported in imports(ROOT / name) if name.endswith(".py") else ():
+            assert not any(f"{imported}.".startswith(f"{one}.") for one in left_out), f"{name} imports {imported}"
 
 
 # What is told to a cluster is YAML to its operators; its login is the official client's, imported when it connects.

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_evolve.launch.rundir import ATTEMPT_VARIABLE, read_progress
 from megatron_evolve.substrate import build as building
+from megatron_evolve.substrate import manifest
 from megatron_evolve.substrate.build import CHALLENGE, NANO, PRESETS, Preset, build_substrate, main, refreeze
 from megatron_evolve.substrate.digest import digest_file
 from megatron_evolve.substrate.manifest import read_manifest, verify
@@ -102,6 +103,17 @@ def test_a_changed_byte_is_found_and_named(built, tmp_path, name):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"{name} was changed: expected sha256"):
         verify(tmp_path / "copy")
+
+
+def test_another_trainer_is_told_and_another_benchmark_is_none(built, monkeypatch):
+    frozen = read_manifest(built).trainer
+    assert {"kernels/tile_table.json", "substrate/train/step.py", "kernels/fc1.py"} <= frozen.keys()
+    assert not any("bench" in name or "plan" in name.split("/") for name in frozen)
+    changed = frozen | {"kernels/tile_table.json": "0" * 64}
+    monkeypatch.setattr(manifest, "trainer_sources", lambda: changed)
+    with pytest.raises(ValueError, match=r"source changed .*\(kernels/tile_table.json\): scores would not compare"):
+        verify(built)
+    assert verify(built, trainer=False) == read_manifest(built)
 
 
 def test_the_presets_are_whole():
