@@ -40,6 +40,7 @@ from megatron_evolve.prepare import (
     judge_folder,
 )
 from megatron_evolve.proposals import DEFAULT_WORKER
+from megatron_evolve.readiness import left_open
 from megatron_evolve.site import Site, chosen_site, placed
 from megatron_evolve.survey import survey_stages
 from megatron_evolve.workers.seam import BRIEF, PROPOSAL
@@ -122,6 +123,7 @@ def notes(found: Preflight) -> list[str]:
     target = found.campaign.judge.external
     if isinstance(target, ExternalCsv) and target.path is None:
         said.append("The run itself needs its external target: --external FILE.csv.")
+    said += left_open(found.campaign, found.site)
     if found.site.launcher == "slurm":
         said.append("Job names end in a digest of the attempt's folder, by which a submission is found again.")
         if found.site.slurm.throttle is not None:
