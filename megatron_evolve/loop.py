@@ -32,8 +32,8 @@ from megatron_evolve.origin import read_origin
 from megatron_evolve.placement import cores_here
 from megatron_evolve.policy import DomainState, SearchPolicy
 from megatron_evolve.preflight import check_campaign
-from megatron_evolve.prepare import Prepared, ground_of, prepare, reopen
-from megatron_evolve.readiness import check_ready
+from megatron_evolve.prepare import Prepared, ground_of, prepare, reopen, run_one
+from megatron_evolve.readiness import check_ready, first_job
 from megatron_evolve.retries import Paused, Retries
 from megatron_evolve.reuse import rounds_anew
 from megatron_evolve.rounds import run_campaign_rounds
@@ -88,6 +88,9 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
         if session.site != Site():
             save_yaml(folder.site, session.site)
         if opened is None:
+            if (job := first_job(campaign, session.site, folder.root)) is not None:
+                session.on_progress("engine", {"key": job.key})
+                run_one(launcher, job, stop)
             prepared = prepare(campaign, session.site, session.store, launcher, session.on_progress, stop)
         else:
             prepared = reopen(Path(opened.data["substrate_folder"]), Path(opened.data["judge_folder"]))

@@ -1,16 +1,23 @@
 """Readiness: whether the judge's engine can answer, asked before anything is trained for it to judge.
 
-    from the files      prompt and answer fit the context, the adapters that a run may have fit the server
-    from this machine   the client's package, the key, the server's command, the folder of its base model
-    from an endpoint    that it answers, which models it serves, how much room they have
+    from the files        prompt and answer fit the context, the adapters that a run may have fit the server
+    where jobs run        the client's package, the key, the server's command, the folder of its base model
+    from an endpoint      that it answers, which models it serves, how much room they have
 
 A dry run asks the first: it is true on any machine. The second it only tells (`left_open`), for the campaign may run
-on another; and it asks no endpoint, so that it says the same off the network, and nobody hears of it.
+on another; and it asks no endpoint, so that it says the same off the network. Where jobs run on other hosts the
+campaign's first job asks there, by this file's command line:
+
+    python -m megatron_evolve.readiness --engine JSON --out DIR
 """
 
+import argparse
 import fnmatch
+import json
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,14 +26,20 @@ from megatron_evolve.campaign import Campaign
 from megatron_evolve.eval.engines.command import shown_argv, takes_adapter
 from megatron_evolve.eval.engines.endpoint import EndpointGone, require_key, require_openai, served_now
 from megatron_evolve.eval.engines.settings import OpenAISettings, VllmServer
+from megatron_evolve.launch.job import Job
+from megatron_evolve.launch.rundir import RunDirError, write_json
 from megatron_evolve.longest_question import longest_question
+from megatron_evolve.placement import Placement
 from megatron_evolve.site import Site
+from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.recipe import Adapter
 
 if TYPE_CHECKING:
     from megatron_evolve.preflight import Expected
 
 ADAPTER_PATH, RANK_PATH = "recipe.adapter", "recipe.adapter.rank"
+READY_FILE = "ready.json"
+FIRST_JOB_SECONDS = 900.0  # a shared disk may take minutes to load Python's files
 
 
 def check_fits(campaign: Campaign, expected: "Expected") -> None:
@@ -51,8 +64,10 @@ def check_ready(campaign: Campaign, site: Site, expected: "Expected", *, resumes
     engine = campaign.judge.engine
     if not isinstance(engine, OpenAISettings):
         return
-    _check_machine(engine, site)
-    if engine.url is None or _pods_alone_have_the_key(engine, site):
+    require_openai()
+    if site.launcher == "local":
+        _check_place(engine)
+    if engine.url is None or not (site.launcher == "local" or _key_is_here(engine)):
         return
     patience = engine.patience
     try:
@@ -68,22 +83,56 @@ def check_ready(campaign: Campaign, site: Site, expected: "Expected", *, resumes
 
 
 def left_open(campaign: Campaign, site: Site) -> list[str]:
-    """What a dry run does not ask: what the run itself will, what this machine would answer, what nobody asks."""
+    """What a dry run does not ask: what this machine would answer, and what the run itself asks first."""
     engine, said = campaign.judge.engine, []
     if not isinstance(engine, OpenAISettings):
         return said
     try:
-        _check_machine(engine, site)
+        require_openai()
+        if site.launcher == "local":
+            _check_place(engine)
     except ValueError as refusal:
         said.append(f"From this machine the run itself would be refused: {refusal}.")
-    if engine.url is not None and _pods_alone_have_the_key(engine, site):
-        said.append(f"Nobody asks {engine.url} before the first scoring job: {engine.api_key_env} is not set here.")
-    elif engine.url is not None:
+    if engine.url is not None:
         said.append(f"The run itself first asks {engine.url} which models it serves; a dry run asks nobody.")
-    elif site.launcher != "local":
-        command = shown_argv(engine)[0]
-        said.append(f"Whether {command!r} is there where jobs run is not asked: the first scoring job will tell.")
     return said
+
+
+def first_job(campaign: Campaign, site: Site, folder: Path) -> Job | None:
+    """The job that asks where jobs run, shaped as those that score; None where that is this machine."""
+    engine = campaign.judge.engine
+    if not isinstance(engine, OpenAISettings) or site.launcher == "local":
+        return None
+    # By the settings' digest: a file that is mended before the campaign opens is another question.
+    placement, run_dir = Placement.of(campaign, site), (folder / "engine" / digest_of(engine)[:12]).resolve()
+    argv = (sys.executable, "-m", "megatron_evolve.readiness", "--engine", json.dumps(engine.model_dump(mode="json")))
+    return Job(
+        key="engine/ready",
+        argv=(*argv, "--out", str(run_dir)),
+        run_dir=run_dir,
+        time_limit_s=FIRST_JOB_SECONDS,
+        done_file=READY_FILE,
+        env=placement.environment(trains=False),
+        resources=placement.resources(trains=False),
+        grace_s=site.grace_seconds,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of that job. Status 0 once the engine has what it needs here; otherwise one sentence on stderr."""
+    parser = argparse.ArgumentParser(prog="megatron_evolve.readiness", description=__doc__.splitlines()[0])
+    parser.add_argument("--engine", type=json.loads, required=True, help="JSON: settings of an engine `openai`")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the job")
+    arguments = parser.parse_args(argv)
+    try:
+        engine = OpenAISettings.parse(arguments.engine, where="engine")
+        _check_place(engine)
+        models = [] if engine.url is None else sorted(served_now(engine, engine.patience.connect_seconds))
+        write_json(arguments.out / READY_FILE, {"models": models})
+    except (ValueError, EndpointGone, RunDirError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def pattern_of(space: Sequence[str], path: str) -> str | None:
@@ -134,21 +183,20 @@ def _check_room(campaign: Campaign, expected: "Expected", room: int, whose: str,
         )
 
 
-# --- from this machine -----------------------------------------------------------------------------------------------
+# --- where jobs run --------------------------------------------------------------------------------------------------
 
 
-def _check_machine(engine: OpenAISettings, site: Site) -> None:
-    """Raises ValueError for what jobs need and this machine lacks, as far as jobs find here what they will find."""
+def _check_place(engine: OpenAISettings) -> None:
+    """Raises ValueError for what a scoring job needs and would not find on this machine."""
     require_openai()
-    if not _pods_alone_have_the_key(engine, site):
-        require_key(engine)
-    if engine.server is None or site.launcher != "local":
+    require_key(engine)
+    if engine.server is None:
         return
     command = shown_argv(engine)[0]
     ours = isinstance(engine.server, VllmServer)
     if shutil.which(command) is None:
         raise ValueError(
-            f"expected the command {command!r} of the judge's server on this machine, found none: install it, or "
+            f"expected the command {command!r} of the judge's server on {platform.node()}, found none: install it, or "
             + ("name its path as `vllm` of the site" if ours else "mend the engine's argv")
         )
     base = engine.server.base if ours else None
@@ -159,7 +207,10 @@ def _check_machine(engine: OpenAISettings, site: Site) -> None:
         )
 
 
-def _pods_alone_have_the_key(engine: OpenAISettings, site: Site) -> bool:
-    """Whether pods have a Secret in their environment, and this process has not the key that it may hold."""
-    secret = site.kubernetes is not None and site.kubernetes.secret is not None
-    return secret and engine.api_key_env is not None and not os.environ.get(engine.api_key_env)
+def _key_is_here(engine: OpenAISettings) -> bool:
+    """Whether this process can ask: on a cluster the key may be in the jobs' environment alone."""
+    return engine.api_key_env is None or bool(os.environ.get(engine.api_key_env))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,7 @@
 """Whether the judge's engine can answer, asked before anything is trained: one sentence, nothing written, real HTTP."""
 
+import json
+import os
 import sys
 import threading
 import time
@@ -11,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_evolve import loop
+from megatron_evolve import preflight as preflight_module
 from megatron_evolve.artefacts import CampaignFolder, save_yaml
 from megatron_evolve.campaign import SHIPPED, Campaign
 from megatron_evolve.document import load_yaml
@@ -18,12 +22,14 @@ from megatron_evolve.dry_run import dry_run
 from megatron_evolve.eval.engines.seam import Prompt
 from megatron_evolve.eval.engines.server import free_port
 from megatron_evolve.eval.suite import draw
+from megatron_evolve.launch.local import LocalLauncher
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.longest_question import DRAWN, longest_question
 from megatron_evolve.loop import Session, run_campaign
 from megatron_evolve.preflight import Expected, expect, preflight
-from megatron_evolve.readiness import check_fits, check_ready, left_open
-from megatron_evolve.site import Namespace, Site, find_site, load_site, placed
+from megatron_evolve.prepare import run_one
+from megatron_evolve.readiness import check_fits, check_ready, first_job, left_open, main
+from megatron_evolve.site import Site, find_site, load_site, placed
 from megatron_evolve.substrate.tokenizer import nano_tokenizer
 from tests.eval.engines.asked import SHORT
 from tests.eval.engines.fake_endpoint import FakeEndpoint
@@ -178,19 +184,42 @@ def test_a_machine_without_the_client_is_refused(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_elsewhere_is_said_not_to_be_asked(tmp_path: Path) -> None:
-    """Other hosts' commands, and an endpoint whose key only pods have."""
+def test_on_a_cluster_the_first_job_asks_where_jobs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is built or trained. This machine's launcher stands in for Slurm; what runs is the job itself."""
     pytest.importorskip("openai", reason="the endpoint's client is the [llm] extra")
-    assert left_open(shipped("nemotron3-super-lora"), CLUSTER) == [
-        "Whether 'vllm' is there where jobs run is not asked: the first scoring job will tell."
-    ]
-    keyed = asking(url=NOBODY, api_key_env="A_KEY_OF_NOBODY")
-    pods = {"namespace": "a", "image": "b/c:1", "claim": "d", "mount": "/e"}
-    secret = Site(launcher="kubernetes", kubernetes=Namespace(**pods, secret="key"))
-    assert left_open(keyed, secret) == [
-        f"Nobody asks {NOBODY} before the first scoring job: A_KEY_OF_NOBODY is not set here."
-    ]
-    check_ready(keyed, secret, expected_of(keyed, tmp_path), resumes=False)
+    campaign, site = asking(server={"kind": "command", "argv": ["serve-it", "{port}"]}), Site(launcher="slurm")
+    monkeypatch.setattr(preflight_module, "_check_queue", lambda campaign, placement: None)
+    monkeypatch.setattr(loop, "launcher_of", lambda campaign, session: LocalLauncher(1, session.root))
+    with pytest.raises(ValueError, match=r"engine/ready crashed: .* the command 'serve-it' of the judge's server on "):
+        run_campaign(session(tmp_path, site), campaign)
+    assert not (tmp_path / "store").exists() and Ledger(tmp_path / "run").latest is None
+    (tmp_path / "serve-it").write_text("#!/bin/sh\n")
+    (tmp_path / "serve-it").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    job = first_job(campaign, site, tmp_path / "run")
+    with LocalLauncher(1, tmp_path) as launcher:
+        assert [run_one(launcher, job, lambda: False).attempt for _ in range(2)] == [2, 2]  # asked once
+
+
+def test_a_dry_run_shows_that_job_and_whom_the_run_asks(tmp_path: Path) -> None:
+    for name, gpus in (("nemotron3-super-lora", True), ("nemotron3-ultra-infrastructure", False)):
+        told = dry_run(shipped(name), tmp_path / "run", CLUSTER, tmp_path / "store")
+        script = next(one["script"] for one in told["steps"] if one["what"].startswith("ask where jobs run"))
+        assert first_job(shipped(name), LOCAL, tmp_path) is None
+        assert "megatron_evolve.readiness --engine" in script and ("--gpus-per-node=8" in script) == gpus
+        asks = "The run itself first asks http://127.0.0.1:8000/v1 which models it serves; a dry run asks nobody."
+        assert (asks in told["notes"]) != gpus
+
+
+def test_a_key_that_only_jobs_have_is_no_refusal(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first job has it, and tells what it was shown."""
+    server = serve("nano")
+    keyed = asking(url=server.url, api_key_env="JUDGE_KEY", base="nano")
+    check_ready(keyed, CLUSTER, expected_of(keyed, tmp_path), resumes=False)
+    monkeypatch.setenv("JUDGE_KEY", "a key")
+    engine = json.dumps(keyed.judge.engine.model_dump(mode="json"))
+    assert main(["--engine", engine, "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "ready.json").read_text()) == {"models": ["nano"]}
 
 
 # --- from an endpoint ------------------------------------------------------------------------------------------------
