@@ -30,10 +30,12 @@ from megatron_evolve.preflight import Expected, expect, preflight
 from megatron_evolve.prepare import run_one
 from megatron_evolve.readiness import check_fits, check_ready, first_job, left_open, main
 from megatron_evolve.site import Site, find_site, load_site, placed
+from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
 from megatron_evolve.substrate.tokenizer import nano_tokenizer
 from tests.eval.engines.asked import SHORT
 from tests.eval.engines.fake_endpoint import FakeEndpoint
 from tests.megatron_evolve import tiny
+from tests.megatron_evolve.test_dry_run import imported
 from tests.substrate.chat_tokenizer import write_chat_tokenizer
 
 NODE, CLUSTER = load_site(find_site("h100-node")), load_site(find_site("h100-slurm"))
@@ -105,27 +107,19 @@ def test_an_engine_that_could_take_no_run_is_refused_in_a_dry_run_too(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_longest_question_of_drawn_suites(tmp_path: Path) -> None:
-    """Against the suites drawn here; and the last token of room decides."""
-    campaign = asking(server={"kind": "vllm"})
-    found = longest_question(campaign.judge, expected_of(campaign, tmp_path))
-    suites = [
-        suite.replace(items_per_family={"dev-b": DRAWN}) for suite in (campaign.judge.dev, campaign.judge.external)
-    ]
+def test_the_longest_question_of_drawn_suites_and_its_answer_fit_to_the_last_token(tmp_path: Path) -> None:
+    """Against the suites drawn here."""
+    judge = asking(url=NOBODY).judge
+    suites = [suite.replace(items_per_family={"dev-b": DRAWN}) for suite in (judge.dev, judge.external)]
     items = [item for suite in suites for item in draw(suite, split="dev-b", round_number=0, secret="")]
-    assert found == max(len(Prompt.of(item.prompt, "nano", nano_tokenizer()).tokens) for item in items)
-    for room, fits in ((found + 24, True), (found + 23, False)):
-        exact = asking(server={"kind": "vllm", "max_model_len": room})
-        if fits:
-            check_fits(exact, expected_of(exact, tmp_path))
-            continue
-        with pytest.raises(ValueError, match=f"after a question of up to {found}, and its vLLM has room for {room} in"):
-            check_fits(exact, expected_of(exact, tmp_path))
+    longest = max(len(Prompt.of(item.prompt, "nano", nano_tokenizer()).tokens) for item in items)
+    exact, short = (asking(server={"kind": "vllm", "max_model_len": room}) for room in (longest + 24, longest + 23))
+    check_fits(exact, expected_of(exact, tmp_path))
+    with pytest.raises(ValueError, match=f"a question of up to {longest}, and its vLLM has room for {longest + 23} in"):
+        check_fits(short, expected_of(short, tmp_path))
 
 
 def test_every_row_of_a_csv_is_measured_by_the_checkpoints_tokenizer(tmp_path: Path) -> None:
-    from tests.megatron_evolve.test_dry_run import imported
-
     imported(tmp_path)
     folder = tmp_path / "imported" / "nemotron3-nano"
     write_chat_tokenizer(folder)
@@ -137,8 +131,6 @@ def test_every_row_of_a_csv_is_measured_by_the_checkpoints_tokenizer(tmp_path: P
         path=str(tmp_path / "target.csv"), items={"external-a": 2, "external-b": 2}, sealed=0.5
     )
     campaign = campaign.replace(judge=campaign.judge.replace(external=target))
-    from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
-
     wanted = len(Prompt.of(longest, "challenge", read_tokenizer(folder)).tokens)
     assert longest_question(campaign.judge, expected_of(campaign, tmp_path)) == wanted > 512
     with pytest.raises(ValueError, match=f"after a question of up to {wanted:,}, and its vLLM has room for 8,192"):
