@@ -26,7 +26,6 @@ OPTIONAL = {
     "openai": "the judge's engine openai, a language model as proposer: pip install 'megatron-evolve[llm]'",
     "vllm": "a server that the judge's engine openai can start; where its CUDA is, in this environment or on the path",
     "tensorboard": "event files of training: pip install 'megatron-evolve[track]'",
-    "megatron-bridge": "a second path for full-size checkpoints: pip install 'megatron-evolve[bridge]'",
 }
 APEX_REMEDY = (
     "NVIDIA Apex is built from source (pip install --no-build-isolation git+https://github.com/NVIDIA/apex); the PyPI "

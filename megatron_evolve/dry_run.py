@@ -40,6 +40,7 @@ from megatron_evolve.prepare import (
     judge_folder,
 )
 from megatron_evolve.proposals import DEFAULT_WORKER
+from megatron_evolve.readiness import first_job, left_open
 from megatron_evolve.site import Site, chosen_site, placed
 from megatron_evolve.survey import survey_stages
 from megatron_evolve.workers.seam import BRIEF, PROPOSAL
@@ -88,7 +89,9 @@ def steps(found: Preflight, folder: CampaignFolder, store: Path, use: dict[str, 
     shown: list[Step] = []
     if not ready and spec.preset in IMPORTED:
         shown.append(_once("import the substrate, by hand", import_command(spec, store)))
-    elif not ready:
+    if (first := first_job(campaign, found.site, folder.root)) is not None:
+        shown.append(_of_job("ask where jobs run whether the judge's engine can answer", 1, first, found.site))
+    if not ready and spec.preset not in IMPORTED:
         shown.append(_of_job("build the substrate", 1, build_job(spec, store, found.site), found.site))
     judge = _judge(found, store)
     shown.append(_once("freeze the judge, by the controller", judge_argv(*freezing(judge))))
@@ -122,6 +125,7 @@ def notes(found: Preflight) -> list[str]:
     target = found.campaign.judge.external
     if isinstance(target, ExternalCsv) and target.path is None:
         said.append("The run itself needs its external target: --external FILE.csv.")
+    said += left_open(found.campaign, found.site)
     if found.site.launcher == "slurm":
         said.append("Job names end in a digest of the attempt's folder, by which a submission is found again.")
         if found.site.slurm.throttle is not None:

@@ -32,7 +32,8 @@ from megatron_evolve.origin import read_origin
 from megatron_evolve.placement import cores_here
 from megatron_evolve.policy import DomainState, SearchPolicy
 from megatron_evolve.preflight import check_campaign
-from megatron_evolve.prepare import Prepared, ground_of, prepare, reopen
+from megatron_evolve.prepare import Prepared, ground_of, prepare, reopen, run_one
+from megatron_evolve.readiness import check_ready, first_job
 from megatron_evolve.retries import Paused, Retries
 from megatron_evolve.reuse import rounds_anew
 from megatron_evolve.rounds import run_campaign_rounds
@@ -67,7 +68,8 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
     substrate or judge, a second controller, a layout that does not fit the site), before any job starts.
     """
     campaign, folder = placed(campaign, session.site), CampaignFolder(session.root.resolve())
-    found = check_campaign(campaign, session.site, session.store, new=not folder.ledger.exists())
+    new = not folder.ledger.exists()
+    found = check_campaign(campaign, session.site, session.store, new=new)
     make_folder(folder.root)
     stop = lambda: session.stop() or folder.stop_file.exists()  # noqa: E731
     account = Account(campaign.constitution.budgets)
@@ -79,12 +81,18 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
         folder.stop_file.unlink(missing_ok=True)  # it was for the controller before this one
         session.on_progress("use", {"use": estimate(found), "budget": account.statement()})
         opened = ledger.find("campaign-opened")
+        if opened is not None:
+            check_same_campaign(folder, campaign, opened.data)
+        if not new and not ledger.has("campaign-closed"):
+            check_ready(campaign, session.site, found.expected, resumes=True)
         if session.site != Site():
             save_yaml(folder.site, session.site)
         if opened is None:
+            if (job := first_job(campaign, session.site, folder.root)) is not None:
+                session.on_progress("engine", {"key": job.key})
+                run_one(launcher, job, stop)
             prepared = prepare(campaign, session.site, session.store, launcher, session.on_progress, stop)
         else:
-            check_same_campaign(folder, campaign, opened.data)
             prepared = reopen(Path(opened.data["substrate_folder"]), Path(opened.data["judge_folder"]))
         with pauses(ledger):
             return _run(replace(session, stop=stop), campaign, folder, ledger, account, launcher, prepared)

@@ -4,7 +4,6 @@ Known without the weights: the shapes of the model and the recipe that the searc
 the arithmetic of a run and the reach of a delta can be held against the site's GPUs and time limits.
 """
 
-import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from megatron_evolve.launch import slurm, slurm_queue
 from megatron_evolve.launch.job import Job as LaunchJob
 from megatron_evolve.placement import Placement, cores_here
 from megatron_evolve.prepare import IMPORTED, require_import, require_own_pool, require_target, substrate_folder
+from megatron_evolve.readiness import check_fits, check_ready, pattern_of
 from megatron_evolve.site import Site, kubernetes_launcher
 from megatron_evolve.substrate.build import PRESETS as BUILT
 from megatron_evolve.substrate.exchange import imported_default
@@ -98,6 +98,7 @@ def preflight(campaign: Campaign, site: Site, store: Path) -> Preflight:
             "constitution.limits.run_seconds or name a site with longer jobs"
         )
     _check_budgets(campaign, placement)
+    check_fits(campaign, expected)
     if not placement.training_gpus:
         if expected.architecture.num_parameters() > 10**9:
             raise ValueError(
@@ -120,7 +121,11 @@ def preflight(campaign: Campaign, site: Site, store: Path) -> Preflight:
 
 
 def check_campaign(campaign: Campaign, site: Site, store: Path, *, new: bool) -> Preflight:
-    """What `run` checks first: the preflight, and that this machine is what the site says. Raises ValueError."""
+    """What `run` checks first: the preflight, that this machine is what the site says, and that the judge can answer.
+
+    Of a campaign that goes on, the judge is asked once its ledger has told that there is something left to judge.
+    Raises ValueError.
+    """
     found = preflight(campaign, site, store)
     placement = found.placement
     if site.launcher == "slurm":
@@ -131,6 +136,7 @@ def check_campaign(campaign: Campaign, site: Site, store: Path, *, new: bool) ->
         _check_machine(campaign, site, placement)
     if new:
         require_import(campaign.substrate, store)
+        check_ready(campaign, site, found.expected, resumes=False)
     return found
 
 
@@ -276,8 +282,7 @@ def _check_reach(campaign: Campaign) -> None:
     """Raises ValueError where a delta may change what the plan of memory is made for."""
     space = campaign.constitution.mutation_space
     for path in PLANNED:
-        pattern = next((pattern for pattern in space if fnmatch.fnmatchcase(path, pattern)), None)
-        if pattern is not None:
+        if (pattern := pattern_of(space, path)) is not None:
             raise ValueError(
                 f"campaign {campaign.name} lets a delta change {path} ({pattern} in constitution.mutation_space), for "
                 "which its GPUs' memory was planned: name the settings that may change, without this one"

@@ -266,7 +266,8 @@ def placed(campaign: Campaign, site: Site) -> Campaign:
     if not isinstance(engine, OpenAISettings):
         return campaign
     if engine.url is not None:
-        found = engine.replace(url=site.endpoint or engine.url)
+        base = site.models.get(engine.base, engine.base) if engine.base else None
+        found = engine.replace(url=site.endpoint or engine.url, base=base)
     elif isinstance(engine.server, VllmServer):
         base = engine.server.base
         here = {"base": site.models.get(base, base) if base else None, "executable": site.vllm}

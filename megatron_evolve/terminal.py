@@ -49,6 +49,9 @@ class Narrator:
     def __call__(self, what: str, facts: dict[str, Any]) -> None:
         getattr(self, f"_{what}")(facts)
 
+    def _engine(self, facts: dict[str, Any]) -> None:
+        self._say(f"asking where jobs run whether the judge's engine can answer (once; job {facts['key']})")
+
     def _building(self, facts: dict[str, Any]) -> None:
         self._say(f"building substrate {facts['preset']} (once; about a minute of training) in {facts['folder']}")
 

@@ -49,6 +49,11 @@ def wanted(settings: OpenAISettings) -> set[str]:
     return {one for one in (MODEL, ADAPTER) if any(one in word for word in words)}
 
 
+def takes_adapter(settings: OpenAISettings) -> bool:
+    """Whether a run is served as its adapter, so that one without any cannot be."""
+    return settings.lora if settings.server is None else ADAPTER in wanted(settings)
+
+
 def served_name(settings: OpenAISettings, place: Place) -> str:
     """The name that the endpoint must list, and answer under."""
     return place.fill(settings.model)

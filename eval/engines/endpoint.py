@@ -75,18 +75,28 @@ class Endpoint:
                     raise EndpointGone(f"{self.url} was not ready in time ({_words(error)})") from None
                 await asyncio.sleep(PROBE_S)
 
-    async def introduction(self, deadline: float) -> dict[str, str]:
-        """What the server says of itself. Raises ValueError if it serves another model."""
-        raw = await self.models(deadline)
+    def cards(self, raw: Any) -> dict[str, Any]:
+        """What is said of each model of the raw list, by its name. Raises ValueError unless the base is among them."""
         listed = getattr(raw.parse(), "data", None)
         if not isinstance(listed, list):
             raise ValueError(f"expected a list of models at {self.url}/models, got something else: check the url")
-        cards = {card.id: card for card in listed}
-        name = self._name
+        cards, base = {card.id: card for card in listed}, self._settings.base
+        # vLLM calls the folder that a model was loaded from its root.
+        if base is not None and base not in {*cards, *(getattr(card, "root", None) for card in listed)}:
+            raise ValueError(
+                f"expected {self.url} to serve {base!r}, it serves {_named(cards)}: start it with that model (vLLM "
+                "names it by --served-model-name), or mend the engine's `base`"
+            )
+        return cards
+
+    async def introduction(self, deadline: float) -> dict[str, str]:
+        """What the server says of itself. Raises ValueError if it serves another model."""
+        raw = await self.models(deadline)
+        cards, name = self.cards(raw), self._name
         if name not in cards:
             raise ValueError(
-                f"expected {self.url} to serve {name!r}, it serves {', '.join(sorted(cards)) or 'nothing'}: load the "
-                "run there under this name, or mend the engine's `model`"
+                f"expected {self.url} to serve {name!r}, it serves {_named(cards)}: load the run there under this "
+                "name, or mend the engine's `model`"
             )
         told = {"server": raw.headers.get("server"), "owned_by": getattr(cards[name], "owned_by", None)}
         told["max_model_len"] = getattr(cards[name], "max_model_len", None)
@@ -201,12 +211,26 @@ class Endpoint:
         )
 
 
+def served_now(settings: OpenAISettings, within_s: float) -> dict[str, Any]:
+    """What the endpoint at the settings' `url` says of each model that it serves, by name, before a run is there.
+
+    Raises EndpointGone where it has not answered within so many seconds, ValueError for what waiting will not mend.
+    """
+
+    async def ask() -> dict[str, Any]:
+        async with client_of(settings, settings.url) as client:
+            endpoint = Endpoint(client, settings.url, settings.model, settings, lambda: None)
+            return endpoint.cards(await endpoint.models(time.monotonic() + within_s))
+
+    return asyncio.run(ask())
+
+
 def client_of(settings: OpenAISettings, url: str) -> "AsyncOpenAI":
     """The client of an endpoint. Raises ValueError if the package or the key is not there."""
     openai = require_openai()
     return openai.AsyncOpenAI(
         base_url=url,
-        api_key=_key(settings),
+        api_key=require_key(settings),
         max_retries=0,
         timeout=openai.Timeout(None, connect=settings.patience.connect_seconds),
         # No proxy stands between a machine and itself, whatever its environment says of proxies.
@@ -244,7 +268,8 @@ def require_openai() -> Any:
     return openai
 
 
-def _key(settings: OpenAISettings) -> str:
+def require_key(settings: OpenAISettings) -> str:
+    """The endpoint's key, `none` where it takes none. Raises ValueError where its variable is not set."""
     if settings.api_key_env is None:
         return NO_KEY
     key = os.environ.get(settings.api_key_env)
@@ -254,6 +279,10 @@ def _key(settings: OpenAISettings) -> str:
             "where the scoring job runs"
         )
     return key
+
+
+def _named(cards: dict[str, Any]) -> str:
+    return ", ".join(sorted(cards)) or "nothing"
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:

@@ -17,7 +17,14 @@ the environment variable that holds one. Letters in braces stand for what only t
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from megatron_evolve.substrate.frozen import Frozen
 
@@ -116,6 +123,11 @@ class OpenAISettings(Frozen):
     model: str = Field(
         default=RUN, min_length=1, description="the name it must serve the run under; may hold {run} and {model}"
     )
+    base: str | None = Field(
+        default=None,
+        min_length=1,
+        description="base model that `url` must list, by its name or the folder it was loaded from; none: any",
+    )
     lora: bool = Field(
         default=False,
         description="`url` is vLLM with runtime LoRA updates and these disks: the job loads the run's adapter there",
@@ -139,6 +151,8 @@ class OpenAISettings(Frozen):
             raise ValueError("an endpoint either runs (`url`) or is started (`server`); give exactly one of them")
         if self.lora and self.url is None:
             raise ValueError("`lora` is for an endpoint that runs (`url`); a vLLM that is started takes a `base`")
+        if self.base is not None and self.url is None:
+            raise ValueError("`base` of an engine is what an endpoint that runs (`url`) must list; leave it out")
         if self.url is not None and RUN not in self.model:
             # Under a fixed name one model would answer for every candidate of the campaign.
             raise ValueError(
@@ -151,6 +165,14 @@ class OpenAISettings(Frozen):
         if taken:
             raise ValueError(f"`extra` must not set {', '.join(taken)}, which the judge sets itself; leave it out")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_was_a_base(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `base` where there is none: digests from before there was one hold."""
+        written = write(self)
+        if self.base is None:
+            written.pop("base", None)
+        return written
 
 
 def with_kind(value: Any) -> Any:

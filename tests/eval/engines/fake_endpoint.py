@@ -44,9 +44,12 @@ class FakeEndpoint(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, name: str, faults: Iterable[str] = (), *, port: int = 0, listed: Iterable[str] = ()) -> None:
+    def __init__(
+        self, name: str, faults: Iterable[str] = (), *, port: int = 0, listed: Iterable[str] = (), **card: Any
+    ) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.name = name
+        self.card = card  # what it says of every model beside its name
         self.listed = [*listed] or [name]
         self.faults = dict(fault.split(":", 1) for fault in faults)
         self.adapters: list[str] = []  # folders that were loaded
@@ -90,7 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._reply(200, {"hello": "there"})
             if "models" in self.server.faults:
                 return self._reply(int(self.server.faults["models"]), {"error": {"message": "no"}})
-            cards = [{"id": name, "object": "model", "created": 0, "owned_by": "fake"} for name in self.server.listed]
+            common = {"object": "model", "created": 0, "owned_by": "fake", **self.server.card}
+            cards = [{"id": name, **common} for name in self.server.listed]
             return self._reply(200, {"object": "list", "data": cards})
         if self.path == "/version":
             return self._reply(200, {"version": "0.0.fake"})

@@ -131,6 +131,17 @@ def test_another_model_is_refused_before_anything_is_asked(fake: Callable[..., F
     assert server.requests == []
 
 
+def test_another_base_model_is_refused_before_the_adapter_is_loaded(
+    fake: Callable[..., FakeEndpoint], tmp_path: Path
+) -> None:
+    server = fake(listed=("llama",), root="/models/llama")
+    with pytest.raises(ValueError, match=r"to serve 'nano', it serves llama: start it with that model"):
+        answers(server, tmp_path, base="nano")
+    assert server.requests == []
+    named = fake(root="/models/nano")
+    assert list(answers(named, tmp_path, base="/models/nano").completions) == expected(ITEMS, 40)
+
+
 def test_a_model_that_changes_under_way_is_refused(fake: Callable[..., FakeEndpoint], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"got one of 'somebody-else': it serves another model now"):
         answers(fake("3:wrong-model"), tmp_path)

@@ -100,6 +100,7 @@ def test_a_campaigns_engine_is_what_the_judge_freezes(name: str) -> None:
         ({**ENGINES["running"], "extra": {"temperature": 1}}, "must not set temperature"),
         ({"kind": "openai", "server": {"kind": "command", "argv": ["serve"]}}, r"must hold \{port\}"),
         ({**ENGINES["started"], "lora": True}, "takes a `base`"),
+        ({**ENGINES["started"], "base": "x"}, "an endpoint that runs"),
         ({"kind": "vllm"}, "'megatron', 'transformers', 'openai'"),
         ({**ENGINES["running"], "concurency": 4}, r"unknown key .*; did you mean concurrency\?"),
         ({"batchsize": 4}, r"unknown key .*; did you mean batch_size\?"),
@@ -145,6 +146,13 @@ def test_vllm_with_the_merged_run() -> None:
         "--tensor-parallel-size 1 --dtype auto --gpu-memory-utilization 0.9 --max-num-seqs 32 --generation-config vllm "
         "--seed 0"
     )
+
+
+def test_a_base_is_a_part_of_the_engine_where_it_is_named() -> None:
+    """And digests of engines from before it could be named hold."""
+    one = OpenAISettings(**ENGINES["running"])
+    assert "base" not in one.model_dump(mode="json")
+    assert one.replace(base="nano").model_dump(mode="json") == {**one.model_dump(mode="json"), "base": "nano"}
 
 
 def test_only_what_a_server_is_told_of_is_exported() -> None:
