@@ -11,16 +11,20 @@
 set -eu
 
 [ $# -ge 3 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-ranks=$1 layout=$2
+ranks=$1 layout=$2 python=${PYTHON:-python3}
 shift 2
+set -- -m megatron_evolve.substrate.train.run --layout "$layout" "$@"
+
+# What cannot be trained so is said once, before any rank starts.
+"$python" "$@" --check $((ranks * ${NODES:-1}))
 
 if [ "${NODES:-1}" -gt 1 ]; then
     : "${MEET:?several machines need MEET=HOST:PORT, reached by all of them}"
     set -- --nnodes="$NODES" --rdzv-backend=c10d --rdzv-endpoint="$MEET" --rdzv-id="${MEET##*:}" \
-        --nproc-per-node="$ranks" -m megatron_evolve.substrate.train.run --layout "$layout" "$@"
+        --nproc-per-node="$ranks" "$@"
 else
-    set -- --standalone --nproc-per-node="$ranks" -m megatron_evolve.substrate.train.run --layout "$layout" "$@"
+    set -- --standalone --nproc-per-node="$ranks" "$@"
 fi
 # One thread a rank: ranks fill the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "${PYTHON:-python3}" -m torch.distributed.run "$@"
+exec "$python" -m torch.distributed.run "$@"

@@ -68,6 +68,14 @@ class Layout(Frozen):
         self.data_parallel(ranks)
         return ranks // (self.ep * self.etp * self.pp)
 
+    def padded(self, width: int) -> int:
+        """The places that rows of `width` take, for the ranks to cut them: tp equal parts of each rank's sequence.
+
+        Context parallelism deals a row out as two pieces a rank, since attention is causal (`Batch.mirrored`).
+        """
+        pieces = self.tp * (2 * self.cp if self.cp > 1 else 1)
+        return -(-width // pieces) * pieces
+
     def stages(self, pattern: str) -> tuple[str, ...]:
         """The layer pattern cut into pp x vp pieces, in the order of the layers.
 

@@ -29,7 +29,7 @@ from megatron_evolve.substrate.tokenizer import PieceTokenizer
 
 MAX_DRAWS = 200  # a family that gives no usable row in so many draws has run dry
 MIN_SAVING = 300  # positions; a second pass through the nano model costs 0.010 s, a position 0.00005 s: 200 pay for it
-PAD_MULTIPLE = 4  # sequence parallelism splits the length over up to four ranks
+PAD_MULTIPLE = 4  # places of a row, in every layout; those that cut it finer widen the micro-batch (`Layout.padded`)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Batch:
         """The same rows end to end, in order and none cut, in packs of at most `places`; in one pack if None.
 
         What no longer fits begins the next pack. A row takes a multiple of PAD_MULTIPLE places wherever it lies, so
-        what it computes, and what its padding adds to the experts' load, depends on no other row and no number of
+        what it computes, and what this padding adds to the experts' load, depends on no other row and no number of
         ranks. Where rows suffice, the packs of most rows are halved until there are `at_least` so many packs.
         """
         widths = (-(-(~self.padding_BT).sum(1) // PAD_MULTIPLE) * PAD_MULTIPLE).tolist()
@@ -105,22 +105,30 @@ class Batch:
             packs[most : most + 1] = [packs[most][:half], packs[most][half:]]
         return [self._end_to_end(rows, tuple(widths[row] for row in rows)) for rows in packs]
 
-    def mirrored(self, rank: int, of: int, multiple: int) -> "Batch":
+    def widened(self, width: int) -> "Batch":
+        """The same rows with padding to `width` places; a pack's goes to its last row."""
+        tail = width - self.tokens_BT.shape[1]
+        if not tail:
+            return self
+        arrays = (
+            np.pad(array_BT, ((0, 0), (0, tail)), constant_values=padding)
+            for array_BT, padding in zip(self._arrays, (0, 0, 0, True), strict=True)
+        )
+        lengths = (*self.lengths[:-1], self.lengths[-1] + tail) if self.lengths else ()
+        return Batch(*arrays, weight_sum=self.weight_sum, families=self.families, lengths=lengths)
+
+    def mirrored(self, rank: int, of: int) -> "Batch":
         """Context-parallel rank `rank`'s part of every row: of 2 x `of` equal pieces one and its mirror image.
 
-        So every rank has as much of causal attention to do, as Megatron's attention takes for granted. Rows are padded
-        first to 2 x `of` x `multiple` places.
+        So every rank has as much of causal attention to do, as Megatron's attention takes for granted.
         """
         pieces = 2 * of
-        tail = -self.tokens_BT.shape[1] % (pieces * multiple)
 
-        def part(array_BT: np.ndarray, padding: int) -> np.ndarray:
-            whole = np.pad(array_BT, ((0, 0), (0, tail)), constant_values=padding)
-            cut = np.split(whole, pieces, axis=1)
+        def part(array_BT: np.ndarray) -> np.ndarray:
+            cut = np.split(array_BT, pieces, axis=1)
             return np.concatenate([cut[rank], cut[pieces - 1 - rank]], axis=1)
 
-        arrays = map(part, self._arrays, (0, 0, 0, True))
-        return Batch(*arrays, weight_sum=self.weight_sum, families=self.families)
+        return Batch(*map(part, self._arrays), weight_sum=self.weight_sum, families=self.families)
 
     def _end_to_end(self, rows: list[int], widths: tuple[int, ...]) -> "Batch":
         def laid(array_BT: np.ndarray) -> np.ndarray:

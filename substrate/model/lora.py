@@ -188,19 +188,21 @@ def load_adapter(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def merge(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The state of the plain model with the adapters added into its matrices; `model` itself is left as it is."""
+    """The state of the plain model with the adapters added into its matrices; `model` itself is left as it is.
+
+    Each sum is taken in float32 and rounded once, so these are the bits that `substrate.merged` writes to files.
+    """
     state = {
         name: value.detach()
         for name, value in model.state_dict().items()
         if isinstance(value, Tensor) and not name.endswith((".lora_A", ".lora_B", "_extra_state"))
     }
     for name, layer in _adapted(model):
-        change = layer.lora_scale * (layer.lora_B.detach() @ layer.lora_A.detach())
-        if isinstance(layer, ExpertWeights):
-            for e, part in enumerate(change):
-                state[f"{name}.weight{e}"] = state[f"{name}.weight{e}"] + part
-        else:
-            state[f"{name}.weight"] = state[f"{name}.weight"] + change
+        A, B = layer.lora_A.detach().float(), layer.lora_B.detach().float()
+        pairs = enumerate(zip(A, B, strict=True)) if isinstance(layer, ExpertWeights) else [("", (A, B))]
+        for e, (A_e, B_e) in pairs:
+            weight = state[f"{name}.weight{e}"]
+            state[f"{name}.weight{e}"] = (weight.float() + layer.lora_scale * (B_e @ A_e)).to(weight.dtype)
     return state
 
 

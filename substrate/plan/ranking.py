@@ -94,6 +94,7 @@ def assess(
     problem = _problem(architecture, layout, gpus, job, transformer_engine)
     if problem:
         return Candidate(layout, gpus, problem)
+    job = job.replace(sequence_length=layout.padded(job.sequence_length))  # as the trainer pads the widest rows
     memory = peak(architecture, layout, gpus, job)
     sent = traffic(architecture, layout, gpus, job)
     cost_s = _cost(architecture, layout, gpus, job, sent)
@@ -116,9 +117,6 @@ def _problem(a: Architecture, layout: Layout, gpus: int, job: Job, transformer_e
     problems = layout.problems(a, **given)
     if problems:
         return problems[0]
-    pieces = layout.tp * layout.cp * (2 if layout.cp > 1 else 1)  # a causal row is dealt out as two pieces a rank
-    if job.sequence_length % pieces:
-        return f"sequence length {job.sequence_length} must be a multiple of {pieces}; lower tp or cp"
     try:
         micro_batches = job.micro_batches(layout.data_parallel(gpus))
     except ValueError as error:

@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         "--exclude", type=Path, metavar="FILE", help="instance hashes of rows not to train on, one a line"
     )
     parser.add_argument("--layout", default="", metavar="SIZES", help="as tp=2,ep=2; what is left is data parallel")
+    parser.add_argument(
+        "--check", type=int, metavar="RANKS", help="whether so many ranks can run it, by the manifest alone; runs none"
+    )
     parser.add_argument("--micro-rows", type=int, metavar="N", help="most rows that a rank computes at once")
     parser.add_argument("--packed", action="store_true", help="rows end to end in place of padded ones")
     parser.add_argument("--tensorboard", action="store_true", help="also write event files for TensorBoard")
@@ -104,6 +107,8 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
     document = read_json(arguments.candidate)
     settings = _settings(document, substrate, arguments.candidate)
     layout = _layout(arguments, substrate, settings)
+    if arguments.check is not None:
+        return 0
     excluded = read_excluded(arguments.exclude) if arguments.exclude else frozenset()
     identity = {
         "candidate": document["id"],
@@ -171,7 +176,8 @@ def _is_done(out: Path, identity: dict[str, Any]) -> bool:
 
 def _layout(arguments: argparse.Namespace, substrate: Substrate, settings: Settings) -> Layout:
     """Raises ValueError, before anything slow is imported, where the layout cannot train this model on these ranks."""
-    layout, ranks = Layout.from_text(arguments.layout), place_in(os.environ).world_size
+    layout = Layout.from_text(arguments.layout)
+    ranks = place_in(os.environ).world_size if arguments.check is None else arguments.check
     if arguments.micro_rows is not None and arguments.micro_rows < 1:
         raise ValueError(f"--micro-rows must be at least 1; got {arguments.micro_rows}: leave it out for no limit")
     if arguments.packed and layout.cp > 1:

@@ -74,8 +74,9 @@ class Trainer:
     `packed` rows lie end to end, so many as fit in the room of `micro_rows` rows of the recipe's sequence length.
 
     Packed or padded, a step's loss and gradient are the same sums. Of the experts' load, by which full fine-tuning
-    moves the routing bias, padding is a part: between the two that bias moves apart. Prediction heads are the other
-    exception: Megatron takes their loss as a mean over each micro-batch, so it weighs rows by where they were cut.
+    moves the routing bias, padding is a part: between the two that bias moves apart, and so it may where a layout pads
+    further (tp=8: up to 4 places a row or pack). Prediction heads are the other exception: Megatron takes their loss as
+    a mean over each micro-batch, so it weighs rows by where they were cut.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Trainer:
         for chunk in self.parallel:
             chunk.eval()
         parts = batch.packed(self._places()) if self.packed else batch.rows_at_most(self.micro_rows)
-        parts = self._in_context(parts)
+        parts = self._cut(parts)
         if self.layout.vp > 1:  # the interleaved schedule wants a multiple of pp; what is asked twice weighs nothing
             nothing = replace(parts[-1], weights_BT=np.zeros_like(parts[-1].weights_BT))
             parts += [nothing] * (-len(parts) % self.layout.pp)
@@ -160,18 +161,20 @@ class Trainer:
         """This rank's part of the batch, in as many micro-batches as every other rank has."""
         if not self.packed:
             parts = [part.part(self.rank, self.copies) for part in batch.narrowed(max(ROWS_MULTIPLE, self.copies))]
-            return self._in_context([one for part in parts for one in part.rows_at_most(self.micro_rows)])
+            return self._cut([one for part in parts for one in part.rows_at_most(self.micro_rows)])
         shares = [batch.part(rank, self.copies) for rank in range(self.copies)]
         most = max(len(share.packed(self._places())) for share in shares)
         # Experts wait for the tokens of all ranks, and virtual stages want a multiple of pp.
         multiple = self.layout.pp if self.layout.vp > 1 else 1
-        return shares[self.rank].packed(self._places(), at_least=-(-most // multiple) * multiple)
+        return self._cut(shares[self.rank].packed(self._places(), at_least=-(-most // multiple) * multiple))
 
-    def _in_context(self, parts: list[Batch]) -> list[Batch]:
+    def _cut(self, parts: list[Batch]) -> list[Batch]:
+        """Micro-batches of a width that tensor-parallel ranks can split; of each, this context-parallel rank's part."""
         from megatron.core import parallel_state
 
         rank, cp = parallel_state.get_context_parallel_rank(), self.layout.cp
-        return [part.mirrored(rank, cp, multiple=self.layout.tp) for part in parts] if cp > 1 else parts
+        parts = [part.widened(self.layout.padded(part.tokens_BT.shape[1])) for part in parts]
+        return [part.mirrored(rank, cp) for part in parts] if cp > 1 else parts
 
     def _places(self) -> int | None:
         row = -(-self.recipe.sequence_length // PAD_MULTIPLE) * PAD_MULTIPLE

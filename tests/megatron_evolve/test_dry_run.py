@@ -119,7 +119,9 @@ def test_the_script_for_a_run_by_hand_starts_the_same_ranks(told: dict[str, dict
     script = Path(__file__).parents[2] / "launch" / "torchrun.sh"
     env = tiny.environment(PYTHON="echo")  # it says the words that it would start Python with
     said = subprocess.run(["sh", script, "8", "ep=8", *own], env=env, capture_output=True, text=True, check=True)
-    assert sorted(said.stdout.split()) == sorted(argv[1:])
+    check, start = said.stdout.splitlines()
+    assert sorted(start.split()) == sorted(argv[1:])
+    assert check.endswith(" --check 8")
 
 
 def test_several_nodes_start_their_ranks_with_srun(told: dict[str, dict[str, Any]]) -> None:

@@ -115,7 +115,7 @@ def main(weights: str, folder: str, cases: str) -> None:
         os.environ["MASTER_PORT"] = str(case["port"])
         build.start(1, Layout.from_text(case["layout"]))
         try:
-            found[name] = steps_of(case, Path(weights))
+            found[name] = steps_of(case, Path(case.get("weights", weights)))
         except ValueError as error:
             found[name] = {"error": str(error)}
         finally:

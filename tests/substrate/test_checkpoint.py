@@ -341,6 +341,15 @@ def test_ranks_of_torchrun_hand_on_one_whole_checkpoint_that_opens_alone(substra
         build.stop()
 
 
+def test_the_script_for_a_run_by_hand_starts_no_rank_of_a_layout_that_cannot_be(substrate, tmp_path):
+    argv = [str(ROOT / "launch" / "torchrun.sh"), "2", "tp=4", *arguments(substrate, tmp_path)]
+    environment = {**os.environ, "PYTHON": sys.executable, "NODES": "3", "MEET": "nowhere:1"}
+    done = subprocess.run(argv, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and not (tmp_path / "run").exists()
+    (line,) = done.stderr.splitlines()
+    assert "layout tp=4 on 6 ranks: it runs on a multiple of 4 ranks" in line
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -25,6 +25,13 @@ def test_every_rank_has_one_place(layout: Layout, copies: int) -> None:
     assert layout.ranks == layout.pp * math.lcm(layout.tp * layout.cp, layout.ep * layout.etp)
 
 
+@given(layouts(), st.integers(1, 300))
+def test_a_padded_width_is_the_least_that_all_ranks_can_cut(layout: Layout, width: int) -> None:
+    pieces = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+    assert layout.padded(width) % pieces == 0 and 0 <= layout.padded(width) - width < pieces
+    assert layout.cp > 1 or 4 % layout.tp or layout.padded(4 * width) == 4 * width
+
+
 @given(layouts(), st.text(alphabet="ME*", min_size=64, max_size=120))
 def test_stages_are_the_pattern_in_order_and_of_one_length_but_for_one(layout: Layout, pattern: str) -> None:
     stages = layout.stages(pattern)

@@ -1,10 +1,18 @@
 """Adapters: nothing changes at step 0, gradients are those of the full matrices, states come and go whole."""
 
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from megatron_evolve.substrate.merged import MergedEntry, trained_entries
 from megatron_evolve.substrate.model import build
 from megatron_evolve.substrate.model.architecture import NANO_CPU
+from megatron_evolve.substrate.model.tensor_file import read_header
+from megatron_evolve.substrate.model.weights import save_weights
+from megatron_evolve.substrate.train.checkpoint import save_checkpoint
+from tests.substrate.enlarged import SMALL, build_enlarged
 
 ALL = ("attention", "mamba", "experts", "shared", "output")
 # ||a - b|| / ||b|| in float32 through six layers; measured at most 2e-6
@@ -110,6 +118,29 @@ def test_output_and_gradients_are_those_of_the_merged_matrices():
         assert all(p.grad is None for n, p in layer.named_parameters() if not n.startswith("lora_"))
         checked += 1
     assert checked == 2 * len(NANO_CPU.pattern) + 2 * NANO_CPU.pattern.count("E") + 1  # experts also have shared ones
+
+
+def test_merged_in_memory_it_has_the_bits_of_the_merged_files(tmp_path):
+    """As engine `transformers` takes it, and as `export-hf` writes it piece by piece: one rounding to bfloat16 each."""
+    from megatron_evolve.substrate.model.lora import adapter_state, add_lora, merge
+
+    model = build_enlarged(params_dtype=torch.bfloat16)
+    stored = read_header(save_weights(model, tmp_path / "weights.safetensors"))
+    adapter = {"rank": 3, "alpha": 5.0, "targets": ALL}
+    add_lora(model, **adapter, seed=11)
+    with torch.no_grad():
+        for name, value in adapter_state(model).items():
+            if name.endswith("lora_B"):
+                value.normal_(std=0.2, generator=torch.Generator().manual_seed(5))
+    state, tensors = {"substrate": "s", "adapter": adapter}, {"adapter": adapter_state(model)}
+    save_checkpoint(tmp_path / "checkpoint", kind="adapter", step=1, run="r", tensors=tensors, state=state)
+    merged, changed = merge(model), 0
+    for name, entry in trained_entries(stored, tmp_path, SimpleNamespace(digest="s")).items():
+        cuts = (0, entry.shape[0] // 3, entry.shape[0])
+        written = b"".join(chunk for first, last in pairwise(cuts) for chunk in entry.rows(first, last).read())
+        assert written == merged[name].contiguous().view(torch.uint8).numpy().tobytes(), name
+        changed += isinstance(entry, MergedEntry)
+    assert changed == 2 * (4 + 2 * (1 + SMALL.num_experts)) + 1  # two matrices a layer and an expert, and the table
 
 
 def test_state_goes_into_another_model():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_evolve.substrate import packing
+from megatron_evolve.substrate.layout import Layout
 from megatron_evolve.substrate.manifest import Construction
 from megatron_evolve.substrate.mix import Mix
 from megatron_evolve.substrate.packing import Packer, Tally, instance_hash, read_excluded
@@ -197,19 +198,35 @@ def test_narrowing_keeps_every_row_and_saves_padding():
     assert batch.narrowed(64) == [batch]
 
 
-@pytest.mark.parametrize(("ranks", "multiple"), [(2, 1), (2, 2), (3, 1)])
-def test_context_parallel_ranks_share_out_every_row(ranks, multiple):
-    """Pieces of one length, the earliest with the latest; together they are the row, and then padding."""
+ARRAYS = ("tokens_BT", "labels_BT", "weights_BT", "padding_BT")
+
+
+@pytest.mark.parametrize("tail", [1, 4])
+def test_widening_adds_padding_and_nothing_else(tail):
     batch = batches(packer())[0]
-    parts = [batch.mirrored(rank, ranks, multiple) for rank in range(ranks)]
-    width = parts[0].tokens_BT.shape[1] // 2
-    assert all(part.tokens_BT.shape[1] == 2 * width and width % multiple == 0 for part in parts)
-    for name in ("tokens_BT", "labels_BT", "weights_BT", "padding_BT"):
+    for narrow in (batch, batch.packed(None)[0]):
+        width = narrow.tokens_BT.shape[1]
+        wide = narrow.widened(width + tail)
+        for name in ARRAYS:
+            array, expected = getattr(wide, name), getattr(narrow, name)
+            assert array.dtype == expected.dtype and np.array_equal(array[:, :width], expected)
+            assert array.shape[1] == width + tail and (array[:, width:] == (name == "padding_BT")).all()
+        assert (wide.weight_sum, wide.families, wide.num_tokens) == (batch.weight_sum, batch.families, batch.num_tokens)
+        assert wide.lengths[:-1] == narrow.lengths[:-1] and sum(wide.lengths) == (width + tail if wide.lengths else 0)
+        assert narrow.widened(width) is narrow
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_context_parallel_ranks_share_out_every_row(ranks):
+    """Pieces of one length, the earliest with the latest; together they are the row."""
+    batch = batches(packer())[0]
+    batch = batch.widened(Layout(cp=ranks).padded(batch.tokens_BT.shape[1]))
+    parts = [batch.mirrored(rank, ranks) for rank in range(ranks)]
+    width = batch.tokens_BT.shape[1] // (2 * ranks)
+    for name in ARRAYS:
         firsts = [getattr(part, name)[:, :width] for part in parts]
         lasts = [getattr(part, name)[:, width:] for part in reversed(parts)]
-        whole, expected = np.concatenate(firsts + lasts, axis=1), getattr(batch, name)
-        assert np.array_equal(whole[:, : expected.shape[1]], expected)
-        assert (whole[:, expected.shape[1] :] == (name == "padding_BT")).all()
+        assert np.array_equal(np.concatenate(firsts + lasts, axis=1), getattr(batch, name))
 
 
 def test_a_run_of_rows_costs_a_second_at_most():

@@ -172,7 +172,6 @@ def test_ranking_puts_what_fits_first_and_gives_a_reason_to_each_other() -> None
     [
         ("", {}, "needs 216.8 GB of 80: gradients 117.6, weights 58.8, optimizer 22.1; raise ep"),
         ("tp=16", {}, "mamba_num_groups 8 must be a multiple of tp=16"),
-        ("tp=8", {"length": 4097}, "sequence length 4097 must be a multiple of 8"),
         (
             "ep=8",
             {"batch_size": 64, "micro_batch": 8},
@@ -188,6 +187,15 @@ def test_reasons(layout: str, fields: dict[str, Any], said: str) -> None:
     one = assess(NANO, Layout.from_text(layout), 16, 80 * GIB, job(**fields))
     assert not one.fits
     assert re.search(said, one.reason), one.reason
+
+
+@pytest.mark.parametrize(("layout", "padded"), [("tp=8", 4104), ("tp=4,cp=2", 4112)])
+def test_rows_are_planned_at_the_width_that_they_are_padded_to(layout: str, padded: int) -> None:
+    given, widened = (
+        assess(NANO, Layout.from_text(layout), 16, 80 * GIB, job(length=length), transformer_engine=True)
+        for length in (4097, padded)
+    )
+    assert given.memory is not None and given == widened
 
 
 def test_fewer_than_one_gpu_is_refused() -> None:

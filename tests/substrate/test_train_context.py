@@ -12,12 +12,10 @@ import torch
 from megatron_evolve.substrate import operations
 from megatron_evolve.substrate.model import build
 from megatron_evolve.substrate.model.architecture import NANO_CPU
-from megatron_evolve.substrate.model.weights import save_weights
 from megatron_evolve.substrate.operations import Machine
 from megatron_evolve.substrate.recipe import Recipe
 from megatron_evolve.substrate.train import run as run_module
-from tests.substrate.rank_program import architecture_of
-from tests.substrate.test_train_layouts import LORA, assert_same, run
+from tests.substrate.test_train_layouts import LORA, assert_same, run, weights_of
 
 CASE = {"architecture": {"pattern": "MEME"}}
 SPREAD = {
@@ -33,13 +31,7 @@ SPREAD = {
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Enlarged weights, so that the scan matters, trained alone and on four ranks."""
     folder = tmp_path_factory.mktemp("context")
-    build.start(seed=1)
-    model = build.build_model(architecture_of(CASE), seed=2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6 if parameter.dim() == 2 else 1)
-    weights = save_weights(model, folder / "weights.safetensors")
-    build.stop()
+    weights = weights_of(CASE, folder / "weights.safetensors")
     adapted = {**CASE, "layout": "", "adapter": True}
     alone = {
         "alone": {**CASE, "layout": ""},

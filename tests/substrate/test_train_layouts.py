@@ -19,7 +19,7 @@ import torch
 
 from megatron_evolve.substrate.model import build
 from megatron_evolve.substrate.model.weights import save_weights
-from tests.substrate.rank_program import ARCHITECTURE
+from tests.substrate.rank_program import architecture_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -77,6 +77,23 @@ RECOMPUTED = {
         "pipeline, recomputed" + LORA: {"layout": "pp=2", "micro_rows": 4, "recompute": "selective", "adapter": True},
     },
 }
+THREE = {
+    "num_attention_heads": 6,
+    "num_query_groups": 3,
+    "mamba_num_heads": 6,
+    "mamba_num_groups": 3,
+    "shared_ffn_size": 96,
+}
+
+
+def thirds(name: str, layout: str) -> dict[str, dict[str, Any]]:
+    """Of the widths, all multiples of 4, tp=3 splits some and not others, as tp=8 does; so it does packs."""
+    case = {"layout": layout, "architecture": THREE}
+    packed = {**case, "packed": True, "micro_rows": 8}
+    return {name: case, name + LORA: {**case, "adapter": True}, name + ", packed": packed}
+
+
+THIRDS = {1: thirds("alone, thirds", ""), 3: thirds("tensor, thirds", "tp=3")}
 SAVED = {"tensor and sequence", "tensor and sequence" + LORA, "expert", "tensor, bf16"}  # after half of the steps
 RESUMED = {  # where what those cases saved is gone on with
     2: {
@@ -150,31 +167,34 @@ def run(
     return json.loads((folder / f"{ranks}.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Enlarged, so that the scan matters: with the default start a wrong one passes."""
+def weights_of(case: dict[str, Any], path: Path) -> Path:
+    """Weights for the case's architecture, enlarged so that the scan matters: with the default start a wrong one
+    passes."""
     build.start(seed=1)
-    model = build.build_model(ARCHITECTURE, seed=2)
+    model = build.build_model(architecture_of(case), seed=2)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(6 if parameter.dim() == 2 else 1)
-    path = save_weights(model, tmp_path_factory.mktemp("weights") / "weights.safetensors")
     build.stop()
-    return path
+    return save_weights(model, path)
 
 
 @pytest.fixture(scope="module")
-def measured(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Every case of every number of ranks, by name."""
     folder = tmp_path_factory.mktemp("measured")
+    weights = weights_of({}, folder / "weights.safetensors")
+    of_three = weights_of({"architecture": THREE}, folder / "of three.safetensors")
     found = {}
     for ranks, layouts in LAYOUTS.items():
-        more = (kind.get(ranks, {}) for kind in (BF16, RESUMED, PACKED, RECOMPUTED))
+        more = (kind.get(ranks, {}) for kind in (BF16, RESUMED, PACKED, RECOMPUTED, THIRDS))
         cases = {**both(layouts), **{name: case for kind in more for name, case in kind.items()}}
         cases = {name: {**case, "save": str(folder / name)} if name in SAVED else case for name, case in cases.items()}
         for case in cases.values():
             if "restore" in case:
                 case["restore"] = str(folder / case["restore"])
+            if "architecture" in case:
+                case["weights"] = str(of_three)
         found |= run(ranks, cases, weights, folder / f"{ranks} ranks")
     return found
 
@@ -207,6 +227,11 @@ def test_what_is_computed_again_trains_the_same(name: str, measured: dict[str, A
 def test_packed_rows_train_as_one_process_does(name: str, measured: dict[str, Any]) -> None:
     """Under an adapter as padded rows, too; full fine-tuning moves the routing bias by a load without their padding."""
     assert_same(measured[name], measured["alone" + LORA if name.endswith(LORA) else "alone, packed"])
+
+
+@pytest.mark.parametrize("name", THIRDS[3])
+def test_a_width_that_its_ranks_cannot_split_is_padded_for_them(name: str, measured: dict[str, Any]) -> None:
+    assert_same(measured[name], measured[name.replace("tensor", "alone")])
 
 
 def test_bfloat16_is_near_one_process_and_goes_on_elsewhere(measured: dict[str, Any]) -> None:
