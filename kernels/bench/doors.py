@@ -73,7 +73,11 @@ def trained_head(problem: Problem, W_VH: Tensor, target_T: Tensor) -> tuple[Prob
         wide = [t.detach().double().requires_grad_() for t in (x_TH, W_VH)]
         loss_T = reference.linear_cross_entropy(*wide, target_T)
         dx_TH, dW_VH = torch.autograd.grad(loss_T, wide, problem.dout.double())
-        return {"out": loss_T.detach(), "dx": dx_TH, "dW": dW_VH}
+        return {
+            "out": loss_T.detach(),
+            "dx": dx_TH,
+            "dW": dW_VH.float(),
+        }  # as `problems.oracle` keeps those of matrices
 
     named = {"op": "linear_cross_entropy, trained head", "leaves": {"x": x_TH, "W": W_VH}, "want": want}
     return problem._replace(**named), lambda: fused.linear_cross_entropy(x_TH, W_VH, target_T)
