@@ -221,6 +221,21 @@ def test_options_out_of_range_are_refused(option, value, said):
     assert said in " ".join(done.stderr.replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tokens", "64", "--max-vio", "2"], "expected a --size with --tokens and --max-vio"),
+        (["--model", "--ep", "8"], "expected a --size with --ep"),
+        (["--model", "--provider", "triton"], "expected no --provider with --model"),
+        (["--chip", "h200"], "expected --model with --chip"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, said):
+    done = CliRunner().invoke(app, ["bench", "kernels", *options])
+    assert done.exit_code == 1 and not done.stdout
+    assert said in " ".join(done.stderr.split())
+
+
 def test_eager_is_measured_against_a_loop_of_64_experts():
     assert all(case.shape.experts == 64 for case in CPU_CASES)
     assert {case.shape.rank for case in CPU_CASES} == {0, 8}
