@@ -1,7 +1,7 @@
 """The benchmarks of the command line: one JSON object a line and row."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -55,26 +55,14 @@ def bench_kernels(
     from megatron_evolve.cli import guarded
 
     def answer() -> None:
+        check_kind(predict, {"--provider": provider, "--rounds": rounds}, {"--chip": chip})
+        shaped = {"--tokens": tokens, "--ep": ep, "--mode": mode, "--max-vio": max_vio}
         if size is None:
-            shaped = {"--tokens": tokens, "--ep": ep, "--mode": mode, "--max-vio": max_vio}
             refuse(shaped, "a --size with {}: the default list has layers of its own; name a --size")
-        if predict:
-            measuring = {"--provider": provider, "--rounds": rounds}
-            refuse(measuring, "no {} with --model: it measures nothing; leave one of them out")
-        else:
-            refuse({"--chip": chip}, "--model with {}: what is measured is the GPU that is here; add --model")
         from megatron_evolve.kernels.bench import cases, run, targets
 
         device = run.default_device()
-        if size is None:
-            chosen = cases.GPU_CASES if predict or device != "cpu" else cases.CPU_CASES
-        elif device == "cpu" and not predict:
-            raise ValueError(
-                f"the layers of {size} need a GPU to be measured and torch finds none: leave --size out for what a CPU "
-                "can do, or add --model for what is predicted"
-            )
-        else:
-            chosen = cases.asked(size, tokens, ep, mode, max_vio)
+        chosen = layers(predict, device, size, shaped)
         if predict:
             at = chip or "h100"
             beside = run.model_others(at) if size is None else ()
@@ -88,6 +76,28 @@ def bench_kernels(
         write(chain(*rows, run.without_time(device)), out)
 
     guarded(answer, as_json)
+
+
+def layers(predict: bool, device: str, size: str | None, shaped: dict[str, Any]) -> Sequence[Any]:
+    """The layers that are asked for. ValueError where this machine cannot run them."""
+    from megatron_evolve.kernels.bench import cases
+
+    if size is None:
+        return cases.GPU_CASES if predict or device != "cpu" else cases.CPU_CASES
+    if device == "cpu" and not predict:
+        raise ValueError(
+            f"the layers of {size} need a GPU to be measured and torch finds none: leave --size out for what a CPU "
+            "can do, or add --model for what is predicted"
+        )
+    return cases.asked(size, *shaped.values())
+
+
+def check_kind(predict: bool, measuring: dict[str, Any], predicting: dict[str, Any]) -> None:
+    """ValueError for an option that says how to measure where nothing is measured, or the other way round."""
+    if predict:
+        refuse(measuring, "no {} with --model: it measures nothing; leave one of them out")
+    else:
+        refuse(predicting, "--model with {}: what is measured is the GPU that is here; add --model")
 
 
 def refuse(given: dict[str, Any], expected: str) -> None:
