@@ -48,8 +48,8 @@ class Sizes(NamedTuple):
 def poison(device: str) -> None:
     """Fill memory with NaN and leave it to torch's allocator: what a kernel leaves unwritten may then show.
 
-    What else this process keeps and does not use goes back to the GPU first: a trained head takes 9 GB of it, and a
-    dozen processes share it.
+    What else this process keeps and does not use goes back to the GPU first: a trained head takes 6 GB of it
+    beside its own tensors, and a dozen processes share it.
     """
     settle(device)
     torch.full((2**27,), float("nan"), device=device)
