@@ -1,6 +1,7 @@
 """The benchmark is right before it is quick: exact skew, an oracle of its own, no time for what is wrong."""
 
 import json
+import math
 import time
 
 import pytest
@@ -110,6 +111,17 @@ def test_a_wrong_provider_gets_no_time():
         assert sum(row["provider"] == name for row in rows) == 1
     assert by_name["gradient"]["error"] == pytest.approx(1e-3, rel=0.01)
     assert set(by_name["eager"]["ratio_to"]) == set()
+
+
+def test_an_error_is_of_the_whole_tensor_however_it_is_cut(monkeypatch):
+    """By slices to spare memory: rows of a matrix, matrices of a stack, and a number that is none stays none."""
+    monkeypatch.setattr(problems, "SLICE", 3)
+    for shape in ((), (0, 4), (7,), (7, 5), (3, 7, 5)):
+        got, want = torch.randn(shape), torch.randn(shape, dtype=torch.float64)
+        whole = ((got - want).norm() / want.norm()).item() if want.numel() else 0.0
+        assert problems.error(got, want) == pytest.approx(whole)
+    got[2, 6, 4] = float("nan")
+    assert math.isnan(problems.error(got, want)) and math.isnan(problems.error(got[2], want[2]))
 
 
 def test_saved_bytes_are_what_autograd_keeps():
