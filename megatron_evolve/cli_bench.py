@@ -1,7 +1,7 @@
 """The benchmarks of the command line: one JSON object a line and row."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -22,7 +22,7 @@ def bench_kernels(
     predict: Annotated[
         bool, typer.Option("--model", help="measure nothing: print what the roofline predicts, marked as such")
     ] = False,
-    chip: Annotated[str, typer.Option(help="h100 or h200, for --model")] = "h100",
+    chip: Annotated[str | None, typer.Option(help="h100 or h200, for --model; h100 otherwise")] = None,
     size: Annotated[
         str | None, typer.Option(help="nano, super or ultra with the options below; a default list otherwise")
     ] = None,
@@ -45,7 +45,9 @@ def bench_kernels(
             help="triton, unfused, eager, loop, sequential-mlp, te-grouped-mlp, scattermoe or quack, repeatable"
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="timed runs of each provider, in turns", min=1)] = 20,
+    rounds: Annotated[
+        int | None, typer.Option(help="timed runs of each provider, in turns; 20 otherwise", min=1)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="write the rows there too")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="rows are JSON in any case; errors too with this")] = False,
 ) -> None:
@@ -53,23 +55,20 @@ def bench_kernels(
     from megatron_evolve.cli import guarded
 
     def answer() -> None:
+        check_kind(predict, {"--provider": provider, "--rounds": rounds}, {"--chip": chip})
+        shaped = {"--tokens": tokens, "--ep": ep, "--mode": mode, "--max-vio": max_vio}
+        if size is None:
+            refuse(shaped, "a --size with {}: the default list has layers of its own; name a --size")
         from megatron_evolve.kernels.bench import cases, run, targets
 
         device = run.default_device()
-        if size is None:
-            chosen = cases.GPU_CASES if predict or device != "cpu" else cases.CPU_CASES
-        elif device == "cpu" and not predict:
-            raise ValueError(
-                f"the layers of {size} need a GPU to be measured and torch finds none: leave --size out for what a CPU "
-                "can do, or add --model for what is predicted"
-            )
-        else:
-            chosen = cases.asked(size, tokens, ep, mode, max_vio)
+        chosen = layers(predict, device, size, shaped)
         if predict:
-            beside = run.model_others(chip) if size is None else ()
-            write(chain(run.model(chosen, chip), beside), out)
+            at = chip or "h100"
+            beside = run.model_others(at) if size is None else ()
+            write(chain(run.model(chosen, at), beside), out)
             return
-        each = {"rounds": rounds, "chip": None if device == "cpu" else targets.ceilings(device)}
+        each = {"rounds": rounds or 20, "chip": None if device == "cpu" else targets.ceilings(device)}
         rows = [run.bench(chosen, device, tuple(provider or run.providers_on(device)), **each)]
         if size is None and device != "cpu":
             rows.append(run.bench_memory_bound(device, **each))
@@ -79,11 +78,42 @@ def bench_kernels(
     guarded(answer, as_json)
 
 
+def layers(predict: bool, device: str, size: str | None, shaped: dict[str, Any]) -> Sequence[Any]:
+    """The layers that are asked for. ValueError where this machine cannot run them."""
+    from megatron_evolve.kernels.bench import cases
+
+    if size is None:
+        return cases.GPU_CASES if predict or device != "cpu" else cases.CPU_CASES
+    if device == "cpu" and not predict:
+        raise ValueError(
+            f"the layers of {size} need a GPU to be measured and torch finds none: leave --size out for what a CPU "
+            "can do, or add --model for what is predicted"
+        )
+    return cases.asked(size, *shaped.values())
+
+
+def check_kind(predict: bool, measuring: dict[str, Any], predicting: dict[str, Any]) -> None:
+    """ValueError for an option that says how to measure where nothing is measured, or the other way round."""
+    if predict:
+        refuse(measuring, "no {} with --model: it measures nothing; leave one of them out")
+    else:
+        refuse(predicting, "--model with {}: what is measured is the GPU that is here; add --model")
+
+
+def refuse(given: dict[str, Any], expected: str) -> None:
+    """ValueError where one of these options has a value: it would do nothing."""
+    named = [option for option, value in given.items() if value]
+    if named:
+        raise ValueError(f"expected {expected.format(' and '.join(named))}")
+
+
 def write(rows: Iterable[dict[str, Any]], out: Path | None) -> None:
     """Each row as it comes, on stdout and, where asked, in a file: a benchmark cut short leaves what it had."""
+    from megatron_evolve.kernels.bench.lines import line_of
+
     with out.open("w", encoding="utf-8") if out else nullcontext() as file:
         for row in rows:
-            line = json.dumps(row)
+            line = line_of(row)
             typer.echo(line)
             if file:
                 file.write(line + "\n")

@@ -9,19 +9,21 @@ given the same input, its gradients, the losses, and the output table as it is t
 with the fused kernels (experts, gated norm, loss): those may be off by what plain PyTorch loses, and half more. Then a
 few steps of full training and of LoRA, with their time and memory beside the plan's; the fused ones first, and none
 begun after `--seconds`. `--layers transformer-engine` takes its norms and linears on the GPU's side.
-One JSON line each, as they come. Status 1 where something is wrong, 2 without a GPU.
+One JSON line each, as they come. What fails is a row with its reason; a process that dies or hangs is one too, and
+another goes on with the next training. Status 1 where something is wrong, 2 without a GPU.
 """
 
 import argparse
-import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,17 +32,21 @@ if TYPE_CHECKING:
 
 PATTERN = "MEM*"
 ROWS, LENGTH = 2, 512
+FORMS = ("eager", "triton")
 TIMES_EAGER = 1.5
 # bfloat16 rounds to 2^-9 of a number, a layer some ten times in a row; what is wrong is off by its whole size. Below
 # LEAST a ratio of errors says nothing.
 MOST, LEAST = 5e-2, 1e-3
 FEW = 128  # numbers, one a Mamba head: of so few the errors of two forms differ by chance, 1.7 times seen of 8
 MARGIN = 0.02  # of scores between 0 and 1, of which bfloat16 loses up to 0.004
-STEPS, WARM = 6, 2
 # On an H100 the float32 process took 24 s and the first fused step 11, most of it to compile. The order is that of what
 # is least known: a run that was cut at 75 s had no row of full training.
 TRAININGS = (("sft", "triton"), ("lora", "triton"), ("lora", "eager"), ("sft", "eager"))
 SECONDS = 300
+GRACE_S = 60  # for the training that runs then
+REFERENCE_S = 120  # of the float32 process, on however few cores; most of what is said meanwhile is nothing
+SILENT_S = 180  # then a process hangs
+ROOM = 1.5  # times the weights, 4.2 GB of them: what comes back in float32 is a third of that
 WEIGHTS, GIVEN, FOUND = "weights.safetensors", "given.safetensors", "found.safetensors"
 
 
@@ -49,8 +55,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the JSON lines there too")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"begin no training after it ({SECONDS})")
     parser.add_argument("--layers", default="auto", help="norms and dense linears: auto, pytorch or transformer-engine")
+    # what follows is for the processes that this one starts
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)  # the float32 process's folder
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # for what the two processes hand over
+    parser.add_argument("--share", help=argparse.SUPPRESS)  # 0/1: the process on the GPU
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # by time.monotonic, which they share
+    parser.add_argument("--after", type=int, default=-1, help=argparse.SUPPRESS)  # its part that ended another process
     options = parser.parse_args(argv)
+    from megatron_evolve.kernels.bench.lines import line_of
     from megatron_evolve.substrate.model.architecture import NEMOTRON3_NANO
 
     architecture = shortened(NEMOTRON3_NANO, PATTERN)
@@ -62,12 +74,16 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu_check: needs a CUDA device, and torch finds none: run it on a machine with one", file=sys.stderr)
         return 2
+    if options.share:
+        for row in on_gpu(architecture, options):
+            print(line_of(row), flush=True)
+        return 0  # also where something is wrong, which its row says: any other status means that rows are missing
     ok = True
     with (options.out or Path(os.devnull)).open("w", encoding="utf-8") as file:
         for row in report(architecture, time.monotonic() + options.seconds, options.layers):
             ok = ok and row.get("ok", True)
-            for sink in (sys.stdout, file):
-                sink.write(json.dumps(row) + "\n")
+            for sink in (file, sys.stdout):
+                sink.write(line_of(row) + "\n")
                 sink.flush()
     return 0 if ok else 1
 
@@ -78,71 +94,158 @@ def shortened(architecture: Any, pattern: str) -> Any:
 
 
 def report(architecture: Any, until: float, layers: str = "auto") -> Iterator[dict]:
-    """The machine, the model against float32, and the training steps that begin before `until` on the clock."""
+    """The machine, then what the process on the GPU tells; until then, by time.monotonic, it begins trainings."""
     import torch
 
+    from megatron_evolve.kernels.bench import shares
     from megatron_evolve.kernels.bench.rows import commit, device_name
+
+    machine = {"device": device_name("cuda"), "torch": torch.__version__, "commit": commit()}
+    yield machine | {"model": architecture.name, "layers": layers, "cores": shares.usable_cores()}
+    with tempfile.TemporaryDirectory(dir=roomiest(needed_bytes(architecture))) as folder:
+        own = [str(Path(__file__).resolve()), "--folder", folder, "--layers", layers, "--until", str(until)]
+        for row in shares.run(own, 1, until + GRACE_S, SILENT_S):
+            yield row | (named(row["step"]) if "failed" in row and "step" in row else {})
+
+
+def named(part: int) -> dict:
+    """How a row names that part of `parts`."""
+    if part == 0:
+        return {"compared": "all"}
+    mode, experts = TRAININGS[part - 1]
+    return {"steps": mode, "experts": experts}
+
+
+def needed_bytes(architecture: Any) -> int:
+    """In the folder through which the two processes hand their tensors over."""
+    from megatron_evolve.substrate.layout import Layout
+    from megatron_evolve.substrate.plan.parameters import stage_share, stages
+
+    (whole,) = stages(architecture, Layout())
+    return int(ROOM * 2 * stage_share(architecture, Layout(), whole).total)
+
+
+def roomiest(needed: int, folders: tuple[str, ...] | None = None) -> str:
+    """The folder in memory where that many bytes fit, otherwise the usual one: a container's has 64 MB by default.
+
+    Where neither has the room, the one with more of it, and `check_room` tells the rest.
+    """
+    folders = folders or ("/dev/shm", tempfile.gettempdir())
+    free = {folder: shutil.disk_usage(folder).free for folder in folders if os.access(folder, os.W_OK)}
+    return next((folder for folder in free if free[folder] >= needed), max(free, key=free.__getitem__))
+
+
+def on_gpu(architecture: Any, options: argparse.Namespace) -> Iterator[dict]:
+    """The process on the GPU: the comparison, then trainings, from the part that follows `options.after`."""
+    from megatron_evolve.kernels.bench.shares import begin
+    from megatron_evolve.substrate.gpu_steps import trained
     from megatron_evolve.substrate.model import build
 
     build.start(seed=1)
-    machine = {"device": device_name("cuda"), "torch": torch.__version__, "commit": commit()}
-    yield machine | {"model": architecture.name, "layers": layers}
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
-        yield from compared(architecture, Path(folder), layers=layers)
-    yield from trainings(architecture, until, layers)
+    parts = [partial(compared, architecture, options.folder, layers=options.layers)]
+    parts += [lambda how=how: iter([trained(architecture, *how, options.layers)]) for how in TRAININGS]
+    yield from told(parts, options.until, options.after, begin)
     build.stop()
 
 
-def trainings(architecture: Any, until: float, layers: str = "auto") -> Iterator[dict]:
-    """A row of each training; a reason in place of figures where there was no time or no memory for it."""
+def told(
+    parts: list[Callable[[], Iterator[dict]]], until: float, after: int, begin: Callable[[int], None]
+) -> Iterator[dict]:
+    """The rows of each part; a reason in place of figures where there was no time or no memory for it, or it failed.
+
+    Raises what a part did to the GPU: this process is then to end, and another to go on.
+    """
     import torch
 
-    for mode, experts in TRAININGS:
+    from megatron_evolve.kernels.bench.rows import settle, stopped
+
+    for number, part in enumerate(parts):
         late = time.monotonic() - until
-        if late > 0:
-            yield {"steps": mode, "experts": experts, "reason": f"not begun: {late:.0f} s after the last second given"}
+        if number <= after:
             continue
-        torch.cuda.empty_cache()
+        if late > 0:
+            yield named(number) | {"reason": f"not begun: {late:.0f} s after the last second given"}
+            continue
+        begin(number)
         try:
-            yield trained(architecture, mode, experts, layers)
+            yield from part()
         except torch.cuda.OutOfMemoryError as failure:
-            yield {"steps": mode, "experts": experts, "reason": str(failure).splitlines()[0]}
+            yield named(number) | {"reason": str(failure).splitlines()[0]}
+        except Exception as failure:  # noqa: BLE001 - whatever it is, the parts that follow are asked
+            yield named(number) | {"ok": False} | stopped(failure)
+        settle("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def compared(architecture: Any, folder: Path, command: tuple[str, ...] = (), layers: str = "auto") -> Iterator[dict]:
     """The losses, each layer's and the table's output and gradients: bfloat16 here against float32 without a GPU."""
     import torch
-    from safetensors.torch import load_file, save_file
 
-    from megatron_evolve.substrate.model import build, weights
+    from megatron_evolve.kernels.bench.rows import stopped
+    from megatron_evolve.substrate.model import build
 
     start = time.monotonic()
     how = {"experts": "eager", "layers": layers, "params_dtype": torch.bfloat16}
     model = build.build_model(architecture, seed=1, **how)
     model.output_layer.requires_grad_(False)  # or its losses were made from logits, whatever the form
     spread_bias(model)
-    weights.save_weights(model, folder / WEIGHTS)
     tokens = torch.randint(0, architecture.vocab_size, (2, ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    check_room(folder, needed_bytes(architecture))
+    want = wanted(model, tokens, folder, command)
+    yield {"reference": "float32, CPU", "seconds": round(time.monotonic() - start, 1)}
+    for piece, ask in pieces(model, tokens, want).items():
+        errors: dict[str, dict[str, float]] = {}
+        for form in FORMS:
+            take_form(model, form)
+            try:
+                errors[form] = {key: relative(value, want[key]) for key, value in ask().items()}
+            except Exception as failure:  # noqa: BLE001 - whatever it is, the other pieces are asked
+                yield {"compared": piece, "form": form, "ok": False} | stopped(failure)
+        for key in errors[FORMS[0]] if len(errors) == len(FORMS) else ():
+            eager, fused = (errors[form][key] for form in FORMS)
+            most = MOST if want[key].numel() < FEW else max(TIMES_EAGER * eager, LEAST)
+            right = eager <= MOST and fused <= most
+            yield {"compared": key, "eager": round(eager, 6), "triton": round(fused, 6), "ok": right}
+
+
+def check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"the weights and what comes back need {needed / 1e9:.1f} GB in {folder.parent}; got {free / 1e9:.1f}: set "
+            "TMPDIR to a folder with room for them"
+        )
+
+
+def wanted(model: "Module", tokens: "Tensor", folder: Path, command: tuple[str, ...] = ()) -> "dict[str, Tensor]":
+    """What the float32 process computes with these weights. RuntimeError with its last words where it ends badly."""
+    from safetensors.torch import load_file, save_file
+
+    from megatron_evolve.substrate.model import weights
+
+    weights.save_weights(model, folder / WEIGHTS)
     save_file({"tokens": tokens[0].contiguous(), "labels": tokens[1].contiguous()}, folder / GIVEN)
     command = command or (sys.executable, str(Path(__file__).resolve()), "--reference", str(folder))
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    want = load_file(folder / FOUND)
-    yield {"reference": "float32, CPU", "seconds": round(time.monotonic() - start, 1)}
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    done = subprocess.run(command, env=environment, check=False, timeout=REFERENCE_S, **streams)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()[-12:] or ["no message"]
+        raise RuntimeError("\n".join([f"the float32 process: status {done.returncode}: {lines[-1]}", *lines]))
+    return load_file(folder / FOUND)
 
-    errors: dict[str, dict[str, float]] = {}
-    for name in ("eager", "triton"):
-        take_form(model, name)
-        found = {"losses": losses_of(model, tokens[0], tokens[1])}
-        for number in range(len(architecture.pattern)):
-            found |= layer_outcome(model, number, want[f"layer {number} input"])
-        found |= table_outcome(model, model.linear_cross_entropy, want["table input"], tokens[1])
-        errors[name] = {key: relative(value, want[key]) for key, value in found.items()}
-    for key, eager in errors["eager"].items():
-        fused = errors["triton"][key]
-        most = MOST if want[key].numel() < FEW else max(TIMES_EAGER * eager, LEAST)
-        right = eager <= MOST and fused <= most
-        yield {"compared": key, "eager": round(eager, 6), "triton": round(fused, 6), "ok": right}
+
+def pieces(
+    model: "Module", tokens: "Tensor", want: "dict[str, Tensor]"
+) -> "dict[str, Callable[[], dict[str, Tensor]]]":
+    """What is compared, piece by piece, in the form that the model then has."""
+    number_of_layers = len(model.decoder.layers)
+    return {
+        "losses": lambda: {"losses": losses_of(model, tokens[0], tokens[1])},
+        **{
+            f"layer {n}": lambda n=n: layer_outcome(model, n, want[f"layer {n} input"]) for n in range(number_of_layers)
+        },
+        "table": lambda: table_outcome(model, model.linear_cross_entropy, want["table input"], tokens[1]),
+    }
 
 
 def take_form(model: "Module", name: str) -> None:
@@ -165,11 +268,12 @@ def reference(architecture: Any, folder: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
+    from megatron_evolve.kernels.bench.shares import usable_cores
     from megatron_evolve.kernels.reference import linear_cross_entropy
     from megatron_evolve.substrate.model import build, weights
 
     build.start(seed=1)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(usable_cores())
     model = build.build_model(architecture, seed=1, experts="eager", perform_initialization=False)
     weights.put_weights(model, load_file(folder / WEIGHTS))
     given = load_file(folder / GIVEN)
@@ -273,75 +377,8 @@ def relative(got: "Tensor", want: "Tensor") -> float:
     return off / size if size else off
 
 
-def prepared(architecture: Any, mode: str, experts: str, layers: str, rows: int, length: int) -> tuple[Any, Any, Any]:
-    """A trainer in bfloat16, a batch of random tokens for it, and the job as the plan takes it."""
-    import numpy as np
-    import torch
-
-    from megatron_evolve.substrate import operations
-    from megatron_evolve.substrate.model import build
-    from megatron_evolve.substrate.model.lora import add_lora
-    from megatron_evolve.substrate.packing import Batch
-    from megatron_evolve.substrate.plan.job import Job
-    from megatron_evolve.substrate.recipe import Recipe
-    from megatron_evolve.substrate.train.step import Trainer
-
-    scan = operations.mamba_scan(operations.machine(torch.cuda.is_available())).path
-    job = Job(mode=mode, sequence_length=length, micro_batch=rows, batch_size=rows, scan=scan)
-    adapter = job.adapter if mode == "lora" else None
-    recipe = Recipe(adapter=adapter, lr=1e-4, batch_size=rows, steps=STEPS, warmup_steps=1, sequence_length=length)
-    how = {"experts": experts, "layers": layers, "params_dtype": torch.bfloat16}
-    (model,) = build.build_chunks(architecture, seed=1, **how)
-    if adapter is not None:
-        add_lora(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=0)
-    tokens_BT = np.random.default_rng(0).integers(0, architecture.vocab_size, (rows, length))
-    weights_BT, padding_BT = np.ones((rows, length), np.float32), np.zeros((rows, length), bool)
-    batch = Batch(tokens_BT, np.roll(tokens_BT, -1, 1), weights_BT, padding_BT, float(rows * length), ("none",) * rows)
-    return Trainer([model], recipe), batch, job
-
-
-def trained(
-    architecture: Any, mode: str, experts: str, layers: str = "auto", rows: int = 4, length: int = 2048
-) -> dict:
-    """A few optimizer steps: losses, milliseconds a step, tokens a second, peak memory beside the plan's."""
-    import torch
-
-    from megatron_evolve.substrate.layout import Layout
-    from megatron_evolve.substrate.plan.memory import peak
-
-    on_gpu = torch.cuda.is_available()
-    settle = torch.cuda.synchronize if on_gpu else lambda: None
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    trainer, batch, job = prepared(architecture, mode, experts, layers, rows, length)
-    losses, norms, times = [], [], []
-    for number in range(STEPS):
-        settle()
-        begun = time.perf_counter()
-        measured = trainer.step(batch, number)
-        losses.append(round(measured.loss, 5))
-        norms.append(round(measured.grad_norm, 6))
-        settle()
-        times.append(time.perf_counter() - begun)
-    step_s = median(times[WARM:])
-    planned = peak(architecture, Layout(), 1, job)
-    return {
-        "steps": mode,
-        "experts": experts,
-        "rows": rows,
-        "length": length,
-        "losses": losses,
-        "grad_norms": norms,
-        "step_ms": round(1e3 * step_s, 2),
-        "step_ms_all": [round(1e3 * t, 2) for t in times],
-        "tokens_per_s": round(rows * length / step_s),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if on_gpu else None,
-        "planned_gib": round(planned.total / 2**30, 3),
-        "ok": bool(losses[-1] < losses[0]),
-    }
-
-
 if __name__ == "__main__":
     # This folder comes first in the path of a script, and its files must not be taken for other people's modules.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it ends what it started
     sys.exit(main())

@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 
 # What times, compiles or plans, and which no trainer imports: it may be updated under a frozen substrate.
 MEASURES = ("kernels/bench/", "kernels/gpu_check.py", "kernels/offline.py", "kernels/roofline.py")
-MEASURES += ("substrate/gpu_check.py", "substrate/plan/", "substrate/speed.py")
+MEASURES += ("substrate/gpu_check.py", "substrate/gpu_steps.py", "substrate/plan/", "substrate/speed.py")
 
 
 class SourceFile(Frozen):

@@ -6,7 +6,6 @@ twice; no wait of the host; and each op's forward and backward captured in one C
 check is a row with `ok`; nothing here is timed.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from megatron_evolve.kernels.bench import doors
 from megatron_evolve.kernels.bench import problem as problems
 from megatron_evolve.kernels.bench.cases import DTYPES, Case, Prepare, experts, memory_bound
 from megatron_evolve.kernels.bench.problem import Prepared, Problem
-from megatron_evolve.kernels.bench.rows import FAILURES, TOLERANCE, examined, first_line, outcome, parts_of
+from megatron_evolve.kernels.bench.rows import FAILURES, TOLERANCE, examined, outcome, parts_of, settle, stopped
 from megatron_evolve.kernels.bench.shares import Turn, everything
 from megatron_evolve.kernels.linear_cross_entropy import linear_cross_entropy
 from megatron_evolve.kernels.roofline import Shape, shape_of
@@ -26,6 +25,7 @@ from megatron_evolve.kernels.tile_table import entries, mean_rows, shape_key
 
 # bfloat16 is held to what plain PyTorch loses on the same inputs and device, and half more
 TIMES_EAGER = 1.5
+MOVING = ("route_plan", "permute", "unpermute", "router", "gated_norm")  # of `cases.memory_bound`
 
 
 class Sizes(NamedTuple):
@@ -46,7 +46,12 @@ class Sizes(NamedTuple):
 
 
 def poison(device: str) -> None:
-    """Fill memory with NaN and give it back to torch's allocator: what a kernel leaves unwritten may then show."""
+    """Fill memory with NaN and leave it to torch's allocator: what a kernel leaves unwritten may then show.
+
+    What else this process keeps and does not use goes back to the GPU first: a trained head takes 6 GB of it
+    beside its own tensors, and a dozen processes share it.
+    """
+    settle(device)
     torch.full((2**27,), float("nan"), device=device)
 
 
@@ -67,7 +72,7 @@ def judged(name: str, dtype: str, check: Callable[[], dict]) -> dict:
     try:
         found = check()
     except FAILURES as failure:
-        return row | {"reason": first_line(failure)}
+        return row | stopped(failure)
     return row | {"ok": "reason" not in found} | found
 
 
@@ -107,15 +112,22 @@ def check_experts(device: str, sizes: Sizes, mine: Turn = everything) -> Iterato
                     yield judged(f"experts: {name}, {mode}", dtype, check)
 
 
+def moving(op: str, device: str, sizes: Sizes, dtype: str) -> tuple[Problem, Prepare]:
+    """That one of the ops that move memory; making it runs the route plan."""
+    made = memory_bound(device, sizes.tokens, triton=True, dtype=DTYPES[dtype])
+    return next((problem, prepare) for problem, prepare in made if problem.op == op)
+
+
 def check_memory_bound(device: str, sizes: Sizes, mine: Turn = everything) -> Iterator[dict]:
     for dtype in sizes.dtypes:
-        for problem, prepare in memory_bound(device, sizes.tokens, triton=True, dtype=DTYPES[dtype]):
+        for op in MOVING:
 
-            def check(problem: Problem = problem, prepare: Prepare = prepare) -> dict:
+            def check(op: str = op, dtype: str = dtype) -> dict:
+                problem, prepare = moving(op, device, sizes, dtype)
                 return beyond(prepare["triton"][1](), problem, device)
 
             if mine():
-                yield judged(problem.op, dtype, check)
+                yield judged(op, dtype, check)
 
 
 def loss(device: str, sizes: Sizes, dtype: str) -> tuple[Problem, Prepared]:
@@ -178,21 +190,28 @@ def check_doors(device: str, sizes: Sizes, mine: Turn = everything) -> Iterator[
         yield judged("router from logits", "float32", from_logits)
 
 
-def graph_problems(device: str, sizes: Sizes) -> Iterator[tuple[Problem, Callable[[], Prepared]]]:
-    """Every op once, in bfloat16: the experts trained whole and with adapters, then those beside them."""
+def graph_problems(device: str, sizes: Sizes) -> Iterator[tuple[str, Callable[[], tuple[Problem, Prepared]]]]:
+    """Every op once, in bfloat16, by name: the experts trained whole and with adapters, then those beside them."""
     shape = Shape("check", sizes.graph_rows * 2, 8, 4, sizes.width, sizes.hidden)
-    for case in (Case(shape, "full"), Case(shape._replace(rank=16), "lora")):
+
+    def layer(case: Case) -> tuple[Problem, Prepared]:
         problem, prepare = experts(case, device, ("triton",))
-        yield problem._replace(op=f"experts, {case.mode}"), prepare["triton"][1]
-    for problem, prepare in memory_bound(device, sizes.tokens, triton=True):
-        yield problem, prepare["triton"][1]
-    problem, run = loss(device, sizes, "bfloat16")
-    yield problem, lambda: run
+        return problem, prepare["triton"][1]()
+
+    def beside(op: str) -> tuple[Problem, Prepared]:
+        problem, prepare = moving(op, device, sizes, "bfloat16")
+        return problem, prepare["triton"][1]()
+
+    for case in (Case(shape, "full"), Case(shape._replace(rank=16), "lora")):
+        yield f"experts, {case.mode}", lambda case=case: layer(case)
+    for op in MOVING:
+        yield op, lambda op=op: beside(op)
+    yield "linear_cross_entropy", lambda: loss(device, sizes, "bfloat16")
 
 
-def replayed(problem: Problem, make: Callable[[], Prepared]) -> dict:
+def replayed(problem: Problem, run: Prepared) -> dict:
     """Forward and backward captured in one CUDA graph and replayed on other numbers: the bits of a plain run."""
-    parts = parts_of(make(), problem)
+    parts = parts_of(run, problem)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -212,22 +231,19 @@ def replayed(problem: Problem, make: Callable[[], Prepared]) -> dict:
     return {"reason": f"replayed, {', '.join(other)} differ from a plain run"} if other else {}
 
 
-def check_graph(device: str, sizes: Sizes, until: float = float("inf")) -> Iterator[dict]:
-    for problem, make in graph_problems(device, sizes):
-        if time.monotonic() > until:
-            used_up = {"ok": False, "reason": "not run: the time of this check was used up"}
-            yield {"check": f"{problem.op} in a CUDA graph", "dtype": "bfloat16"} | used_up
-            continue
-        yield judged(f"{problem.op} in a CUDA graph", "bfloat16", lambda pair=(problem, make): replayed(*pair))
+def check_graph(device: str, sizes: Sizes, mine: Turn = everything) -> Iterator[dict]:
+    for name, make in graph_problems(device, sizes):
+        if mine():
+            yield judged(f"{name} in a CUDA graph", "bfloat16", lambda make=make: replayed(*make()))
 
 
 def checks(device: str, sizes: Sizes, mine: Turn = everything) -> Iterator[dict]:
-    """Every check in turn, or a share of them, but for `check_graph`: a failed capture may leave a device unusable."""
+    """Every check in turn, or a share of them; the graphs last, for a failed capture may leave a device unusable."""
     poison(device)
-    yield from check_experts(device, sizes, mine)
-    yield from check_memory_bound(device, sizes, mine)
-    yield from check_loss(device, sizes, mine)
-    yield from check_doors(device, sizes, mine)
+    for check in (check_experts, check_memory_bound, check_loss, check_doors, check_graph):
+        for row in check(device, sizes, mine):
+            yield row
+            poison(device)
 
 
 def tolerances() -> dict[str, float]:

@@ -73,7 +73,9 @@ def trained_head(problem: Problem, W_VH: Tensor, target_T: Tensor) -> tuple[Prob
         wide = [t.detach().double().requires_grad_() for t in (x_TH, W_VH)]
         loss_T = reference.linear_cross_entropy(*wide, target_T)
         dx_TH, dW_VH = torch.autograd.grad(loss_T, wide, problem.dout.double())
-        return {"out": loss_T.detach(), "dx": dx_TH, "dW": dW_VH}
+        want = {"out": loss_T.detach(), "dx": dx_TH}
+        del wide, loss_T  # each holds the table in float64, 2.8 GB, as much as its gradient is before it is float32
+        return want | {"dW": dW_VH.float()}
 
     named = {"op": "linear_cross_entropy, trained head", "leaves": {"x": x_TH, "W": W_VH}, "want": want}
     return problem._replace(**named), lambda: fused.linear_cross_entropy(x_TH, W_VH, target_T)

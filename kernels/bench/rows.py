@@ -7,6 +7,7 @@ pass, synchronisations of the host, whether a second run gives the same bits.
 
 import shutil
 import subprocess
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -23,15 +24,13 @@ from megatron_evolve.kernels.roofline import CHIPS, Chip, Pass, ms
 # bfloat16: half an ulp is 2e-3, a chain of five roundings and a token's 22 rows added in bfloat16 stay below 1e-2;
 # something wrong is off by a whole order. Megatron's own tests and Transformer Engine's allow 2e-2.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-try:
-    from triton.errors import TritonError
-except ImportError:  # no Triton: nothing here raises its errors
-    TritonError = RuntimeError
-# What our own code may stumble over: memory and CUDA (RuntimeError), what it refuses, what is not there, the compiler.
-FAILURES = (RuntimeError, ValueError, ImportError, AttributeError, TritonError)
+# Memory, CUDA, a compiler that is not there or fails, Triton's own assertions, another's package: whatever is raised is
+# told by a row, and costs the other rows nothing.
+FAILURES = Exception
 # Why a row has no time, beside its reason: a result beyond the tolerance, a package that is not there, a problem that
 # the provider does not take (adapters, this GPU), anything else that it raised.
 WRONG, MISSING, REFUSED, FAILED = "wrong", "missing", "refused", "failed"
+MOST_TOLD = 3000  # characters of a traceback, its end: ptxas's own words are there
 
 
 def device_name(device: str) -> str:
@@ -123,16 +122,34 @@ def examined(run: Prepared, problem: Problem, want: dict[str, Tensor], device: s
     return found, got
 
 
+def settle(device: str) -> None:
+    """Give back memory that is not used; raises what a kernel before did to the GPU.
+
+    After an illegal access nothing that this process says is worth anything: it is to end, and another to go on.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
 def first_line(failure: BaseException) -> str:
     text = str(failure).strip().splitlines()
     return f"{type(failure).__name__}: {text[0] if text else 'no message'}"
 
 
+def stopped(failure: BaseException) -> dict:
+    """What stopped something, and where: a failure on a machine that is lent for minutes is not easily seen again."""
+    told = "".join(traceback.format_exception(failure))
+    return {"reason": first_line(failure), "traceback": told[-MOST_TOLD:]}
+
+
 def untimed(failure: Exception) -> dict:
     """What a row tells instead of a time."""
-    kind = MISSING if isinstance(failure, ImportError) else FAILED
-    kind = REFUSED if isinstance(failure, ValueError | NotImplementedError) else kind
-    return {"kind": kind, "reason": first_line(failure)}
+    if isinstance(failure, ImportError):
+        return {"kind": MISSING, "reason": first_line(failure)}
+    if isinstance(failure, ValueError | NotImplementedError):
+        return {"kind": REFUSED, "reason": first_line(failure)}
+    return {"kind": FAILED} | stopped(failure)
 
 
 def measure(

@@ -6,13 +6,15 @@ TFLOP/s of the layer is a little more of its products. A missed target is a row,
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from megatron_evolve.kernels.bench.cases import Case, case_of, experts, memory_bound
 from megatron_evolve.kernels.bench.clock import Clock, interleaved
-from megatron_evolve.kernels.bench.rows import FAILURES, first_line, outcome, parts_of
+from megatron_evolve.kernels.bench.rows import FAILURES, outcome, parts_of, settle, stopped
 from megatron_evolve.kernels.bench.run import bench, bench_gated, bench_memory_bound, installed
 from megatron_evolve.kernels.bench.shares import Turn
 from megatron_evolve.kernels.roofline import Chip, shape_of
@@ -33,6 +35,7 @@ MORE = (
 )
 PATHS = ("triton", "unfused")
 TOKENS = 16384  # of the ops that move memory: a permutation moves 617 MB, the norm 403 MB forward
+ROUNDS = 10
 MATRIX, COPIED = 8192, 2**29  # side of a square product, bytes of a copy
 
 
@@ -51,52 +54,95 @@ def ceilings(device: str) -> Chip:
     bytes_from = torch.empty(COPIED, dtype=torch.int8, device=device)
     bytes_to = torch.empty_like(bytes_from)
     runs = {"product": (lambda: a @ b, None), "copy": (lambda: bytes_to.copy_(bytes_from), None)}
-    times = interleaved(runs, Clock(device), (), rounds=10, warm=3)
+    times = interleaved(runs, Clock(device), (), rounds=ROUNDS, warm=3)
     product_ms, copy_ms = (times[name]["forward"].median for name in ("product", "copy"))
     return Chip("measured", 2 * MATRIX**3 / product_ms * 1e-9, 2 * COPIED / copy_ms * 1e-9)
 
 
 def warm(device: str, mine: Turn) -> None:
     """Run this share of what `rows` will time once, so that its kernels are compiled."""
-    runs = [(problem, made) for problem, made in memory_bound(device, TOKENS, triton=True)] if mine() else []
-    for problem, made in runs:
-        outcome(parts_of(made["triton"][1](), problem), problem)
-    for case in (*LAYERS, *MORE):
-        for name in PATHS:
-            if mine():
-                try:
-                    problem, made = experts(case, device, (name,))
-                    outcome(parts_of(made[name][1](), problem), problem)
-                except FAILURES:
-                    pass  # told by the row of the timed run, which fails the same way
+
+    def moving() -> None:
+        for problem, made in memory_bound(device, TOKENS, triton=True):
+            outcome(parts_of(made["triton"][1](), problem), problem)
+
+    def layer(case: Case, name: str) -> None:
+        problem, made = experts(case, device, (name,))
+        outcome(parts_of(made[name][1](), problem), problem)
+
+    for run in (moving, *(partial(layer, case, name) for case in (*LAYERS, *MORE) for name in PATHS)):
+        if mine():
+            with suppress(FAILURES):  # told by the row of the timed run, which fails the same way
+                run()
+            settle(device)
 
 
-def rows(device: str, chip: Chip, until: float, *, rounds: int = 10) -> Iterator[dict]:
-    """Rows of the targets, then of more shapes, then of other people's; what the time does not reach is named."""
+class Step(NamedTuple):
+    """A part of the benchmark that may fail alone."""
 
-    def layers(cases: tuple[Case, ...], names: tuple[str, ...]) -> list[tuple[str, Callable[[], Iterator[dict]]]]:
+    name: str
+    rows: Callable[[Chip | None], Iterator[dict]]
+    ours: bool = True  # or a package of other people's, whose failure is no failure of this check
+
+
+def steps(device: str, rounds: int = ROUNDS) -> list[Step]:
+    """The ceilings, what the targets ask, more shapes, then other people's."""
+
+    def ceiling(_: Chip | None) -> Iterator[dict]:
+        chip = ceilings(device)
+        yield {"ceiling": "measured", "tflops": chip.tflops, "tb_per_s": chip.tb_per_s}
+
+    def layers(cases: tuple[Case, ...], names: tuple[str, ...], *, ours: bool = True) -> list[Step]:
         return [
-            (
+            Step(
                 f"{case.shape.model}, {case.shape.tokens} tokens, EP {case.shape.ep}, {case.mode}, {', '.join(names)}",
-                lambda case=case: bench([case], device, names, rounds=rounds, chip=chip),
+                lambda chip, case=case: bench([case], device, names, rounds=rounds, chip=chip),
+                ours,
             )
             for case in cases
         ]
 
-    memory = ("ops that move memory", lambda: bench_memory_bound(device, tokens=TOKENS, rounds=rounds, chip=chip))
     gated = [shape_of("nano", 8192, ep) for ep in (8, 1)]
-    liger = ("Liger's gated experts", lambda: bench_gated(gated, device, rounds=rounds, chip=chip))
-    # each alone with ours, and last: what another's package does to this process costs no row of ours
-    peers = [step for name in installed() for step in layers(LAYERS[1:2], ("triton", name))]
-    for name, step in (*layers(LAYERS, PATHS), memory, *layers(MORE, PATHS), liger, *peers):
-        if time.monotonic() > until:
-            yield {"op": "experts", "left_out": name, "median_ms": None, "reason": "the time of this check was used up"}
+    return [
+        Step("ceilings", ceiling),
+        *layers(LAYERS, PATHS),
+        Step(
+            "ops that move memory",
+            lambda chip: bench_memory_bound(device, tokens=TOKENS, rounds=rounds, chip=chip),
+        ),
+        *layers(MORE, PATHS),
+        Step("Liger's gated experts", lambda chip: bench_gated(gated, device, rounds=rounds, chip=chip), ours=False),
+        # each alone with ours, and last: what another's package does to this process costs no row of ours
+        *(step for name in installed() for step in layers(LAYERS[1:2], ("triton", name), ours=False)),
+    ]
+
+
+def rows(
+    device: str, until: float, *, after: int = -1, begun: Callable[[int], None] = lambda _: None, rounds: int = ROUNDS
+) -> Iterator[dict]:
+    """Rows of the steps behind `after`; what the time does not reach is named, and what failed says why.
+
+    `begun` hears each number before its step. A process that goes on in another's place measures the ceilings anew,
+    unless it was they that ended the other.
+    """
+    chip = None
+    for number, step in enumerate(steps(device, rounds)):
+        left_out = {"op": "experts", "left_out": step.name, "median_ms": None}
+        if number <= after and not (number == 0 < after):
             continue
+        if time.monotonic() > until:
+            yield left_out | {"reason": "the time of this check was used up"}
+            continue
+        if number > after:
+            begun(number)
         try:
-            yield from step()
-        except FAILURES as failure:  # no case may cost the others their rows
-            yield {"op": "experts", "left_out": name, "median_ms": None, "reason": first_line(failure)}
-        torch.cuda.empty_cache()
+            for row in step.rows(chip):
+                if "ceiling" in row:
+                    chip = Chip("measured", row["tflops"], row["tb_per_s"])
+                yield row
+        except FAILURES as failure:  # no step may cost the others their rows
+            yield left_out | stopped(failure) | ({"ok": False} if step.ours else {})
+        settle(device)
 
 
 def _layer(part: str, modes: tuple[str, ...], tokens: int) -> Callable[[dict], bool]:

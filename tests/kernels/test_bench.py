@@ -1,6 +1,7 @@
 """The benchmark is right before it is quick: exact skew, an oracle of its own, no time for what is wrong."""
 
 import json
+import math
 import time
 
 import pytest
@@ -112,6 +113,17 @@ def test_a_wrong_provider_gets_no_time():
     assert set(by_name["eager"]["ratio_to"]) == set()
 
 
+def test_an_error_is_of_the_whole_tensor_however_it_is_cut(monkeypatch):
+    """By slices to spare memory: rows of a matrix, matrices of a stack, and a number that is none stays none."""
+    monkeypatch.setattr(problems, "SLICE", 3)
+    for shape in ((), (0, 4), (7,), (7, 5), (3, 7, 5)):
+        got, want = torch.randn(shape), torch.randn(shape, dtype=torch.float64)
+        whole = ((got - want).norm() / want.norm()).item() if want.numel() else 0.0
+        assert problems.error(got, want) == pytest.approx(whole)
+    got[2, 6, 4] = float("nan")
+    assert math.isnan(problems.error(got, want)) and math.isnan(problems.error(got[2], want[2]))
+
+
 def test_saved_bytes_are_what_autograd_keeps():
     problem, prepare = experts(tiny("frozen"), DEVICE, ("triton",))
     (row, *_) = measure(problem, prepare, DEVICE, rounds=1, warm=0)
@@ -219,6 +231,21 @@ def test_options_out_of_range_are_refused(option, value, said):
     done = CliRunner().invoke(app, ["bench", "kernels", "--model", "--size", "nano", option, value])
     assert isinstance(done.exception, SystemExit) and done.exit_code != 0 and not done.stdout
     assert said in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tokens", "64", "--max-vio", "2"], "expected a --size with --tokens and --max-vio"),
+        (["--model", "--ep", "8"], "expected a --size with --ep"),
+        (["--model", "--provider", "triton"], "expected no --provider with --model"),
+        (["--chip", "h200"], "expected --model with --chip"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, said):
+    done = CliRunner().invoke(app, ["bench", "kernels", *options])
+    assert done.exit_code == 1 and not done.stdout
+    assert said in " ".join(done.stderr.split())
 
 
 def test_eager_is_measured_against_a_loop_of_64_experts():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_evolve.kernels import gpu_check
-from megatron_evolve.kernels.bench import checks, run, targets
+from megatron_evolve.kernels.bench import checks, run, shares, targets
 from megatron_evolve.kernels.bench.cases import Case, experts
 from megatron_evolve.kernels.roofline import CHIPS, Shape, shape_of
 from megatron_evolve.kernels.tile_table import Tiles, chosen, entries, shape_key
@@ -85,6 +85,7 @@ def test_a_benchmark_that_finds_us_wrong_is_a_status():
     assert not gpu_check.is_right({"check": "experts", "ok": False})
     assert gpu_check.is_right(ours | {"median_ms": 1.0}) and gpu_check.is_right({"target": "waits", "met": False})
     assert gpu_check.is_right(ours | {"provider": "liger", "kind": "failed"})
+    assert not gpu_check.is_right(ours | {"kind": "refused"})  # this check asks nothing that ours may refuse
 
 
 @pytest.mark.slow
@@ -96,9 +97,26 @@ def test_ops_that_move_memory_are_checked():
 
 
 def test_every_op_is_captured_in_a_graph():
-    found = [problem.op for problem, _ in checks.graph_problems(DEVICE, SIZES._replace(tokens=3))]
-    beside = ["route_plan", "permute", "unpermute", "router", "gated_norm", "linear_cross_entropy"]
-    assert found == ["experts, full", "experts, lora", *beside]
+    found = dict(checks.graph_problems(DEVICE, SIZES._replace(tokens=3)))
+    assert list(found) == ["experts, full", "experts, lora", *checks.MOVING, "linear_cross_entropy"]
+    for name, make in found.items():
+        assert make()[0].op == name.partition(",")[0]
+
+
+def illegal(*_, **__):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    yield  # as a generator does, at its first row
+
+
+def test_what_cannot_be_made_fails_its_own_check_and_no_other(monkeypatch):
+    """A kernel is launched to make a problem, too; a graph that fails is a row, and the next one is asked."""
+    monkeypatch.setattr(checks, "memory_bound", illegal)
+    monkeypatch.setattr(checks, "replayed", lambda problem, run: {})
+    rows = [*checks.check_memory_bound(DEVICE, SIZES), *checks.check_graph(DEVICE, SIZES._replace(tokens=3))]
+    graphs = [f"{name} in a CUDA graph" for name in ("experts, full", "experts, lora", *checks.MOVING)]
+    assert [row["check"] for row in rows] == [*checks.MOVING, *graphs, "linear_cross_entropy in a CUDA graph"]
+    assert [row["check"] for row in rows if row["ok"]] == [*graphs[:2], "linear_cross_entropy in a CUDA graph"]
+    assert "in illegal" in rows[0]["traceback"] and rows[0]["reason"].startswith("RuntimeError: CUDA error")
 
 
 def test_bfloat16_is_held_to_plain_pytorch():
@@ -115,6 +133,17 @@ def test_a_check_that_cannot_run_fails_with_its_reason():
 
     row = checks.judged("experts", "float32", broken)
     assert (row["ok"], row["reason"]) == (False, "RuntimeError: out of memory")
+    assert "in broken" in row["traceback"] and row["traceback"].endswith("and more\n")
+
+
+@pytest.mark.parametrize(
+    "failure", [AssertionError("strides"), TypeError("no size"), KeyError("sm_75"), OSError("gcc")]
+)
+def test_whatever_is_raised_is_told(failure):
+    def broken() -> dict:
+        raise failure
+
+    assert checks.judged("experts", "float32", broken)["reason"].startswith(type(failure).__name__)
 
 
 def rows_of(ratio: float, share: float) -> list[dict]:
@@ -148,8 +177,11 @@ def test_a_row_of_the_check_from_end_to_end(monkeypatch):
     monkeypatch.setattr(targets, "MORE", ())
     monkeypatch.setattr(targets, "installed", lambda: ())
     monkeypatch.setattr(targets, "bench_memory_bound", breaks)
-    *rows, left_out = targets.rows(DEVICE, CHIPS["h100"], until=float("inf"), rounds=1)
-    assert left_out["reason"] == "RuntimeError: out of memory"
+    monkeypatch.setattr(targets, "ceilings", lambda _: CHIPS["h100"])
+    begun = []
+    ceiling, *rows, left_out = targets.rows(DEVICE, until=float("inf"), rounds=1, begun=begun.append)
+    assert ceiling["tflops"] == CHIPS["h100"].tflops and begun == [0, 1, 2, 3]
+    assert left_out["reason"] == "RuntimeError: out of memory" and not gpu_check.is_right(left_out)
     assert all(set(row["tiles"]) == set(Tiles._fields) for row in rows if row["provider"] == "triton")
     assert [(row["provider"], row["pass"]) for row in rows] == [
         (name, part) for name in ("triton", "unfused") for part in ("forward", "backward", "both")
@@ -164,9 +196,83 @@ def test_a_row_of_the_check_from_end_to_end(monkeypatch):
 
 
 def test_rows_beyond_the_time_are_named():
-    rows = list(targets.rows("cpu", None, until=0.0))
-    others = 2 + len(run.installed())  # what moves memory, Liger, other people's packages
+    rows = list(targets.rows("cpu", until=0.0))
+    others = 3 + len(run.installed())  # the ceilings, what moves memory, Liger, other people's packages
     assert len(rows) == len(targets.LAYERS) + len(targets.MORE) + others
-    assert [row["left_out"].partition(",")[0] for row in rows[: len(targets.LAYERS)]] == ["nano"] * len(targets.LAYERS)
-    assert all(row["median_ms"] is None and row["left_out"] for row in rows)
+    told = [row["left_out"].partition(",")[0] for row in rows]
+    assert told[: 1 + len(targets.LAYERS)] == ["ceilings", *["nano"] * len(targets.LAYERS)]
+    assert all(row["median_ms"] is None and row["left_out"] and gpu_check.is_right(row) for row in rows)
     assert all(target["met"] is None for target in targets.judged(rows))
+
+
+def few_steps(monkeypatch, **rows):
+    """Steps that yield those rows, or raise what stands in their place."""
+
+    def one(value):
+        def step(chip):
+            if isinstance(value, Exception):
+                raise value
+            yield value | {"chip": chip}
+
+        return step
+
+    monkeypatch.setattr(
+        targets,
+        "steps",
+        lambda *_: [targets.Step(name, one(value), ours=name != "liger") for name, value in rows.items()],
+    )
+
+
+CEILING = {"ceiling": "measured", "tflops": 700.0, "tb_per_s": 3.0}
+
+
+def test_a_step_that_fails_costs_the_others_nothing(monkeypatch):
+    few_steps(monkeypatch, ceilings=RuntimeError("offset increment"), layer={"ok": True}, liger=TypeError("no fit"))
+    ceilings, layer, liger = targets.rows("cpu", until=float("inf"))
+    assert ceilings["left_out"] == "ceilings" and not gpu_check.is_right(ceilings)
+    assert layer == {"ok": True, "chip": None}
+    assert liger["reason"] == "TypeError: no fit" and gpu_check.is_right(liger)  # another's
+
+
+def test_a_process_that_goes_on_measures_the_ceilings_anew_unless_they_ended_the_other(monkeypatch):
+    few_steps(monkeypatch, ceilings=CEILING, first={"row": 1}, second={"row": 2})
+    begun = []
+    ceiling, row = targets.rows("cpu", until=float("inf"), after=1, begun=begun.append)
+    assert ceiling["tflops"] == 700.0 and (row["row"], row["chip"].tflops) == (2, 700.0) and begun == [2]
+    assert [row["row"] for row in targets.rows("cpu", until=float("inf"), after=0)] == [1, 2]
+
+
+FAKE = """
+import os, sys, time
+share, after = sys.argv[sys.argv.index("--share") + 1], int(sys.argv[-1]) if "--after" in sys.argv else -1
+if "--benchmark" not in sys.argv:
+    print('{"check": "%s", "ok": true}' % share, flush=True)
+    time.sleep(600 if share[0] == "0" else 0)
+else:
+    for number in range(after + 1, 3):
+        print('{"step": %d}' % number, flush=True)
+        if number == 1:
+            os.abort()
+        print('{"row": %d}' % number, flush=True)
+"""
+
+
+def test_checks_that_hang_and_a_benchmark_that_dies_leave_the_rest(monkeypatch, tmp_path):
+    """The whole command with processes of another's making in place of its own."""
+    fake, out = tmp_path / "fake.py", tmp_path / "rows.jsonl"
+    fake.write_text(FAKE)
+    few_steps(monkeypatch, ceilings=CEILING, layer={}, more={})
+    monkeypatch.setattr(gpu_check, "__file__", str(fake))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("megatron_evolve.kernels.bench.rows.device_name", lambda _: "none")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(gpu_check, "CHECKS", 0.04)
+    monkeypatch.setattr(shares, "num_shares", lambda: 2)
+    assert gpu_check.main(["--out", str(out), "--seconds", "40"]) == 1
+    machine, *rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert machine["shares"] == 2 and sorted(row["check"] for row in rows[:2]) == ["0/2", "1/2"]
+    assert rows[2]["failed"] == "share 0/2" and rows[3]["all_right"] is False and rows[3]["checks_s"] < 10
+    first, died, third = rows[4:7]
+    assert (first, third) == ({"row": 0}, {"row": 2})
+    assert (died["left_out"], died["step"], died["ok"]) == ("layer", 1, False)
+    assert rows[7]["target"] and "seconds" in rows[-1]
