@@ -24,7 +24,9 @@ from megatron_evolve.substrate.manifest import (
     Construction,
     SourceFile,
     Substrate,
+    check_start,
     describe_file,
+    samples_of,
     sealed,
     trainer_sources,
     verify,
@@ -122,22 +124,25 @@ def _frozen(folder: Path, architecture: Architecture, naming: Naming, files: dic
             "build": {"imported": {"prefix": naming.prefix, "stacked": naming.stacked}},
             "trainer": trainer_sources(),
             "files": files,
+            "samples": samples_of(folder, files),
         }
     )
     write_manifest(folder, substrate)
     return substrate
 
 
-def export_hf(folder: Path, out: Path, *, run: Path | None = None) -> list[str]:
+def export_hf(folder: Path, out: Path, *, run: Path | None = None, sampled: bool = False) -> list[str]:
     """Write the substrate in `folder`, or what `run` trained from it, as a Hugging Face checkpoint; gives the names of
     its weight files. An adapter is added into the matrices.
+
+    Every byte of the substrate is hashed first; `sampled` leaves that to the campaign whose scoring job this is.
 
     An imported substrate keeps the names, the config and the companions that it came with; any other is written with
     the hub's names, as transformers 5 itself writes them. Raises ValueError in one sentence before anything is written.
     """
     if (out / CONFIG_FILE).exists():
         raise ValueError(f"{out} holds a checkpoint already: choose another folder or remove it")
-    substrate = verify(folder, trainer=False)
+    substrate = (check_start if sampled else verify)(folder, trainer=False)
     architecture = Architecture.model_validate(substrate.architecture)
     imported = substrate.build.get("imported")
     naming = Naming(**imported) if imported else HUB
