@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 1 << 20
-# 16 MiB of a 5 GB shard are 1/300 of its time (sha256: 1.2 GB/s a core), and no hole of 320 MB fits between two.
+# 16 MiB of a 5 GB shard are 1/300 of its time (sha256: 1.2 GB/s a core), and no hole of 340 MB fits between two.
 SAMPLED_CHUNKS = 16
 SAMPLED_FROM_BYTES = 4 * SAMPLED_CHUNKS * CHUNK_BYTES  # a smaller file is hashed whole: 64 MiB take 50 ms
 _AS_THEY_ARE = frozenset({str, int, bool, type(None)})

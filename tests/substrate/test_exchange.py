@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from megatron_evolve.cli import app
+from megatron_evolve.substrate import exchange
 from megatron_evolve.substrate.build import NANO, build_substrate
 from megatron_evolve.substrate.checkpoint_tokenizer import exported
 from megatron_evolve.substrate.exchange import export_hf, import_hf
@@ -316,8 +317,38 @@ def test_an_imported_substrate_has_siblings(imported, tmp_path):
 
 
 def test_a_substrate_is_not_overwritten(checkpoint, imported):
-    with pytest.raises(ValueError, match="holds a frozen substrate already"):
-        import_hf(checkpoint, imported)
+    before = {path.name: path.read_bytes() for path in imported.iterdir()}
+    assert ".unfinished" not in before
+    for write in (lambda: import_hf(checkpoint, imported), lambda: export_hf(imported, imported)):
+        with pytest.raises(ValueError, match="holds a frozen substrate already"):
+            write()
+    assert before == {path.name: path.read_bytes() for path in imported.iterdir()}
+
+
+def test_no_file_of_another_is_written_over_or_left_beside(checkpoint, imported, tmp_path):
+    """A built substrate has no config.json, and its tokenizer.json is no checkpoint's."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.json").write_text("mine")
+    for write in (import_hf, export_hf):
+        with pytest.raises(ValueError, match=r"must be new or empty; it holds tokenizer\.json already"):
+            write(checkpoint if write is import_hf else imported, tmp_path / "out")
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_killed_attempt_is_written_over(checkpoint, imported, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for write, source, last in ((import_hf, checkpoint, "sealed"), (export_hf, imported, "_beside")):
+        out = tmp_path / write.__name__
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(exchange, last, killed)
+            write(source, out)
+        (out / "model-00009-of-00009.safetensors").write_bytes(b"cut otherwise")
+        write(source, out)
+        assert not [*out.glob("*00009*"), *out.glob(".*")]
+    assert same(tensors_of(checkpoint), tensors_of(tmp_path / "export_hf"))
+    assert read_manifest(tmp_path / "import_hf").files == read_manifest(imported).files
 
 
 def test_a_changed_substrate_is_not_exported(imported, tmp_path):
