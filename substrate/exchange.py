@@ -6,6 +6,8 @@ every name and shape. What an imported checkpoint brought beside its weights (co
 frozen with it and handed on unchanged.
 """
 
+import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -36,7 +38,7 @@ from megatron_evolve.substrate.manifest import (
 from megatron_evolve.substrate.merged import DTYPES, trained_entries
 from megatron_evolve.substrate.mix import Mix
 from megatron_evolve.substrate.model.architecture import Architecture
-from megatron_evolve.substrate.model.huggingface import architecture_of, huggingface_config
+from megatron_evolve.substrate.model.huggingface import architecture_of, huggingface_config, with_clamp
 from megatron_evolve.substrate.model.tensor_file import Entry, Outgoing, read_header, write_shards
 from megatron_evolve.substrate.model.weight_map import (
     HUB,
@@ -71,15 +73,19 @@ RECIPE = Recipe(adapter=ADAPTER, lr=2e-4, beta2=0.95, schedule="linear", batch_s
 def import_hf(source: Path, folder: Path, *, name: str | None = None, dt_min: float | None = None) -> Substrate:
     """Freeze the checkpoint in `source` as a substrate in `folder`, over the challenge's pool of rows.
 
-    `dt_min` replaces the clamp of the Mamba step, which otherwise is the config's `time_step_min`, as transformers
-    computes. Raises ValueError in one sentence, before anything is written, for a checkpoint that is not whole or is of
-    another architecture.
+    `dt_min` replaces the clamp of the Mamba step, which otherwise is the config's `time_step_limit`, as the published
+    weights were trained; transformers 5 takes `time_step_min` for it (`Architecture` tells why not). Raises ValueError
+    in one sentence, before anything is written, for a checkpoint that is not whole or is of another architecture.
     """
     _require_new(folder)
     config = _config(source)
     architecture = architecture_of(config, name or source.resolve().name)
     if dt_min is not None:
-        architecture = Architecture.model_validate(architecture.model_dump() | {"dt_min": dt_min})
+        if not 0 <= dt_min < math.inf:
+            raise ValueError(
+                f"the clamp of the Mamba step must be a number from 0 on; got {dt_min}: give another dt_min"
+            )
+        architecture = architecture.model_copy(update={"dt_min": dt_min})
     tokens = CheckpointTokenizer.read(source).vocab_size
     if tokens > architecture.vocab_size:
         raise ValueError(
@@ -163,7 +169,8 @@ def export_hf(folder: Path, out: Path, *, run: Path | None = None, sampled: bool
         if run is not None or not imported:
             config.pop("torch_dtype", None)  # the older name of the same
             config["dtype"] = DTYPES[stored["output_layer.weight"].dtype]
-        write_json(out / CONFIG_FILE, config)
+        # As Python and the hub write it, where a limit of the Mamba step may be Infinity.
+        write_whole(out / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return list(shards)
 
 
@@ -183,11 +190,8 @@ def _beside(folder: Path, substrate: Substrate, architecture: Architecture, out:
 
 
 def _kept_config(folder: Path, architecture: Architecture) -> dict[str, Any]:
-    """The config that was imported; of its fields only the clamp of the Mamba step can have been replaced."""
-    config = _config(folder)
-    if architecture_of(config, architecture.name).dt_min == architecture.dt_min:
-        return config
-    return config | {"time_step_min": huggingface_config(architecture)["time_step_min"]}
+    """The config that was imported, its clamp of the Mamba step so that each reader computes what is trained here."""
+    return with_clamp(_config(folder), architecture.dt_min)
 
 
 def _require_new(folder: Path) -> None:

@@ -182,15 +182,35 @@ def test_the_commands(checkpoint, tmp_path):
     assert done.stderr == "megatron-evolve: the layout of experts must be each or stacked; got '3d': choose one\n"
 
 
-def test_the_clamp_is_kept_or_replaced(checkpoint, tmp_path):
-    def time_step_min(**given) -> tuple[float, float]:
-        folder, out = tmp_path / f"s{given}", tmp_path / f"o{given}"
-        substrate = import_hf(checkpoint, folder, **given)
-        export_hf(folder, out)
-        return substrate.architecture["dt_min"], json.loads((out / "config.json").read_text())["time_step_min"]
+@pytest.mark.parametrize("limit", [None, [0.0, float("inf")], [1e-2, float("inf")]], ids=["none", "open", "clamped"])
+@pytest.mark.parametrize("dt_min", [None, 0.0, 1e-3])
+def test_the_clamp_is_the_limit_or_replaced_and_an_export_tells_every_reader(limit, dt_min, checkpoint, tmp_path):
+    """As on the hub, `time_step_min` is 1e-3 and clamps nothing; transformers 5 clamps at it, so an export moves it."""
+    from transformers import NemotronHConfig
 
-    assert time_step_min() == (0.0, huggingface.NEVER_CLAMPS)
-    assert time_step_min(dt_min=1e-3) == (1e-3, 1e-3)
+    source, folder, out = (tmp_path / name for name in ("source", "substrate", "out"))
+    shutil.copytree(checkpoint, source)
+    published = json.loads((source / "config.json").read_text()) | {"time_step_min": 1e-3, "time_step_limit": limit}
+    kept = {name: value for name, value in published.items() if name != "time_step_limit" or limit}
+    (source / "config.json").write_text(json.dumps(kept))
+    substrate = import_hf(source, folder, dt_min=dt_min)
+    wanted = dt_min if dt_min is not None else limit[0] if limit else 0.0
+    assert substrate.architecture["dt_min"] == wanted
+    export_hf(folder, out)
+    theirs = NemotronHConfig.from_pretrained(out)
+    assert theirs.time_step_min == (wanted or huggingface.NEVER_CLAMPS)
+    assert list(theirs.time_step_limit) == [wanted, float("inf")]
+    assert import_hf(out, tmp_path / "again", name=substrate.name).architecture == substrate.architecture
+    changed = {"time_step_min", "time_step_limit"}
+    before, after = (json.loads((at / "config.json").read_text()) for at in (source, out))
+    assert {n: v for n, v in before.items() if n not in changed} == {n: v for n, v in after.items() if n not in changed}
+
+
+@pytest.mark.parametrize("dt_min", [float("inf"), float("nan"), -1e-3])
+def test_a_clamp_that_is_no_step_is_refused(dt_min, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="the clamp of the Mamba step must be a number from 0 on; got"):
+        import_hf(checkpoint, tmp_path / "out", dt_min=dt_min)
+    assert not (tmp_path / "out").exists()
 
 
 def _config(**fields: object) -> Callable[[Path], None]:
@@ -264,6 +284,18 @@ BROKEN = {
     "shapes of another": (_config(n_groups=3), "mamba_num_heads must be a multiple of mamba_num_groups"),
     "layer count": (_config(num_hidden_layers=5), "num_hidden_layers=5 does not fit the pattern"),
     "disagreeing": (_config(hybrid_override_pattern="M*EM*M"), "hybrid_override_pattern disagree"),
+    "layers a number": (_config(layers_block_type=5), "expected layers_block_type as a list of words; got 5"),
+    "layers numbers": (
+        _config(layers_block_type=[1, 2]),
+        r"expected layers_block_type as a list of words; got \[1, 2\]",
+    ),
+    "step a word": (_config(time_step_min="a"), "expected time_step_min as a number from 0 on; got 'a'"),
+    "limit a word": (
+        _config(time_step_limit="a"),
+        "expected time_step_limit as a number from 0 on and Infinity; got 'a'",
+    ),
+    "upper limit": (_config(time_step_limit=[0, 0.1]), r"got \[0, 0\.1\]: this model has no upper clamp"),
+    "infinite": (_config(layer_norm_epsilon=float("inf")), "norm_eps: Input should be a finite number"),
     "wider": (_config(moe_intermediate_size=64), "does not have the shapes of its config: .*for \\(64, 64\\)"),
     "latent": (_config(moe_latent_size=32), r"missing: .*fc1_latent_proj\.weight"),
     "prediction head": (_config(num_nextn_predict_layers=1), r"missing: mtp\.layers\.0\.eh_proj\.weight"),
