@@ -268,7 +268,7 @@ def substrate_import(
     out: Annotated[Path, typer.Option(help="new folder of the frozen substrate")],
     name: Annotated[str | None, typer.Option(help="the substrate's name; the folder's otherwise")] = None,
     dt_min: Annotated[
-        float | None, typer.Option(help="clamp of the Mamba step; the config's time_step_min otherwise", min=0)
+        float | None, typer.Option(help="clamp of the Mamba step; the config's time_step_limit otherwise", min=0)
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_evolve.budget import WORDS, figures, limits_of, most_within
 from megatron_evolve.campaign import Campaign, ExternalCsv, SubstrateSpec
 from megatron_evolve.doctor import gpu_names
-from megatron_evolve.eval.engines.settings import CommandServer, OpenAISettings, VllmServer
+from megatron_evolve.eval.engines.settings import CommandServer, OpenAISettings, VllmServer, check_clamp
 from megatron_evolve.eval.suite import GeneratedSuite
 from megatron_evolve.launch import slurm, slurm_queue
 from megatron_evolve.launch.job import Job as LaunchJob
@@ -89,6 +89,7 @@ def preflight(campaign: Campaign, site: Site, store: Path) -> Preflight:
     _check_target(campaign)
     _check_splits(campaign)
     expected = expect(campaign.substrate, store)
+    check_clamp(campaign.judge.engine, expected.architecture.dt_min)
     placement = Placement.of(campaign, site)
     hours = campaign.constitution.limits.run_seconds / 3600
     # Slurm puts a job back into the queue at the end of its allocation, and it goes on there.

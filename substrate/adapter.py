@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_evolve.launch.rundir import make_folder, publish, read_json, write_json
-from megatron_evolve.substrate.manifest import Substrate, verify
+from megatron_evolve.substrate.manifest import Substrate, read_manifest
 from megatron_evolve.substrate.merged import trained_checkpoint
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.model.tensor_file import Entry, Outgoing, Range, read_header, write_tensors
@@ -55,7 +55,7 @@ def export_adapter(run: Path, folder: Path, out: Path, *, layout: str = "each", 
         raise ValueError(f"the layout of experts must be {' or '.join(LAYOUTS)}; got {layout!r}: choose one")
     if (out / CONFIG_FILE).exists():
         raise ValueError(f"{out} holds an adapter already: choose another folder or remove it")
-    substrate = verify(folder, trainer=False)
+    substrate = read_manifest(folder)  # its shapes and its name: no byte of the base goes into an adapter
     adapter, stored = _trained(run, substrate)
     architecture = Architecture.model_validate(substrate.architecture)
     tensors = list(adapter_map(architecture, adapter))

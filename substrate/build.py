@@ -27,6 +27,7 @@ from megatron_evolve.substrate.manifest import (
     Substrate,
     describe_file,
     read_manifest,
+    samples_of,
     sealed,
     trainer_sources,
     verify,
@@ -257,7 +258,8 @@ class _Teller:
 
 def _freeze(folder: Path, names: tuple[str, ...], **fields: Any) -> Substrate:
     files = {name: describe_file(folder / name) for name in names}
-    substrate = sealed({**fields, "trainer": trainer_sources(), "files": files})
+    samples = samples_of(folder, files)
+    substrate = sealed({**fields, "trainer": trainer_sources(), "files": files, "samples": samples})
     write_manifest(folder, substrate)
     return substrate
 

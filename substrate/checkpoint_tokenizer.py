@@ -48,14 +48,14 @@ class CheckpointTokenizer:
             raise ValueError(
                 f"{path} must be a tokenizer of the tokenizers library; got {error}: copy it again"
             ) from error
-        settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
-        ends = _token(settings, "eos_token")
+        settings = _settings(folder / SETTINGS_FILE)
+        ends = _token(settings, "eos_token", folder)
         eos_id = tokenizer.token_to_id(ends) if ends is not None else None
         if eos_id is None:
             raise ValueError(
                 f"{folder / SETTINGS_FILE}: expected an eos_token that {TOKENIZER_FILE} knows; got {ends!r}: copy both"
             )
-        fills = _token(settings, "pad_token")
+        fills = _token(settings, "pad_token", folder)
         pad_id = tokenizer.token_to_id(fills) if fills is not None else None
         return cls(tokenizer, eos_id, eos_id if pad_id is None else pad_id)
 
@@ -79,10 +79,20 @@ class CheckpointTokenizer:
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
 
-def _token(settings: dict[str, Any], name: str) -> str | None:
+def _settings(path: Path) -> dict[str, Any]:
+    settings = read_json(path) if path.is_file() else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected a JSON object; got a {type(settings).__name__}: copy it again")
+    return settings
+
+
+def _token(settings: dict[str, Any], name: str, folder: Path) -> str | None:
     """A token's text: configs spell it as the text or as an object with it as `content`."""
     value = settings.get(name)
-    return value.get("content") if isinstance(value, dict) else value
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str | None):
+        raise ValueError(f"{folder / SETTINGS_FILE}: expected {name} as a text; got {text!r}: copy it again")
+    return text
 
 
 def read_tokenizer(folder: Path) -> PieceTokenizer | CheckpointTokenizer:

@@ -2,15 +2,22 @@
 
 Every name in the campaign that stands for content (substrate, judge, candidate, delta, policy) is a digest made here,
 so two programs that agree on the value agree on its name. In: JSON-able values or files. Out: hexadecimal sha256.
+
+A large file also has a sample: bytes at fixed places, which a process can hash at each start where all of them would
+take minutes.
 """
 
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 1 << 20
+# 16 MiB of a 5 GB shard are 1/300 of its time (sha256: 1.2 GB/s a core), and no hole of 340 MB fits between two.
+SAMPLED_CHUNKS = 16
+SAMPLED_FROM_BYTES = 4 * SAMPLED_CHUNKS * CHUNK_BYTES  # a smaller file is hashed whole: 64 MiB take 50 ms
 _AS_THEY_ARE = frozenset({str, int, bool, type(None)})
 
 
@@ -54,6 +61,21 @@ def digest_file(path: Path | str) -> str:
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             sha.update(chunk)
+    return sha.hexdigest()
+
+
+def digest_sample(path: Path | str) -> str:
+    """sha256 of SAMPLED_CHUNKS chunks of a file, evenly spaced from its first byte to its last.
+
+    Finds another file of the same size and a copy that lacks a part; a byte changed between the chunks it does not.
+    Raises OSError as the file system does.
+    """
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        last = max(0, os.fstat(file.fileno()).st_size - CHUNK_BYTES)
+        for number in range(SAMPLED_CHUNKS):
+            file.seek(last * number // (SAMPLED_CHUNKS - 1))
+            sha.update(file.read(CHUNK_BYTES))
     return sha.hexdigest()
 
 

@@ -6,8 +6,11 @@ every name and shape. What an imported checkpoint brought beside its weights (co
 frozen with it and handed on unchanged.
 """
 
+import json
+import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,9 @@ from megatron_evolve.substrate.manifest import (
     Construction,
     SourceFile,
     Substrate,
+    check_start,
     describe_file,
+    samples_of,
     sealed,
     trainer_sources,
     verify,
@@ -33,7 +38,7 @@ from megatron_evolve.substrate.manifest import (
 from megatron_evolve.substrate.merged import DTYPES, trained_entries
 from megatron_evolve.substrate.mix import Mix
 from megatron_evolve.substrate.model.architecture import Architecture
-from megatron_evolve.substrate.model.huggingface import architecture_of, huggingface_config
+from megatron_evolve.substrate.model.huggingface import architecture_of, huggingface_config, with_clamp
 from megatron_evolve.substrate.model.tensor_file import Entry, Outgoing, read_header, write_shards
 from megatron_evolve.substrate.model.weight_map import (
     HUB,
@@ -53,6 +58,7 @@ from megatron_evolve.substrate.tokenizer import PieceTokenizer
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+UNFINISHED = ".unfinished"  # in a folder until all of it is written: the same command may start again there
 GENERATION_FILE = "generation_config.json"
 COMPANIONS = (GENERATION_FILE, SETTINGS_FILE, "special_tokens_map.json", "chat_template.jinja")
 SHARD_BYTES = 5_000_000_000  # files of the hub's usual size where no source sets one
@@ -67,16 +73,19 @@ RECIPE = Recipe(adapter=ADAPTER, lr=2e-4, beta2=0.95, schedule="linear", batch_s
 def import_hf(source: Path, folder: Path, *, name: str | None = None, dt_min: float | None = None) -> Substrate:
     """Freeze the checkpoint in `source` as a substrate in `folder`, over the challenge's pool of rows.
 
-    `dt_min` replaces the clamp of the Mamba step, which otherwise is the config's `time_step_min`, as transformers
-    computes. Raises ValueError in one sentence, before anything is written, for a checkpoint that is not whole or is of
-    another architecture.
+    `dt_min` replaces the clamp of the Mamba step, which otherwise is the config's `time_step_limit`, as the published
+    weights were trained; transformers 5 takes `time_step_min` for it (`Architecture` tells why not). Raises ValueError
+    in one sentence, before anything is written, for a checkpoint that is not whole or is of another architecture.
     """
-    if (folder / MANIFEST).exists():
-        raise ValueError(f"{folder} holds a frozen substrate already: choose another folder or remove it")
+    _require_new(folder)
     config = _config(source)
     architecture = architecture_of(config, name or source.resolve().name)
     if dt_min is not None:
-        architecture = Architecture.model_validate(architecture.model_dump() | {"dt_min": dt_min})
+        if not 0 <= dt_min < math.inf:
+            raise ValueError(
+                f"the clamp of the Mamba step must be a number from 0 on; got {dt_min}: give another dt_min"
+            )
+        architecture = architecture.model_copy(update={"dt_min": dt_min})
     tokens = CheckpointTokenizer.read(source).vocab_size
     if tokens > architecture.vocab_size:
         raise ValueError(
@@ -90,14 +99,14 @@ def import_hf(source: Path, folder: Path, *, name: str | None = None, dt_min: fl
     check_computable(
         next(tensor.dtype for tensor in outgoing if tensor.name == EMBEDDING), f"the checkpoint in {source}"
     )
-    make_folder(folder)
-    shards = write_shards(folder, "weights", outgoing, max(path.stat().st_size for path in _paths(stored)))
-    files = {file: described for file, (described, _) in shards.items()}
-    for file in (CONFIG_FILE, TOKENIZER_FILE, *COMPANIONS):
-        if (source / file).is_file():
-            write_whole(folder / file, (source / file).read_bytes())
-            files[file] = describe_file(folder / file)
-    return _frozen(folder, architecture, naming, files)
+    with _filled(folder):
+        shards = write_shards(folder, "weights", outgoing, max(path.stat().st_size for path in _paths(stored)))
+        files = {file: described for file, (described, _) in shards.items()}
+        for file in (CONFIG_FILE, TOKENIZER_FILE, *COMPANIONS):
+            if (source / file).is_file():
+                write_whole(folder / file, (source / file).read_bytes())
+                files[file] = describe_file(folder / file)
+        return _frozen(folder, architecture, naming, files)
 
 
 def imported_default(architecture: Architecture) -> Settings:
@@ -122,22 +131,24 @@ def _frozen(folder: Path, architecture: Architecture, naming: Naming, files: dic
             "build": {"imported": {"prefix": naming.prefix, "stacked": naming.stacked}},
             "trainer": trainer_sources(),
             "files": files,
+            "samples": samples_of(folder, files),
         }
     )
     write_manifest(folder, substrate)
     return substrate
 
 
-def export_hf(folder: Path, out: Path, *, run: Path | None = None) -> list[str]:
+def export_hf(folder: Path, out: Path, *, run: Path | None = None, sampled: bool = False) -> list[str]:
     """Write the substrate in `folder`, or what `run` trained from it, as a Hugging Face checkpoint; gives the names of
     its weight files. An adapter is added into the matrices.
+
+    Every byte of the substrate is hashed first; `sampled` leaves that to the campaign whose scoring job this is.
 
     An imported substrate keeps the names, the config and the companions that it came with; any other is written with
     the hub's names, as transformers 5 itself writes them. Raises ValueError in one sentence before anything is written.
     """
-    if (out / CONFIG_FILE).exists():
-        raise ValueError(f"{out} holds a checkpoint already: choose another folder or remove it")
-    substrate = verify(folder, trainer=False)
+    _require_new(out)
+    substrate = (check_start if sampled else verify)(folder, trainer=False)
     architecture = Architecture.model_validate(substrate.architecture)
     imported = substrate.build.get("imported")
     naming = Naming(**imported) if imported else HUB
@@ -147,18 +158,19 @@ def export_hf(folder: Path, out: Path, *, run: Path | None = None) -> list[str]:
         stored = trained_entries(stored, run, substrate)
     _check_whole(stored, to_megatron(architecture, naming), f"the substrate in {folder}")
     outgoing = _converted(stored, to_huggingface(architecture, naming))
-    make_folder(out)
     limit = max(path.stat().st_size for path in paths) if imported else SHARD_BYTES
-    shards = write_shards(out, "model", outgoing, limit)
-    if len(shards) > 1:
-        placed = {tensor.name: file for file, (_, tensors) in shards.items() for tensor in tensors}
-        total = sum(tensor.num_bytes for _, tensors in shards.values() for tensor in tensors)
-        write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": placed})
-    config = _beside(folder, substrate, architecture, out)
-    if run is not None or not imported:
-        config.pop("torch_dtype", None)  # the older name of the same
-        config["dtype"] = DTYPES[stored["output_layer.weight"].dtype]
-    write_json(out / CONFIG_FILE, config)
+    with _filled(out):
+        shards = write_shards(out, "model", outgoing, limit)
+        if len(shards) > 1:
+            placed = {tensor.name: file for file, (_, tensors) in shards.items() for tensor in tensors}
+            total = sum(tensor.num_bytes for _, tensors in shards.values() for tensor in tensors)
+            write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": placed})
+        config = _beside(folder, substrate, architecture, out)
+        if run is not None or not imported:
+            config.pop("torch_dtype", None)  # the older name of the same
+            config["dtype"] = DTYPES[stored["output_layer.weight"].dtype]
+        # As Python and the hub write it, where a limit of the Mamba step may be Infinity.
+        write_whole(out / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return list(shards)
 
 
@@ -178,11 +190,28 @@ def _beside(folder: Path, substrate: Substrate, architecture: Architecture, out:
 
 
 def _kept_config(folder: Path, architecture: Architecture) -> dict[str, Any]:
-    """The config that was imported; of its fields only the clamp of the Mamba step can have been replaced."""
-    config = _config(folder)
-    if architecture_of(config, architecture.name).dt_min == architecture.dt_min:
-        return config
-    return config | {"time_step_min": huggingface_config(architecture)["time_step_min"]}
+    """The config that was imported, its clamp of the Mamba step so that each reader computes what is trained here."""
+    return with_clamp(_config(folder), architecture.dt_min)
+
+
+def _require_new(folder: Path) -> None:
+    """Raises ValueError where `folder` holds anything but what a killed attempt left: substrates and checkpoints have
+    names in common, and a shard or a tokenizer of another model would be read with this one's."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if names and UNFINISHED not in names:
+        held = "a frozen substrate" if MANIFEST in names else "a checkpoint" if CONFIG_FILE in names else names[0]
+        raise ValueError(f"{folder} must be new or empty; it holds {held} already: choose another folder or remove it")
+
+
+@contextmanager
+def _filled(folder: Path) -> Iterator[None]:
+    """Marks `folder` as unfinished until the block has written all of it."""
+    make_folder(folder)
+    write_whole(folder / UNFINISHED, "")
+    for left in folder.glob("*.safetensors*"):  # of an attempt that may have cut other shards
+        left.unlink()
+    yield
+    (folder / UNFINISHED).unlink()
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -4,16 +4,23 @@ A frozen substrate is a folder: `weights.safetensors` (or its shards), `tokenize
 other small files, and, written last, `manifest.json`. The manifest names each file with its sha256, the data
 construction (which rows the operator's pool can give), the trainer's source files, and the default settings. The digest
 over all of that is the substrate's name.
+
+What is checked when. `verify` hashes every byte: at a campaign's start and each time its controller starts again, by
+`megatron-evolve verify` and `substrate verify`, and before a copy or an export. `check_start` is for a training run,
+which starts a hundred times a campaign on weights of up to 1.1 TB: the manifest, the trainer's sources and every size,
+files below 64 MiB whole, and of larger ones a sample, whose digest the manifest holds too. It finds a file that is
+missing, truncated, replaced or copied in part; a byte changed between the sampled chunks only `verify` finds.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from megatron_evolve.launch.rundir import read_json, write_json
-from megatron_evolve.substrate.digest import digest_file, digest_of
+from megatron_evolve.substrate.digest import SAMPLED_FROM_BYTES, digest_file, digest_of, digest_sample
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.substrate.settings import Settings
 
@@ -53,6 +60,7 @@ class Substrate(Frozen):
     build: dict[str, Any] = Field(description="settings and seed that the weights were trained with")
     trainer: dict[str, str] = Field(description="sha256 of each source file that trains and that defines the model")
     files: dict[str, SourceFile] = Field(description="weights and tokenizer, by name within the folder")
+    samples: dict[str, str] = Field(default_factory=dict, description="sha256 of the sample of each large file")
     digest: str = Field(description="sha256 of all other fields")
 
     def weight_paths(self, folder: Path) -> list[Path]:
@@ -67,7 +75,10 @@ def sealed(fields: dict[str, Any]) -> Substrate:
 
 
 def _digest(substrate: Substrate) -> str:
-    return digest_of({key: value for key, value in substrate.model_dump(mode="json").items() if key != "digest"})
+    fields = substrate.model_dump(mode="json", exclude={"digest"})
+    if not fields["samples"]:
+        del fields["samples"]  # no large file, or frozen before there were samples: its name stays
+    return digest_of(fields)
 
 
 def trainer_sources() -> dict[str, str]:
@@ -84,6 +95,12 @@ def trainer_sources() -> dict[str, str]:
 def describe_file(path: Path) -> SourceFile:
     """Size and digest of a file about to be frozen."""
     return SourceFile(sha256=digest_file(path), bytes=path.stat().st_size)
+
+
+def samples_of(folder: Path, files: dict[str, SourceFile]) -> dict[str, str]:
+    """The samples of those files in `folder` that are too large to be hashed at every start."""
+    large = [name for name, file in files.items() if file.bytes >= SAMPLED_FROM_BYTES]
+    return {name: digest_sample(folder / name) for name in large}
 
 
 def write_manifest(folder: Path, substrate: Substrate) -> None:
@@ -115,23 +132,47 @@ def verify(folder: Path, *, trainer: bool = True) -> Substrate:
     """
     substrate = read_manifest(folder)
     for name, expected in substrate.files.items():
-        _check_file(Path(folder) / name, expected)
+        _check_size(Path(folder) / name, expected)
+        _check_digest(Path(folder) / name, digest_file, expected.sha256)
     if trainer:
         _check_trainer(substrate)
     return substrate
 
 
-def _check_file(path: Path, expected: SourceFile) -> None:
+def check_start(folder: Path, *, files: bool = True, trainer: bool = True) -> Substrate:
+    """The manifest, after what a process that computes with the substrate checks first: seconds at any size.
+
+    `files` is asked of one process a node, whose disk the others share; `trainer` as in `verify`. Raises ValueError.
+    """
+    substrate = read_manifest(folder)
+    if trainer:
+        _check_trainer(substrate)
+    if not files:
+        return substrate
+    for name, expected in substrate.files.items():  # sizes first: they cost nothing and tell most
+        _check_size(Path(folder) / name, expected)
+    for name, expected in substrate.files.items():
+        sample = substrate.samples.get(name)
+        look, digest = (digest_file, expected.sha256) if sample is None else (digest_sample, sample)
+        _check_digest(Path(folder) / name, look, digest)
+    return substrate
+
+
+def _check_size(path: Path, expected: SourceFile) -> None:
     if not path.is_file():
         raise ValueError(f"{path} is missing: the substrate names it with {expected.bytes} bytes; restore it")
     if path.stat().st_size != expected.bytes:
         raise ValueError(
             f"{path} has {path.stat().st_size} bytes, the substrate was frozen with {expected.bytes}; restore it"
         )
-    found = digest_file(path)
-    if found != expected.sha256:
+
+
+def _check_digest(path: Path, look: Callable[[Path], str], expected: str) -> None:
+    found = look(path)
+    if found != expected:
+        part = " of its sample" if look is digest_sample else ""
         raise ValueError(
-            f"{path} was changed: expected sha256 {expected.sha256[:12]}, got {found[:12]}; restore it or build anew"
+            f"{path} was changed: expected sha256{part} {expected[:12]}, got {found[:12]}; restore it or build anew"
         )
 
 

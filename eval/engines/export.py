@@ -43,10 +43,13 @@ def write_adapter(examinee: Examinee, folder: Path) -> None:
 
 
 def write_model(examinee: Examinee, folder: Path) -> None:
-    """Writes the whole model, the adapter merged in, from file to file. Raises ValueError for a damaged checkpoint."""
+    """Writes the whole model, the adapter merged in, from file to file. Raises ValueError for a damaged checkpoint.
+
+    Of the substrate, which the campaign's start hashed, large files are sampled.
+    """
     from megatron_evolve.substrate.exchange import export_hf
 
-    export_hf(examinee.substrate_folder, folder, run=None if examinee.is_substrate else examinee.run)
+    export_hf(examinee.substrate_folder, folder, run=None if examinee.is_substrate else examinee.run, sampled=True)
 
 
 def merged_state(examinee: Examinee) -> "tuple[Architecture, dict[str, Tensor]]":

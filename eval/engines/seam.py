@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_evolve.eval.engines.settings import check_clamp
 from megatron_evolve.eval.engines.versions import check_packages
 from megatron_evolve.substrate.chat import puzzle_prompt
 from megatron_evolve.substrate.checkpoint_tokenizer import CheckpointTokenizer
@@ -105,6 +106,7 @@ class Examinee:
 def ask(engine: "AnyEngine", examinee: Examinee, prompts: Sequence[Prompt]) -> Answers:
     """Every prompt answered by the judge's engine. Raises ValueError in one sentence if one of them can't be."""
     check_packages(engine, getattr(engine, "packages", {}))
+    check_clamp(engine, examinee.substrate.architecture["dt_min"])
     if engine.kind == "megatron":
         from megatron_evolve.eval.engines.megatron import ask as decode
     elif engine.kind == "transformers":

@@ -185,3 +185,16 @@ EngineSettings = Annotated[
     Field(discriminator="kind"),
     BeforeValidator(with_kind),
 ]
+
+
+def check_clamp(engine: MegatronSettings | TransformersSettings | OpenAISettings, dt_min: float) -> None:
+    """Raises ValueError where the engine would compute another model than training, which clamps the Mamba step.
+
+    vLLM never clamps, and transformers not in its cached step, with which its server writes. The other two engines do
+    as training does.
+    """
+    if engine.kind == "openai" and dt_min > 0:
+        raise ValueError(
+            f"training clamps the Mamba step at {dt_min:g}, and the servers that engine openai asks do not while they "
+            "write: import the checkpoint with --dt-min 0, or judge with engine megatron or transformers"
+        )

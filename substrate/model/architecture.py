@@ -19,14 +19,16 @@ VOCAB_MULTIPLE = 16  # embedding rows split evenly over up to 16 tensor-parallel
 class Architecture(BaseModel):
     """Every shape of the model. Two equal values describe exchangeable checkpoints.
 
-    `vocab_size` is the padded one: `with_vocab` rounds a tokenizer's size up. `dt_min` clamps the Mamba step size from
-    below *after* the softplus. Megatron-Core never clamps; transformers 5 clamps at `time_step_min` = 1e-3 whatever
-    `time_step_limit` says. Where every dt_bias is near -2 the two differ by 5e-4 in the logits; near -7 by more than 1.
-    So it is one explicit number here: 0 is Megatron, 1e-3 is transformers, and an imported checkpoint keeps the one it
-    was evaluated with.
+    `vocab_size` is the padded one: `with_vocab` rounds a tokenizer's size up.
+
+    `dt_min` clamps the Mamba step size from below *after* the softplus. It is 0 for the published checkpoints:
+    Megatron-Core, which trained them, never clamps, nor does vLLM, and the hub's own code clamps at `time_step_limit`,
+    which is (0, inf). transformers 5 alone takes `time_step_min` for it, 1e-3, from which new steps are drawn: of the
+    published Nano that moves the output by a mean KL of 0.034 in place of 0.003 (huggingface/transformers#48989). Where
+    every dt_bias is near -2 the two differ by 5e-4 in a small model's logits; near -7 by more than 1.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(min_length=1, description="a name for people; nothing is looked up by it")
     pattern: str = Field(pattern=r"^[ME*]+$", description="one letter per layer: M Mamba-2, E experts, * attention")
@@ -58,9 +60,7 @@ class Architecture(BaseModel):
     norm_eps: PositiveFloat = 1e-5
     init_std: PositiveFloat
     max_sequence_length: PositiveInt = Field(description="longest sequence the model is asked for, in tokens")
-    dt_min: float = Field(
-        default=0.0, ge=0, description="lower clamp of the Mamba step: 0 Megatron, 1e-3 transformers 5"
-    )
+    dt_min: float = Field(default=0.0, ge=0, description="lower clamp of the Mamba step; 0: none, as Megatron trains")
 
     @model_validator(mode="after")
     def _shapes_divide(self) -> Self:

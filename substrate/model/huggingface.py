@@ -5,6 +5,7 @@ change no result. A field that is none of these is refused by name: an unknown s
 tensors' table is `weight_map`; here it is applied to tensors in memory.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ from megatron_evolve.substrate.model.weight_map import to_huggingface as to_hugg
 if TYPE_CHECKING:
     from torch import Tensor
 
-NEVER_CLAMPS = 1e-30
+NEVER_CLAMPS = 1e-30  # as `time_step_min`, of which transformers takes the logarithm to draw new weights
+NO_LIMIT = 1e20  # what converters write for the infinity that JSON lacks
 LAYER_KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe"}
 LETTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "moe": "E"}
 
@@ -48,8 +50,9 @@ FIELDS = {
     "norm_eps": ("layer_norm_epsilon", "norm_eps", "rms_norm_eps"),
     "init_std": ("initializer_range",),
     "max_sequence_length": ("max_position_embeddings",),
-    "dt_min": ("time_step_min", "mamba_dt_min"),
 }
+CLAMP = ("time_step_limit", "mamba_dt_limit")  # of the Mamba step, as (lower, upper)
+FIRST_STEP = ("time_step_min", "mamba_dt_min")  # smallest of new weights; transformers 5 clamps at it
 PATTERNS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
 MTP_PATTERNS = ("mtp_layers_block_type", "mtp_hybrid_override_pattern")
 
@@ -78,13 +81,13 @@ FIXED = {
 }
 
 # Initialisation, caching, bookkeeping, positions that NemotronH does not have, and the width of dense layers that no
-# pattern here has: no result depends on them. transformers 5 clamps at time_step_min whatever time_step_limit says.
+# pattern here has: no result depends on them.
 WITHOUT_EFFECT = (
     *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "num_logits_to_keep", "output_router_logits"),
     *("expand", "intermediate_size", "num_hidden_layers", "partial_rotary_factor", "rope_theta"),
-    *("mamba_dt_init_floor", "mamba_dt_limit", "mamba_dt_max", "mamba_expand", "mamba_ssm_cache_dtype"),
-    *("time_step_floor", "time_step_limit", "time_step_max", "use_mamba_kernels", "rescale_prenorm_residual"),
+    *("mamba_dt_init_floor", "mamba_dt_max", "mamba_expand", "mamba_ssm_cache_dtype"),
+    *("time_step_floor", "time_step_max", "use_mamba_kernels", "rescale_prenorm_residual"),
     *("residual_in_fp32", "moe_shared_expert_overlap", "keep_mtp_spec_in_bf16", "mtp_loss_scaling_factor"),
 )
 
@@ -92,8 +95,7 @@ WITHOUT_EFFECT = (
 def huggingface_config(architecture: Architecture) -> dict[str, Any]:
     """Arguments of `transformers.NemotronHConfig`, and the content of a `config.json` beside the weights.
 
-    transformers clamps the Mamba step at `time_step_min` and also takes its logarithm to initialise new weights, so a
-    `dt_min` of 0 is written as 1e-30, which clamps nothing.
+    The clamp of the Mamba step stands there for each kind of reader, see `with_clamp`.
     """
     a = architecture
     config = {theirs[0]: getattr(a, ours) for ours, theirs in FIELDS.items()}
@@ -101,7 +103,6 @@ def huggingface_config(architecture: Architecture) -> dict[str, Any]:
         "model_type": "nemotron_h",
         "architectures": ["NemotronHForCausalLM"],
         "layers_block_type": [LAYER_KINDS[letter] for letter in a.pattern],
-        "time_step_min": max(a.dt_min, NEVER_CLAMPS),
         "norm_topk_prob": True,
         "tie_word_embeddings": False,
     }
@@ -110,7 +111,22 @@ def huggingface_config(architecture: Architecture) -> dict[str, Any]:
     if a.mtp_pattern:
         config["num_nextn_predict_layers"] = a.mtp_depths
         config["mtp_layers_block_type"] = [LAYER_KINDS[letter] for letter in a.mtp_pattern]
-    return config
+    return with_clamp(config, a.dt_min)
+
+
+def with_clamp(config: Mapping[str, Any], dt_min: float) -> dict[str, Any]:
+    """`config` as one whose every reader clamps the Mamba step at `dt_min` (`Architecture` says who reads what).
+
+    What says so already stays as it is spelt.
+    """
+    kept = dict(config)
+    if _first_step(kept, "config.json") != dt_min:
+        kept = {field: value for field, value in kept.items() if field not in FIRST_STEP}
+        kept["time_step_min"] = max(dt_min, NEVER_CLAMPS)
+    if _clamp(kept, "config.json") != dt_min:
+        kept = {field: value for field, value in kept.items() if field not in CLAMP}
+        kept |= {"time_step_limit": [dt_min, math.inf]} if dt_min else {}
+    return kept
 
 
 def architecture_of(config: Mapping[str, Any], name: str) -> Architecture:
@@ -127,8 +143,9 @@ def architecture_of(config: Mapping[str, Any], name: str) -> Architecture:
     for field, value in FIXED.items():
         if config.get(field, value) != value:
             raise ValueError(f"{where}: expected {field}={value!r}; got {config[field]!r}: this model has no such form")
-    rest = dict(config)
-    for field in (*FIXED, *WITHOUT_EFFECT):
+    rest, dt_min = dict(config), _clamp(config, where)
+    _first_step(config, where)
+    for field in (*FIXED, *WITHOUT_EFFECT, *CLAMP, *FIRST_STEP):
         rest.pop(field, None)
     found = {ours: _taken(rest, theirs, where) for ours, theirs in FIELDS.items()}
     pattern = _pattern(rest, PATTERNS, where)
@@ -140,14 +157,48 @@ def architecture_of(config: Mapping[str, Any], name: str) -> Architecture:
     rest = {field: value for field, value in rest.items() if field not in MTP_PATTERNS}
     if rest:
         raise ValueError(f"{where}: fields of unknown meaning: {', '.join(sorted(rest))}: remove those without effect")
-    found |= {"latent_size": latent, "mtp_depths": depths, "mtp_pattern": head}
-    found["dt_min"] = 0.0 if found["dt_min"] <= NEVER_CLAMPS else found["dt_min"]
+    found |= {"latent_size": latent, "mtp_depths": depths, "mtp_pattern": head, "dt_min": dt_min}
     try:
         return Architecture(name=name, pattern=pattern, **found)
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(map(str, first["loc"])) or "shapes"
         raise ValueError(f"{where}: {at}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _clamp(config: Mapping[str, Any], where: str) -> float:
+    """The lower clamp of the Mamba step that a config asks for, 0 where it names none."""
+    given = [config[name] for name in CLAMP if config.get(name) is not None]
+    if not given:
+        return 0.0
+    limit = _one(given, CLAMP, where)
+    lower, upper = map(_number, limit) if isinstance(limit, list | tuple) and len(limit) == 2 else (math.nan, math.nan)
+    if not (0 <= lower < math.inf and upper >= NO_LIMIT):
+        raise ValueError(
+            f"{where}: expected {CLAMP[0]} as a number from 0 on and Infinity; got {limit!r}: this model has no upper "
+            "clamp of the Mamba step"
+        )
+    return 0.0 if lower <= NEVER_CLAMPS else lower
+
+
+def _first_step(config: Mapping[str, Any], where: str) -> float | None:
+    """At which Mamba step transformers 5 clamps, None where the config leaves that to transformers."""
+    given = [config[name] for name in FIRST_STEP if config.get(name) is not None]
+    if not given:
+        return None
+    least = _number(_one(given, FIRST_STEP, where))
+    if not 0 <= least < math.inf:
+        raise ValueError(f"{where}: expected {FIRST_STEP[0]} as a number from 0 on; got {given[0]!r}: mend the config")
+    return 0.0 if least <= NEVER_CLAMPS else least
+
+
+def _number(value: Any) -> float:
+    """A config's number, also where it spells infinity as a word or as transformers 5 does; NaN for anything else."""
+    value = value.get("__float__") if isinstance(value, dict) else value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _taken(rest: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
@@ -159,6 +210,9 @@ def _taken(rest: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
 def _pattern(rest: dict[str, Any], names: tuple[str, ...], where: str) -> str:
     """As `_taken`, for layers: a string of letters or a list of kinds, given as letters."""
     given = [rest.pop(name) for name in names if name in rest]
+    for layers in given:
+        if layers is not None and not (isinstance(layers, str | list) and all(isinstance(one, str) for one in layers)):
+            raise ValueError(f"{where}: expected {names[0]} as a list of words; got {layers!r}: mend the config")
     spelt = ["".join(LETTERS.get(kind, kind) for kind in layers) for layers in given if layers is not None]
     pattern = _one(spelt, names, where)
     if set(pattern) - set(LAYER_KINDS):

@@ -99,12 +99,15 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _entry(path: Path, name: str, fields: dict[str, Any], base: int) -> Entry:
-    dtype, shape, (start, stop) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+    dtype, shape, offsets = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
     if dtype not in ITEM_BYTES:
         raise ValueError(
             f"{path}: expected tensors of dtype {', '.join(ITEM_BYTES)}; {name} has {dtype}: give the unquantised "
             "checkpoint"
         )
+    if len(offsets) != 2 or not all(type(number) is int for number in (*shape, *offsets)):
+        raise _damaged(path, f"{name} of shape {fields['shape']} at {offsets}")
+    start, stop = offsets
     if stop - start != ITEM_BYTES[dtype] * math.prod(shape):
         raise _damaged(path, f"{stop - start} bytes for {name} of shape {shape}")
     return Entry(path, dtype, shape, base + start, base + stop)

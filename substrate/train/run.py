@@ -32,7 +32,7 @@ from megatron_evolve.substrate import logs, operations
 from megatron_evolve.substrate.checkpoint_tokenizer import read_tokenizer
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.layout import Layout
-from megatron_evolve.substrate.manifest import Substrate, verify
+from megatron_evolve.substrate.manifest import Substrate, check_start, read_manifest
 from megatron_evolve.substrate.model.architecture import Architecture
 from megatron_evolve.substrate.packing import Packer, read_excluded
 from megatron_evolve.substrate.ranks import place_in
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
-    substrate = verify(arguments.substrate)
+    substrate = read_manifest(arguments.substrate)
     document = read_json(arguments.candidate)
     settings = _settings(document, substrate, arguments.candidate)
     layout = _layout(arguments, substrate, settings)
@@ -120,6 +120,8 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
     }
     if _is_done(arguments.out, identity):
         return 0
+    # One rank looks for its node's disk; the others wait for it where they all meet.
+    check_start(arguments.substrate, files=place_in(os.environ).local_rank == 0)
     make_folder(arguments.out)
     preload()
     from megatron_evolve.substrate.model import build

@@ -149,7 +149,7 @@ def test_a_site_places_the_engine_and_the_queue(tmp_path: Path) -> None:
 
 def imported(store: Path, **shapes: Any) -> str:
     """A manifest as import-hf writes it, of nano's shapes; no weights beside it. Its digest."""
-    size = PRESETS["nemotron3-nano"].model_copy(update={"dt_min": 1e-3, **shapes})
+    size = PRESETS["nemotron3-nano"].model_copy(update={"max_sequence_length": 1 << 20, **shapes})
     fields = {"name": "nemotron3-nano", "architecture": size.model_dump(mode="json"), "build": {}, "trainer": {}}
     pool = Construction(families=("numeral",), difficulty="challenge", styles={})
     frozen = sealed({**fields, "construction": pool, "default": imported_default(size), "files": {}})
@@ -199,6 +199,14 @@ def test_what_is_no_preset_or_not_its_own_is_refused(tmp_path: Path) -> None:
 def test_another_size_under_the_name_is_refused(tmp_path: Path) -> None:
     imported(tmp_path, num_experts=64)
     with pytest.raises(ValueError, match="is no nemotron3-nano: it has num_experts 64 instead of 128"):
+        preflight(real("nemotron3-nano-lora"), NODE, tmp_path)
+
+
+def test_a_clamp_that_the_judge_would_leave_out_is_refused(tmp_path: Path) -> None:
+    imported(tmp_path, dt_min=1e-3)
+    with pytest.raises(
+        ValueError, match=r"training clamps the Mamba step at 0\.001, and the servers .* --dt-min 0, or"
+    ):
         preflight(real("nemotron3-nano-lora"), NODE, tmp_path)
 
 

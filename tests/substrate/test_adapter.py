@@ -2,6 +2,7 @@
 challenge's engine reads, and every known packaging trap is refused."""
 
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from megatron_evolve.substrate import adapter as exporting
 from megatron_evolve.substrate.adapter import CONFIG_FILE, TENSORS_FILE, check_submission, export_adapter
 from megatron_evolve.substrate.checkpoint_tokenizer import exported
 from megatron_evolve.substrate.exchange import export_hf, import_hf
-from megatron_evolve.substrate.manifest import Substrate
+from megatron_evolve.substrate.manifest import MANIFEST, Substrate
 from megatron_evolve.substrate.model import build, huggingface, weights
 from megatron_evolve.substrate.model.architecture import NANO_CPU, Architecture
 from megatron_evolve.substrate.tokenizer import nano_tokenizer
@@ -86,8 +87,10 @@ def run(base, tmp_path_factory) -> tuple[Path, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def each(base, run, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("each") / "adapter"
-    export_adapter(run[0], base[0], folder)
+    """From the manifest alone: no weight of the base is read."""
+    folder, alone = tmp_path_factory.mktemp("each") / "adapter", tmp_path_factory.mktemp("alone")
+    shutil.copy(base[0] / MANIFEST, alone)
+    export_adapter(run[0], alone, folder)
     return folder
 
 

@@ -81,3 +81,17 @@ def test_a_token_may_be_an_object_and_padding_may_be_absent(tmp_path):
     documents["tokenizer_config.json"] = {"eos_token": {"content": "<eos>"}}
     fast = CheckpointTokenizer.read(write(tmp_path, documents))
     assert fast.eos_id == fast.pad_id == nano_tokenizer().eos_id
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ([], "expected a JSON object; got a list"),
+        ({"eos_token": 5}, "expected eos_token as a text; got 5"),
+        ({"eos_token": "<eos>", "pad_token": {"content": 1}}, "expected pad_token as a text; got 1"),
+    ],
+)
+def test_damaged_settings_are_told_with_their_file(settings, sentence, tmp_path):
+    write(tmp_path, exported(nano_tokenizer()) | {"tokenizer_config.json": settings})
+    with pytest.raises(ValueError, match=f"tokenizer_config.json: {sentence}: copy it again"):
+        CheckpointTokenizer.read(tmp_path)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from megatron_evolve.cli import app
+from megatron_evolve.substrate import exchange
 from megatron_evolve.substrate.build import NANO, build_substrate
 from megatron_evolve.substrate.checkpoint_tokenizer import exported
 from megatron_evolve.substrate.exchange import export_hf, import_hf
@@ -181,15 +182,35 @@ def test_the_commands(checkpoint, tmp_path):
     assert done.stderr == "megatron-evolve: the layout of experts must be each or stacked; got '3d': choose one\n"
 
 
-def test_the_clamp_is_kept_or_replaced(checkpoint, tmp_path):
-    def time_step_min(**given) -> tuple[float, float]:
-        folder, out = tmp_path / f"s{given}", tmp_path / f"o{given}"
-        substrate = import_hf(checkpoint, folder, **given)
-        export_hf(folder, out)
-        return substrate.architecture["dt_min"], json.loads((out / "config.json").read_text())["time_step_min"]
+@pytest.mark.parametrize("limit", [None, [0.0, float("inf")], [1e-2, float("inf")]], ids=["none", "open", "clamped"])
+@pytest.mark.parametrize("dt_min", [None, 0.0, 1e-3])
+def test_the_clamp_is_the_limit_or_replaced_and_an_export_tells_every_reader(limit, dt_min, checkpoint, tmp_path):
+    """As on the hub, `time_step_min` is 1e-3 and clamps nothing; transformers 5 clamps at it, so an export moves it."""
+    from transformers import NemotronHConfig
 
-    assert time_step_min() == (0.0, huggingface.NEVER_CLAMPS)
-    assert time_step_min(dt_min=1e-3) == (1e-3, 1e-3)
+    source, folder, out = (tmp_path / name for name in ("source", "substrate", "out"))
+    shutil.copytree(checkpoint, source)
+    published = json.loads((source / "config.json").read_text()) | {"time_step_min": 1e-3, "time_step_limit": limit}
+    kept = {name: value for name, value in published.items() if name != "time_step_limit" or limit}
+    (source / "config.json").write_text(json.dumps(kept))
+    substrate = import_hf(source, folder, dt_min=dt_min)
+    wanted = dt_min if dt_min is not None else limit[0] if limit else 0.0
+    assert substrate.architecture["dt_min"] == wanted
+    export_hf(folder, out)
+    theirs = NemotronHConfig.from_pretrained(out)
+    assert theirs.time_step_min == (wanted or huggingface.NEVER_CLAMPS)
+    assert list(theirs.time_step_limit) == [wanted, float("inf")]
+    assert import_hf(out, tmp_path / "again", name=substrate.name).architecture == substrate.architecture
+    changed = {"time_step_min", "time_step_limit"}
+    before, after = (json.loads((at / "config.json").read_text()) for at in (source, out))
+    assert {n: v for n, v in before.items() if n not in changed} == {n: v for n, v in after.items() if n not in changed}
+
+
+@pytest.mark.parametrize("dt_min", [float("inf"), float("nan"), -1e-3])
+def test_a_clamp_that_is_no_step_is_refused(dt_min, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="the clamp of the Mamba step must be a number from 0 on; got"):
+        import_hf(checkpoint, tmp_path / "out", dt_min=dt_min)
+    assert not (tmp_path / "out").exists()
 
 
 def _config(**fields: object) -> Callable[[Path], None]:
@@ -263,6 +284,18 @@ BROKEN = {
     "shapes of another": (_config(n_groups=3), "mamba_num_heads must be a multiple of mamba_num_groups"),
     "layer count": (_config(num_hidden_layers=5), "num_hidden_layers=5 does not fit the pattern"),
     "disagreeing": (_config(hybrid_override_pattern="M*EM*M"), "hybrid_override_pattern disagree"),
+    "layers a number": (_config(layers_block_type=5), "expected layers_block_type as a list of words; got 5"),
+    "layers numbers": (
+        _config(layers_block_type=[1, 2]),
+        r"expected layers_block_type as a list of words; got \[1, 2\]",
+    ),
+    "step a word": (_config(time_step_min="a"), "expected time_step_min as a number from 0 on; got 'a'"),
+    "limit a word": (
+        _config(time_step_limit="a"),
+        "expected time_step_limit as a number from 0 on and Infinity; got 'a'",
+    ),
+    "upper limit": (_config(time_step_limit=[0, 0.1]), r"got \[0, 0\.1\]: this model has no upper clamp"),
+    "infinite": (_config(layer_norm_epsilon=float("inf")), "norm_eps: Input should be a finite number"),
     "wider": (_config(moe_intermediate_size=64), "does not have the shapes of its config: .*for \\(64, 64\\)"),
     "latent": (_config(moe_latent_size=32), r"missing: .*fc1_latent_proj\.weight"),
     "prediction head": (_config(num_nextn_predict_layers=1), r"missing: mtp\.layers\.0\.eh_proj\.weight"),
@@ -316,8 +349,38 @@ def test_an_imported_substrate_has_siblings(imported, tmp_path):
 
 
 def test_a_substrate_is_not_overwritten(checkpoint, imported):
-    with pytest.raises(ValueError, match="holds a frozen substrate already"):
-        import_hf(checkpoint, imported)
+    before = {path.name: path.read_bytes() for path in imported.iterdir()}
+    assert ".unfinished" not in before
+    for write in (lambda: import_hf(checkpoint, imported), lambda: export_hf(imported, imported)):
+        with pytest.raises(ValueError, match="holds a frozen substrate already"):
+            write()
+    assert before == {path.name: path.read_bytes() for path in imported.iterdir()}
+
+
+def test_no_file_of_another_is_written_over_or_left_beside(checkpoint, imported, tmp_path):
+    """A built substrate has no config.json, and its tokenizer.json is no checkpoint's."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.json").write_text("mine")
+    for write in (import_hf, export_hf):
+        with pytest.raises(ValueError, match=r"must be new or empty; it holds tokenizer\.json already"):
+            write(checkpoint if write is import_hf else imported, tmp_path / "out")
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_killed_attempt_is_written_over(checkpoint, imported, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for write, source, last in ((import_hf, checkpoint, "sealed"), (export_hf, imported, "_beside")):
+        out = tmp_path / write.__name__
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(exchange, last, killed)
+            write(source, out)
+        (out / "model-00009-of-00009.safetensors").write_bytes(b"cut otherwise")
+        write(source, out)
+        assert not [*out.glob("*00009*"), *out.glob(".*")]
+    assert same(tensors_of(checkpoint), tensors_of(tmp_path / "export_hf"))
+    assert read_manifest(tmp_path / "import_hf").files == read_manifest(imported).files
 
 
 def test_a_changed_substrate_is_not_exported(imported, tmp_path):

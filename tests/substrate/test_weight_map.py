@@ -123,7 +123,7 @@ def test_the_published_config_is_understood_field_by_field() -> None:
     assert (nano.hidden_size, nano.num_attention_heads, nano.num_query_groups, nano.head_dim) == (2688, 32, 2, 128)
     assert (nano.num_experts, nano.top_k, nano.expert_ffn_size, nano.shared_ffn_size) == (128, 6, 1856, 3712)
     assert (nano.mamba_num_heads, nano.mamba_head_dim, nano.mamba_state_dim, nano.mamba_num_groups) == (64, 64, 128, 8)
-    assert (nano.dt_min, nano.topk_scaling_factor, nano.latent_size, nano.mtp_depths) == (1e-3, 2.5, None, 0)
+    assert (nano.dt_min, nano.topk_scaling_factor, nano.latent_size, nano.mtp_depths) == (0.0, 2.5, None, 0)
     assert round(nano.num_parameters() / 1e9, 2) == 31.58
 
 

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from megatron_evolve.campaign import JudgeSpec
 from megatron_evolve.eval.engines import versions
 from megatron_evolve.eval.engines.command import Place, server_argv, wanted
-from megatron_evolve.eval.engines.settings import EngineSettings, MegatronSettings, OpenAISettings
+from megatron_evolve.eval.engines.settings import EngineSettings, MegatronSettings, OpenAISettings, check_clamp
 from megatron_evolve.eval.freeze import engine_of
 from megatron_evolve.eval.judge import Engine, comparison_key, freeze_judge, load_judge
 from megatron_evolve.eval.suite import GeneratedSuite, item_set_digest
@@ -53,6 +53,19 @@ def test_the_frozen_engine_is_written_as_before_there_was_a_choice(tmp_path: Pat
     items = judge.items("dev-b", 1)
     parts = {"metric": judge.metric, "engine": before, "suite": suite.digest}
     assert comparison_key(judge, "dev-b", items) == digest_of({**parts, "items": item_set_digest(items)})
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_clamp_is_left_to_engines_that_keep_it(name: str) -> None:
+    engine = judge_spec(ENGINES[name]).engine
+    check_clamp(engine, 0.0)
+    if name in ("megatron", "transformers"):
+        check_clamp(engine, 1e-3)
+    else:
+        with pytest.raises(
+            ValueError, match=r"training clamps the Mamba step at 0\.001, .* judge with engine megatron or"
+        ):
+            check_clamp(engine, 1e-3)
 
 
 def test_engines_never_compare(tmp_path: Path) -> None:
