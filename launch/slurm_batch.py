@@ -18,7 +18,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,7 +39,7 @@ _OUT_OF_MEMORY_WORDS = ("oom_kill event", "oom-kill event", "Out Of Memory")
 
 def begin(folder: Path, before: Sequence[str]) -> int:
     """Run this start of the attempt to its end; the exit status of the batch script. Raises RunDirError."""
-    holder, number = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    holder, number = job_id(os.environ), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     token, run_dir = Token(int(folder.name), number, holder), folder.parent.parent
     owner = claim(folder / OWNER_FILE, holder)
     if owner != holder or rundir.read_outcome(folder) is not None:
@@ -60,6 +60,16 @@ def begin(folder: Path, before: Sequence[str]) -> int:
     settle = _Settlement(folder, token, earlier, ranks=bool(before) and before[0] == "srun")
     supervise(folder, enter, Start(sum(one.seconds or 0.0 for one in earlier), settle))
     return 0
+
+
+def job_id(environment: Mapping[str, str]) -> str:
+    """What Slurm's commands call the job that this process belongs to, and it alone: `17`, of an array's tasks `17_2`.
+
+    The last task of an array has the array's own number for its SLURM_JOB_ID, by which a command means all tasks.
+    """
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
 
 
 # --- starts of one attempt --------------------------------------------------------------------------------------------
@@ -188,7 +198,7 @@ def _by_srun(before: Sequence[str]) -> Callable[[Job], NoReturn]:
         while srun.poll() is None:
             received = signal.sigtimedwait({signal.SIGTERM, signal.SIGCHLD}, 1.0)
             if received is not None and received.si_signo == signal.SIGTERM:
-                told = _slurm("scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"])  # to every step, not the batch
+                told = _slurm("scancel", "--signal=TERM", job_id(os.environ))  # to every step, not the batch
                 if told.returncode:
                     print(f"the ranks could not be told to stop: {told.stderr.strip()}", file=sys.stderr, flush=True)
         os._exit(srun.returncode if srun.returncode >= 0 else 128 - srun.returncode)

@@ -17,6 +17,7 @@ from megatron_evolve.launch import rundir, slurm_queue
 from megatron_evolve.launch.fence import Token, raise_fence, read_fence
 from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind, Resources
 from megatron_evolve.launch.slurm import SCRIPTS, Container, Queue, inside, name_of, render, render_array, shape
+from megatron_evolve.launch.slurm_batch import job_id
 from megatron_evolve.launch.slurm_launcher import SlurmLauncher
 
 NODE = Queue(gpus_per_node=8)
@@ -165,6 +166,14 @@ def test_a_second_job_for_an_attempt_does_nothing(tmp_path: Path) -> None:
     assert start(one, number="18") == first == start(one)
     assert (tmp_path / "ran").read_text() == "x\n"
     assert read_fence(one.run_dir) == Token(1, 0, "17")
+
+
+def test_a_task_of_an_array_is_never_called_by_a_number_that_means_all_tasks() -> None:
+    """The last task has the array's number as its own."""
+    last = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"}
+    assert job_id(last) == "17_2"
+    assert job_id(last | {"SLURM_JOB_ID": "18", "SLURM_ARRAY_TASK_ID": "0"}) == "17_0"
+    assert job_id({"SLURM_JOB_ID": "17"}) == "17"
 
 
 def test_an_overtaken_start_runs_nothing_and_records_nothing(tmp_path: Path) -> None:

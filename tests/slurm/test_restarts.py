@@ -1,12 +1,13 @@
-"""What Slurm starts again: a preempted job, one told to stop, one whose node died, and the copy that lives on there."""
+"""What Slurm starts again: a preempted job, one told to stop, alone or in an array, one whose node died, and the copy
+that lives on there."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_evolve.launch import rundir
-from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind
+from megatron_evolve.launch import rundir, slurm_queue
+from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind, Resources
 from megatron_evolve.launch.slurm_launcher import SUBMISSION_FILE, SlurmLauncher
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ends, running, states, until
@@ -28,6 +29,22 @@ while not told:
     signal.sigtimedwait([signal.SIGUSR2], 0.1)
 (run / "saved").touch()
 sys.exit(75)
+"""
+
+# Rank 0 of 2 keeps count of starts; the second one finishes. The first waits to be told to stop, or for the file `go`.
+RANK = """
+import os, signal, sys
+from pathlib import Path
+run, told = Path(os.environ["RUN"]), []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+if os.environ["SLURM_PROCID"] == "0":
+    with open(run / "starts", "a") as file:
+        file.write(os.environ.get("SLURM_RESTART_COUNT", "0") + "\\n")
+while "SLURM_RESTART_COUNT" not in os.environ and not (run / "go").exists():
+    signal.sigtimedwait([signal.SIGUSR2], 0.1)
+    if told:
+        sys.exit(75)
+(run / "done").touch()
 """
 
 # The first start never ends by itself, but stops once a later one has taken its folder; that one waits to see it.
@@ -89,6 +106,31 @@ def test_a_job_told_to_stop_is_put_back_and_goes_on(
     assert first.kind is OutcomeKind.LOST and second.kind is OutcomeKind.FINISHED
     assert outcome.seconds == pytest.approx(first.seconds + second.seconds)
     assert outcome.cpu_seconds == pytest.approx(first.cpu_seconds + second.cpu_seconds)
+
+
+def test_a_task_of_an_array_that_is_told_to_stop_is_put_back_alone(
+    make_launcher: MakeLauncher, python_job: PythonJob, cluster: Cluster
+) -> None:
+    """The last task goes by the array's number: its ranks, its state and its requeue must not be those of all tasks."""
+    launcher = make_launcher(throttle=3)
+    jobs = [python_job(f"task-{number}", RANK, resources=Resources(2, 0, tasks=2)) for number in range(3)]
+    for job in jobs:
+        launcher.submit(job)
+    running(launcher, *jobs)
+    until(lambda: all(map(started, jobs)), "their start")
+    array = slurm_job(jobs[0]).partition("_")[0]
+    numbers = {row.id: row.number for row in slurm_queue.queue()}
+    (last,) = [job for job in jobs if numbers[slurm_job(job)] == array]
+    ended, runs = [job for job in jobs if job is not last]
+    (ended.run_dir / "go").touch()
+    assert ends(launcher, ended)[0].kind is OutcomeKind.FINISHED
+    cluster.run("scancel", "--signal=TERM", "--batch", slurm_job(last))
+    (outcome,) = ends(launcher, last)
+    assert outcome.kind is OutcomeKind.FINISHED and outcome.attempt == 1, outcome.reason
+    assert states(launcher, runs) == ["running"]
+    (runs.run_dir / "go").touch()
+    assert ends(launcher, runs)[0].kind is OutcomeKind.FINISHED
+    assert [started(job) for job in (ended, runs, last)] == ["0\n", "0\n", "0\n1\n"]
 
 
 def test_a_preempted_job_saves_and_goes_on(
