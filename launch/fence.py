@@ -52,11 +52,17 @@ def read_fence(run_dir: Path) -> Token | None:
         raise DamagedFile(f"cannot use {path}: {error}; remove it once no job of this folder runs") from error
 
 
-def raise_fence(run_dir: Path, token: Token) -> None:
-    """Take the run folder for a start. Raises Fenced if this or a later start has it already."""
+def check_free(run_dir: Path, token: Token) -> Token | None:
+    """The start before this one, None for the first. Raises Fenced if this or a later start has the run folder."""
     held = read_fence(run_dir)
     if held is not None and (held.attempt, held.start) >= (token.attempt, token.start):
         raise Fenced(f"expected {run_dir} to be free for {token}; {held} has it: this copy ends")
+    return held
+
+
+def raise_fence(run_dir: Path, token: Token) -> None:
+    """Take the run folder for a start. Raises Fenced if this or a later start has it already."""
+    check_free(run_dir, token)
     write_json(run_dir / FENCE_FILE, asdict(token))
 
 

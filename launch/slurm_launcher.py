@@ -23,8 +23,9 @@ from megatron_evolve.launch.ending import read_tail
 from megatron_evolve.launch.fence import Fenced, Token, raise_fence, read_fence
 from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind, is_new_attempt
 from megatron_evolve.launch.slurm import Queue, Script, inside, minutes, name_of, render, render_array, shape
-from megatron_evolve.launch.slurm_batch import OWNER_FILE, charged, earlier_starts
+from megatron_evolve.launch.slurm_batch import OWNER_FILE
 from megatron_evolve.launch.slurm_queue import Row, SlurmError, SlurmSilent
+from megatron_evolve.launch.starts import charged
 
 SUBMISSION_FILE = "submission.json"
 ARRAYS_FOLDER = "slurm-arrays"
@@ -342,7 +343,7 @@ class SlurmLauncher:
         if self._read_outcome(entry):
             return
         outcome = JobOutcome.unmeasured(entry.job.key, attempt, kind, os.uname().nodename, reason)
-        rundir.write_outcome(run_dir, charged(outcome, earlier_starts(entry.folder, start)))
+        rundir.write_outcome(run_dir, charged(entry.folder, outcome))
         self._read_outcome(entry)
 
     # --- telling ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_evolve.launch import rundir, slurm_queue
+from megatron_evolve.launch import rundir, slurm_queue, starts
 from megatron_evolve.launch.fence import Token, raise_fence, read_fence
 from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind, Resources
 from megatron_evolve.launch.slurm import SCRIPTS, Container, Queue, inside, name_of, render, render_array, shape
@@ -204,11 +204,53 @@ def test_a_restart_of_a_job_that_had_finished_only_records_it(tmp_path: Path) ->
 def test_each_start_is_judged_by_its_own_words_and_no_job_is_started_for_ever(tmp_path: Path) -> None:
     one = job(tmp_path, "/bin/sh", "-c", 'echo "start $SLURM_RESTART_COUNT" >&2; exit 75')
     folder = rundir.prepare_attempt(one, 1)
+    raise_fence(one.run_dir, Token(1, 198, "17"))
     (folder / "stderr.log").write_text("OutOfMemoryError: of the start before\n")
     outcome = start(one, restart=199)
     assert outcome.kind is OutcomeKind.LOST and outcome.reason.endswith("it has been started 200 times")
     assert (folder / "stderr.log").read_text() == "start 199\n"
     assert (folder / "starts/198.stderr.log").exists() and (folder / "starts/199.json").exists()
+
+
+def sign(folder: Path, lived_s: float) -> None:
+    """What a start leaves whose node died after so long."""
+    rundir.write_json(folder / rundir.SUPERVISOR_FILE, {"pid": 1, "start_ticks": 1, "boot_id": "b", "host": "there"})
+    (folder / rundir.ALIVE_FILE).touch()
+    last_s = (folder / rundir.ALIVE_FILE).stat().st_mtime
+    os.utime(folder / rundir.SUPERVISOR_FILE, (last_s - lived_s,) * 2)
+
+
+def test_the_time_of_a_start_that_died_with_its_node_counts_against_the_limit(tmp_path: Path) -> None:
+    one = job(tmp_path, "/bin/sh", "-c", "sleep 20")  # of 90 s
+    folder = rundir.prepare_attempt(one, 1)
+    raise_fence(one.run_dir, Token(1, 0, "17"))
+    sign(folder, lived_s=80.0)
+    outcome = start(one, restart=1)
+    assert outcome.kind is OutcomeKind.TIMED_OUT and outcome.seconds is None
+    assert starts.life_s(folder) == pytest.approx(80 + rundir.ALIVE_EVERY_S + 1, abs=3)
+
+
+def test_what_slurm_alone_saw_end_is_not_said_to_be_measured_and_counts_with_all_its_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its recorded start was all that was told: the hours of the one that was lost were nobody's."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho '17|17|NODE_FAIL|n1|None|name'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    one = job(tmp_path)
+    folder = rundir.prepare_attempt(one, 1)
+    rundir.write_json(folder / "submission.json", {"name": "name", "index": None, "job": "17"})
+    sign(folder, lived_s=9.0)
+    first = JobOutcome.unmeasured(one.key, 1, OutcomeKind.LOST, "there", "was told to stop")
+    starts.record(folder, 0, dataclasses.replace(first, seconds=7.0, cpu_seconds=7.0))
+    starts.put_aside(folder, 0)
+    sign(folder, lived_s=50.0)
+    launcher = SlurmLauncher(NODE, tmp_path, settle_s=0.0)
+    launcher.submit(one)
+    outcome = launcher.poll([one.key])[one.key]
+    assert outcome.kind is OutcomeKind.LOST and outcome.seconds is None and outcome.cpu_seconds is None
+    assert starts.life_s(folder) == pytest.approx(7 + 50 + rundir.ALIVE_EVERY_S)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
