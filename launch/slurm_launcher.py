@@ -328,7 +328,7 @@ class SlurmLauncher:
 
     def _scancel(self, entry: _Entry, now: float) -> None:
         if now - entry.scancelled_at >= self._queue_every_s:
-            with contextlib.suppress(SlurmSilent):  # the next look at the queue cancels it again
+            with contextlib.suppress(SlurmSilent, SlurmError):  # the next look at the queue asks again or says why
                 slurm_queue.cancel([entry.submission.job])
             entry.scancelled_at = now
             self._queue_due = min(self._queue_due, now + 1.0)
