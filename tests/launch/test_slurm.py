@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_evolve.launch import rundir, slurm_queue, starts
-from megatron_evolve.launch.fence import Token, raise_fence, read_fence
+from megatron_evolve.launch.fence import Fenced, Token, check_fence, fence_environment, raise_fence, read_fence
 from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind, Resources
 from megatron_evolve.launch.slurm import SCRIPTS, Container, Queue, inside, name_of, render, render_array, shape
 from megatron_evolve.launch.slurm_batch import job_id
@@ -251,6 +251,29 @@ def test_what_slurm_alone_saw_end_is_not_said_to_be_measured_and_counts_with_all
     outcome = launcher.poll([one.key])[one.key]
     assert outcome.kind is OutcomeKind.LOST and outcome.seconds is None and outcome.cpu_seconds is None
     assert starts.life_s(folder) == pytest.approx(7 + 50 + rundir.ALIVE_EVERY_S)
+
+
+def test_a_start_that_begins_while_its_attempt_is_given_up_writes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked for an end before there was one; with the fence in its hand its end would have overwritten that."""
+    one = job(tmp_path)
+    folder = rundir.prepare_attempt(one, 1)
+    raise_fence(one.run_dir, Token(1, 0, "17"))
+    rundir.write_json(folder / "submission.json", {"name": "name", "index": None, "job": "17"})
+    begins, real = fence_environment(one.run_dir, Token(1, 1, "17")), rundir.write_outcome
+
+    def begun_before_it(*words: object) -> None:
+        rundir.write_json(one.run_dir / "fence.json", {"attempt": 1, "start": 1, "holder": "17"})
+        real(*words)
+
+    monkeypatch.setattr(rundir, "write_outcome", begun_before_it)
+    monkeypatch.setattr(slurm_queue, "queue", lambda: ())
+    launcher = SlurmLauncher(NODE, tmp_path, settle_s=0.0)
+    launcher.submit(one)
+    assert launcher.poll([one.key])[one.key].kind is OutcomeKind.LOST
+    with pytest.raises(Fenced):
+        check_fence(begins)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
