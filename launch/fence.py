@@ -8,7 +8,8 @@ help: its holder may be the copy that nobody can reach. So each start raises the
 others will read checks before that its own start is still the latest. Between check and write remains an instant;
 files are written whole, and their manifests name every byte, so that a mixed checkpoint is found when it is read.
 
-Without that variable nothing is checked: a local job is watched by its supervisor, whose death is its own.
+Jobs of Slurm and pods of Kubernetes have that variable. Without it nothing is checked: a local job is watched by its
+supervisor, whose death is its own.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from megatron_evolve.launch.rundir import DamagedFile, RunDirError, read_json, w
 
 FENCE_FILE = "fence.json"
 FENCE_VARIABLE = "MEGATRON_EVOLVE_FENCE"
+GAVE_UP = "the controller, which gave it up"
 NO_START = 10**9  # above the number of any start, so that none of them can raise the fence again
 
 

@@ -20,7 +20,7 @@ from types import TracebackType
 
 from megatron_evolve.launch import rundir, slurm_queue
 from megatron_evolve.launch.ending import read_tail
-from megatron_evolve.launch.fence import shut_out
+from megatron_evolve.launch.fence import GAVE_UP, shut_out
 from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind, is_new_attempt
 from megatron_evolve.launch.slurm import Queue, Script, inside, minutes, name_of, render, render_array, shape
 from megatron_evolve.launch.slurm_batch import OWNER_FILE
@@ -29,7 +29,6 @@ from megatron_evolve.launch.starts import charged
 
 SUBMISSION_FILE = "submission.json"
 ARRAYS_FOLDER = "slurm-arrays"
-GAVE_UP = "the controller, which gave it up"
 ARRAY_MOST = 1000  # tasks; Slurm's own limit, MaxArraySize, is 1001 unless a site says otherwise
 
 _RUNS = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}

@@ -84,14 +84,16 @@ class _Watch:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of an attempt by a scheduler that may start a job more than once; its fence does what the lock does.
+    """One start of an attempt under a fence, by a scheduler that may start a job more than once or lose sight of it.
 
     spent_s  wall time of earlier starts, which counts against the job's limit
     settle   what to record of how this start ended; None where the attempt goes on with another start
+    locked   whether the lock must be free besides; else the fence does what it does
     """
 
     spent_s: float
     settle: Callable[[JobOutcome], JobOutcome | None]
+    locked: bool = False
 
 
 def supervise(
@@ -102,7 +104,7 @@ def supervise(
     Call it in a process of its own that leads its session and has no threads. `enter` becomes the job in the forked
     child and never returns; the default replaces the child by argv. Returns None, having done nothing, if the attempt
     has already begun. Raises RunDirError if the attempt cannot be read or its outcome cannot be written. With `start`
-    the lock may be another's: of an older copy that nobody can reach.
+    the lock may be another's, unless it says otherwise: of an older copy that nobody can reach.
     """
     job, run_dir = rundir.read_job(folder), folder.parent.parent
     if start is not None:
@@ -113,7 +115,7 @@ def supervise(
     try:
         lock.acquire()
     except rundir.LockHeld:  # another supervisor of this attempt was faster, or the attempt was just given up
-        if start is None:
+        if start is None or start.locked:
             return None
     if (folder / rundir.SUPERVISOR_FILE).exists() or (folder / rundir.OUTCOME_FILE).exists():
         return None
