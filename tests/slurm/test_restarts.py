@@ -8,7 +8,9 @@ import pytest
 
 from megatron_evolve.launch import rundir, slurm_queue
 from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind, Resources
+from megatron_evolve.launch.rundir import ALIVE_EVERY_S
 from megatron_evolve.launch.slurm_launcher import SUBMISSION_FILE, SlurmLauncher
+from megatron_evolve.launch.starts import life_s
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ends, running, states, until
 
@@ -171,6 +173,8 @@ def test_a_node_that_dies_and_one_that_is_only_lost_from_sight(
     for outcome, job, node in zip(outcomes, (dead, lost), nodes, strict=True):
         assert outcome.kind is OutcomeKind.FINISHED and outcome.attempt == 1 and outcome.host != node
         assert started(job) == "0\n1\n"
+        assert outcome.seconds is None, "what its first start took nobody measured"
+        assert life_s(job.run_dir / "attempts/1") - start_of(job, 1).seconds > ALIVE_EVERY_S - 0.001
     assert not (dead.run_dir / "fenced").exists()
     assert "start 1 of attempt 1" in (lost.run_dir / "fenced").read_text()
     said = (lost.run_dir / "attempts/1" / rundir.SUPERVISOR_LOG).read_text()
