@@ -82,9 +82,11 @@ def test_a_supervisor_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.Mo
     folder = rundir.prepare_attempt(job, 1)
     child = os.fork()
     if child == 0:
-        os.setsid()
-        supervise.supervise(folder)
-        os._exit(0)
+        try:
+            os.setsid()
+            supervise.supervise(folder)
+        finally:  # whatever happens, this copy must not go on with the tests
+            os._exit(0)
     while rundir.read_supervisor(folder) is None:
         time.sleep(0.01)
     begun = (folder / rundir.SUPERVISOR_FILE).stat().st_mtime
