@@ -8,7 +8,8 @@ help: its holder may be the copy that nobody can reach. So each start raises the
 others will read checks before that its own start is still the latest. Between check and write remains an instant;
 files are written whole, and their manifests name every byte, so that a mixed checkpoint is found when it is read.
 
-Without that variable nothing is checked: a local job is watched by its supervisor, whose death is its own.
+Jobs of Slurm and pods of Kubernetes have that variable. Without it nothing is checked: a local job is watched by its
+supervisor, whose death is its own.
 """
 
 import contextlib
@@ -23,6 +24,8 @@ from megatron_evolve.launch.rundir import DamagedFile, RunDirError, read_json, w
 
 FENCE_FILE = "fence.json"
 FENCE_VARIABLE = "MEGATRON_EVOLVE_FENCE"
+GAVE_UP = "the controller, which gave it up"
+NO_START = 10**9  # above the number of any start, so that none of them can raise the fence again
 
 
 class Fenced(RunDirError):
@@ -38,7 +41,8 @@ class Token:
     holder: str
 
     def __str__(self) -> str:
-        return f"start {self.start} of attempt {self.attempt} by {self.holder}"
+        what = "no further start" if self.start == NO_START else f"start {self.start}"
+        return f"{what} of attempt {self.attempt} by {self.holder}"
 
 
 def read_fence(run_dir: Path) -> Token | None:
@@ -52,12 +56,28 @@ def read_fence(run_dir: Path) -> Token | None:
         raise DamagedFile(f"cannot use {path}: {error}; remove it once no job of this folder runs") from error
 
 
-def raise_fence(run_dir: Path, token: Token) -> None:
-    """Take the run folder for a start. Raises Fenced if this or a later start has it already."""
+def check_free(run_dir: Path, token: Token) -> Token | None:
+    """The start before this one, None for the first. Raises Fenced if this or a later start has the run folder."""
     held = read_fence(run_dir)
     if held is not None and (held.attempt, held.start) >= (token.attempt, token.start):
         raise Fenced(f"expected {run_dir} to be free for {token}; {held} has it: this copy ends")
+    return held
+
+
+def raise_fence(run_dir: Path, token: Token) -> None:
+    """Take the run folder for a start. Raises Fenced if this or a later start has it already."""
+    check_free(run_dir, token)
     write_json(run_dir / FENCE_FILE, asdict(token))
+
+
+def shut_out(run_dir: Path, attempt: int, holder: str) -> None:
+    """Take the run folder from every start of an attempt that was given up: those that run, begin now, or are to come.
+
+    To be called before and after the end is recorded: a start that looked at the fence before the first call and takes
+    it after looks for an end next. It finds that and runs nothing, or had the fence before it and loses it again.
+    """
+    with contextlib.suppress(Fenced):  # shut out already, or a later attempt has the folder
+        raise_fence(run_dir, Token(attempt, NO_START, holder))
 
 
 def fence_environment(run_dir: Path, token: Token) -> dict[str, str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_evolve.launch import rundir
+from megatron_evolve.launch.fence import GAVE_UP, shut_out
 from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind, is_new_attempt
 from megatron_evolve.launch.kubernetes_client import TRIES, Client, KubernetesError, Refused, Unanswered
 from megatron_evolve.launch.kubernetes_ending import Cause, cause_of, is_finished, queued, why_it_cannot_start
@@ -293,7 +294,9 @@ class KubernetesLauncher:
     def _record(self, entry: _Entry, cause: Cause) -> JobOutcome:
         where = f"namespace {self._cluster.namespace}"
         outcome = JobOutcome.unmeasured(entry.job.key, entry.attempt, cause.kind, where, cause.reason)
+        shut_out(entry.job.run_dir, entry.attempt, GAVE_UP)
         rundir.write_outcome(entry.job.run_dir, outcome)
+        shut_out(entry.job.run_dir, entry.attempt, GAVE_UP)
         return outcome
 
     def _path(self, kind: str, name: str = "") -> str:

@@ -232,13 +232,10 @@ def _labels(job: Job, attempt: int) -> dict[str, str]:
 
 
 def _command(job: Job, attempt: int, pods: int, first_host: str) -> list[str]:
-    """The supervisor itself, or for several tasks the program that starts them in each pod."""
-    folder = str(rundir.attempt_dir(job.run_dir, attempt))
-    start = [sys.executable, "-m"]
-    if job.resources.tasks == 1:
-        return [*start, "megatron_evolve.launch.supervise", folder]
-    host = first_host if pods > 1 else "localhost"
-    return [*start, "megatron_evolve.launch.kubernetes_pod", folder, str(pods), f"{host}:{MEETING_PORT}"]
+    """What each pod runs, which supervises the job."""
+    folder, host = str(rundir.attempt_dir(job.run_dir, attempt)), first_host if pods > 1 else "localhost"
+    words = ["megatron_evolve.launch.kubernetes_pod", folder, str(pods), f"{host}:{MEETING_PORT}"]
+    return [sys.executable, "-m", *words]
 
 
 def _pod(job: Job, cluster: Cluster) -> Manifest:

@@ -1,4 +1,4 @@
-"""One pod of a job with several tasks: starts its share of the ranks, as srun does on a node.
+"""One pod of a job: runs it, or with several tasks starts its share of the ranks, as srun does on a node.
 
     pod 0      waits for the others, then supervises the attempt; its ranks are the supervised job
     pod 1..    say that they are there, wait for pod 0 to begin, run their ranks, and end with the attempt
@@ -10,9 +10,13 @@ They speak through the attempt's folder alone:
     supervisor.json, outcome.json    pod 0 has begun; the attempt has ended, and so does every pod
 
 No clock runs and nothing is charged until all pods are there. Each rank is told its place as torchrun tells it.
+
+Every attempt raises the fence of its run folder (`fence`): a pod that was deleted by force behind a partition may run
+on, and its lock may be gone with its node's connection. A later attempt shuts it out, and so does giving this one up.
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -25,8 +29,9 @@ from typing import NoReturn
 
 from megatron_evolve.launch import rundir
 from megatron_evolve.launch.ending import read_tail
-from megatron_evolve.launch.job import Job
-from megatron_evolve.launch.supervise import redirect, supervise
+from megatron_evolve.launch.fence import Fenced, Token, fence_environment, raise_fence, read_fence
+from megatron_evolve.launch.job import Job, JobOutcome
+from megatron_evolve.launch.supervise import Start, exec_argv, redirect, supervise
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"  # set by Kubernetes in every pod of an Indexed Job
 LOOK_S = 0.5  # between looks at a shared disk
@@ -42,6 +47,10 @@ class Pod:
     pods: int
     host: str
     port: int
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder.parent.parent
 
     def failure(self, index: int) -> Path:
         return self.folder / f"pod-{index}.json"
@@ -69,10 +78,21 @@ class Interrupted(Exception):
 
 
 def first_pod(pod: Pod) -> None:
-    """Run the attempt, once all other pods are there."""
+    """Run the attempt, once all other pods are there. Raises Fenced if it or a later one has begun."""
+    token = Token(int(pod.folder.name), 0, f"a pod on {os.uname().nodename}")
     with _interruptible():
         _wait_until(lambda: all(pod.presence(index).exists() for index in range(1, pod.pods)))
-    supervise(pod.folder, lambda job: _become_ranks(pod, job))
+        raise_fence(pod.run_dir, token)
+    os.environ.update(fence_environment(pod.run_dir, token))
+
+    def settle(outcome: JobOutcome) -> JobOutcome | None:
+        if (held := read_fence(pod.run_dir)) != token:
+            print(f"{held or 'nobody'} holds the run folder: {token} records nothing", file=sys.stderr)
+            return None
+        # What ranks in other pods used nobody took.
+        return outcome if pod.pods == 1 else dataclasses.replace(outcome, cpu_seconds=None, max_rss_bytes=None)
+
+    supervise(pod.folder, lambda job: _become_job(pod, job), Start(0.0, settle, locked=True))
 
 
 def other_pod(pod: Pod) -> int:
@@ -85,6 +105,8 @@ def other_pod(pod: Pod) -> int:
         _wait_until(lambda: _has_ended(pod) or (pod.folder / rundir.SUPERVISOR_FILE).exists())
     if _has_ended(pod):
         return 0
+    if (held := read_fence(pod.run_dir)) is not None:  # pod 0 has raised it for this attempt
+        os.environ.update(fence_environment(pod.run_dir, held))
     job, stopped = rundir.read_job(pod.folder), []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(STOPPED))
     log = pod.folder / f"stderr-pod-{pod.index}.log"
@@ -99,8 +121,10 @@ def other_pod(pod: Pod) -> int:
     return 0
 
 
-def _become_ranks(pod: Pod, job: Job) -> NoReturn:
-    """The supervised job of pod 0: its own ranks, which fail with those of any other pod."""
+def _become_job(pod: Pod, job: Job) -> NoReturn:
+    """The supervised job of pod 0: the one process, or its own ranks, which fail with those of any other pod."""
+    if job.resources.tasks == 1:
+        exec_argv(job)
     signal.signal(signal.SIGTERM, lambda *_: None)  # the supervisor signals the group, so the ranks have it already
     every = _Seldom(lambda: _failed_elsewhere(pod))
     os._exit(_run(_start(pod, job), every, job.grace_s))
@@ -196,6 +220,9 @@ def main() -> int:
         first_pod(pod)
     except Interrupted:
         return STOPPED
+    except Fenced as error:  # put in place of a pod that had begun, or given up
+        print(error, file=sys.stderr)
+        return 0
     except rundir.RunDirError as error:
         print(error, file=sys.stderr)
         return 1

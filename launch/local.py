@@ -158,10 +158,14 @@ class LocalLauncher:
             raise ValueError(
                 f"run folder {job.run_dir} must belong to job {job.key}; it belongs to {asked.key}: choose another"
             )
-        if asked.resources.gpus:
-            entry.devices = tuple(asked.env[DEVICES_VARIABLE].split(","))
+        given = asked.env.get(DEVICES_VARIABLE) if asked.resources.gpus else None
+        entry.devices = tuple(given.split(",")) if given else ()
         if any((entry.folder / name).exists() for name in (rundir.SUPERVISOR_FILE, rundir.OUTCOME_FILE)):
             entry.state = self._state_of(entry)
+        elif len(entry.devices) < asked.resources.gpus:
+            with rundir.Lock(job.run_dir / rundir.LOCK_FILE):  # raises LockHeld, which names who runs it
+                reason = "was asked for by another launcher, which gave it no GPUs of this machine"
+                entry.state = self._record(entry, OutcomeKind.LOST, reason)
         return entry
 
     def _known(self, key: str) -> _Entry:

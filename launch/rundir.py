@@ -4,6 +4,7 @@
     RUN_DIR/outcome.json               how the latest attempt ended
     RUN_DIR/attempts/N/job.json        what was asked for; its presence makes N an attempt
     RUN_DIR/attempts/N/supervisor.json the supervisor's identity; its presence means that N has begun, as it does once
+    RUN_DIR/attempts/N/alive           when its supervisor last said that it lives, by the file's time
     RUN_DIR/attempts/N/cancel          asked to stop
     RUN_DIR/attempts/N/progress.json   how far N is, by its own word
     RUN_DIR/attempts/N/queue.json      what the scheduler last said of N, where there is one
@@ -32,6 +33,7 @@ from megatron_evolve.launch.process import ProcessIdentity
 JOB_FILE = "job.json"
 SUPERVISOR_FILE = "supervisor.json"
 OUTCOME_FILE = "outcome.json"
+ALIVE_FILE = "alive"
 CANCEL_FILE = "cancel"
 LOCK_FILE = "lock"
 PROGRESS_FILE = "progress.json"
@@ -39,6 +41,7 @@ QUEUE_FILE = "queue.json"
 SUPERVISOR_LOG = "supervisor.log"
 ATTEMPT_VARIABLE = "MEGATRON_EVOLVE_ATTEMPT"  # tells a job its attempt folder, and tells whose a stray process is
 PROGRESS_EVERY_S = 2.0
+ALIVE_EVERY_S = 20.0  # so much too much is charged at most where nobody saw the end: 0.04 hours of 8 GPUs
 
 _REMEDIES = {
     errno.ENOSPC: "free space on that disk, then run the same command again",
@@ -210,7 +213,12 @@ def read_supervisor(folder: Path) -> ProcessIdentity | None:
 def read_outcome(folder: Path) -> JobOutcome | None:
     """How the attempt ended, or None if it has not. Raises DamagedFile if its outcome says nothing."""
     path = folder / OUTCOME_FILE
-    return _parsed(path, JobOutcome.from_json) if path.exists() else None
+    return read_outcome_file(path) if path.exists() else None
+
+
+def read_outcome_file(path: Path) -> JobOutcome:
+    """An outcome from its file. Raises RunDirError if there is none, DamagedFile if it says nothing."""
+    return _parsed(path, JobOutcome.from_json)
 
 
 def take_outcome(folder: Path) -> tuple[JobOutcome | None, str]:

@@ -5,12 +5,13 @@
 ATTEMPT is the attempt's folder, or for an array a file with the folder of each task on its line. The words after `--`
 stand before the job's own command. Slurm may start the same job again (preempted, its node lost, its time up):
 
-    attempts/N/owner              the Slurm job of this attempt; any other one that was submitted for it ends at once
-    attempts/N/starts/0.json ...  how each start ended: all of them are charged; 0.stderr.log is what it said
-    attempts/N/outcome.json       written by the last start alone
+    attempts/N/owner          the Slurm job of this attempt; any other one that was submitted for it ends at once
+    attempts/N/starts/        how each start ended and what it said: all of them are charged (`starts`)
+    attempts/N/outcome.json   written by the last start alone
 
 A start that was told to stop, or that asks for another one by status 75, is put back into the queue, without an
-outcome: the attempt goes on. Its time so far counts against the job's limit.
+outcome: the attempt goes on. Its time so far counts against the job's limit, and so does that of a start which died
+with its node.
 """
 
 import dataclasses
@@ -18,19 +19,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_evolve.launch import rundir
+from megatron_evolve.launch import rundir, starts
 from megatron_evolve.launch.ending import STOPPED_FROM_OUTSIDE, read_tail
-from megatron_evolve.launch.fence import Fenced, Token, claim, fence_environment, raise_fence, read_fence
+from megatron_evolve.launch.fence import Fenced, Token, check_free, claim, fence_environment, raise_fence, read_fence
 from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind
 from megatron_evolve.launch.process import set_death_signal
 from megatron_evolve.launch.supervise import Start, exec_argv, redirect, supervise
 
 OWNER_FILE = "owner"
-STARTS_FOLDER = "starts"
 AGAIN_STATUS = 75  # EX_TEMPFAIL of sysexits.h: it saved itself and wants to be started again
 MOST_STARTS = 200  # of one attempt; a week of hourly preemption is 168
 COMMAND_S = 60.0
@@ -39,66 +39,48 @@ _OUT_OF_MEMORY_WORDS = ("oom_kill event", "oom-kill event", "Out Of Memory")
 
 def begin(folder: Path, before: Sequence[str]) -> int:
     """Run this start of the attempt to its end; the exit status of the batch script. Raises RunDirError."""
-    holder, number = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    holder, number = job_id(os.environ), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     token, run_dir = Token(int(folder.name), number, holder), folder.parent.parent
     owner = claim(folder / OWNER_FILE, holder)
     if owner != holder or rundir.read_outcome(folder) is not None:
         print(f"attempt {folder} belongs to Slurm job {owner} or has ended: job {holder} does nothing", file=sys.stderr)
         return 0
+    before_it = check_free(run_dir, token)
+    if before_it is not None and before_it.attempt == token.attempt:
+        # Before the fence is raised, or a start that dies in between would leave its predecessor's time as its own.
+        starts.put_aside(folder, before_it.start)
     raise_fence(run_dir, token)
-    earlier = earlier_starts(folder, number)
-    if number:
-        _make_room(folder, number)
     job = rundir.read_job(folder)
     if number and (run_dir / job.done_file).exists():
         reason = f"an earlier start wrote {job.done_file}; how it exited was not seen"
         finished = JobOutcome.unmeasured(job.key, token.attempt, OutcomeKind.FINISHED, os.uname().nodename, reason)
-        rundir.write_outcome(run_dir, charged(finished, earlier))
+        rundir.write_outcome(run_dir, starts.charged(folder, finished))
         return 0
     os.environ.update(fence_environment(run_dir, token))
     enter = exec_argv if not before else _by_srun(before) if before[0] == "srun" else _behind(before)
-    settle = _Settlement(folder, token, earlier, ranks=bool(before) and before[0] == "srun")
-    supervise(folder, enter, Start(sum(one.seconds or 0.0 for one in earlier), settle))
+    settle = _Settlement(folder, token, ranks=bool(before) and before[0] == "srun")
+    supervise(folder, enter, Start(starts.life_s(folder), settle))
     return 0
 
 
-# --- starts of one attempt --------------------------------------------------------------------------------------------
+def job_id(environment: Mapping[str, str]) -> str:
+    """What Slurm's commands call the job that this process belongs to, and it alone: `17`, of an array's tasks `17_2`.
+
+    The last task of an array has the array's own number for its SLURM_JOB_ID, by which a command means all tasks.
+    """
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
 
 
-def earlier_starts(folder: Path, number: int) -> list[JobOutcome]:
-    """How the starts before this one ended, as far as they told."""
-    paths = [folder / STARTS_FOLDER / f"{one}.json" for one in range(number)]
-    return [JobOutcome.from_json(rundir.read_json(path)) for path in paths if path.exists()]
-
-
-def _make_room(folder: Path, number: int) -> None:
-    """Put aside who supervised the earlier start and what it said: each start begins once and is judged by its own."""
-    rundir.make_folder(folder / STARTS_FOLDER)
-    for name in (rundir.SUPERVISOR_FILE, "stdout.log", "stderr.log"):
-        if (folder / name).exists():
-            (folder / name).rename(folder / STARTS_FOLDER / f"{number - 1}.{name}")
-
-
-def charged(outcome: JobOutcome, earlier: Sequence[JobOutcome]) -> JobOutcome:
-    """The outcome with what the earlier starts used. What no start measured stays None."""
-    starts = [*earlier, outcome]
-    seconds = [one.seconds for one in starts if one.seconds is not None]
-    cpu_seconds = [one.cpu_seconds for one in starts if one.cpu_seconds is not None]
-    memory = [one.max_rss_bytes for one in starts if one.max_rss_bytes is not None]
-    return dataclasses.replace(
-        outcome,
-        seconds=round(sum(seconds), 6) if seconds else None,
-        cpu_seconds=round(sum(cpu_seconds), 6) if cpu_seconds else None,
-        max_rss_bytes=max(memory, default=None),
-        started_at=starts[0].started_at or outcome.started_at,
-    )
+# --- how a start ended ------------------------------------------------------------------------------------------------
 
 
 class _Settlement:
     """Decides what is recorded of how a start ended; None: nothing, the attempt goes on or belongs to a later start."""
 
-    def __init__(self, folder: Path, token: Token, earlier: Sequence[JobOutcome], *, ranks: bool) -> None:
-        self._folder, self._token, self._earlier, self._ranks = folder, token, earlier, ranks
+    def __init__(self, folder: Path, token: Token, *, ranks: bool) -> None:
+        self._folder, self._token, self._ranks = folder, token, ranks
 
     def __call__(self, outcome: JobOutcome) -> JobOutcome | None:
         if self._ranks:  # the supervisor saw srun; the ranks' own use nobody took
@@ -108,8 +90,7 @@ class _Settlement:
         if held != self._token:
             print(f"{held or 'nobody'} holds the run folder: {self._token} records nothing", file=sys.stderr)
             return None
-        rundir.make_folder(self._folder / STARTS_FOLDER)
-        rundir.write_json(self._folder / STARTS_FOLDER / f"{self._token.start}.json", outcome.to_json())
+        starts.record(self._folder, self._token.start, outcome)
         if (self._folder / rundir.CANCEL_FILE).exists() and outcome.kind is not OutcomeKind.FINISHED:
             cancelled = "was stopped because its submitter cancelled it"
             outcome = dataclasses.replace(outcome, kind=OutcomeKind.CANCELLED, reason=cancelled)
@@ -120,7 +101,7 @@ class _Settlement:
             outcome = dataclasses.replace(
                 outcome, kind=OutcomeKind.LOST, reason=f"was told to stop, and Slurm did not put it back: {refused}"
             )
-        return charged(outcome, self._earlier)
+        return starts.charged(self._folder, outcome)
 
     def _with_slurm_s_words(self, outcome: JobOutcome) -> JobOutcome:
         """A rank killed for its memory is SIGKILLed like any other; Slurm says why on srun's stderr."""
@@ -188,7 +169,7 @@ def _by_srun(before: Sequence[str]) -> Callable[[Job], NoReturn]:
         while srun.poll() is None:
             received = signal.sigtimedwait({signal.SIGTERM, signal.SIGCHLD}, 1.0)
             if received is not None and received.si_signo == signal.SIGTERM:
-                told = _slurm("scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"])  # to every step, not the batch
+                told = _slurm("scancel", "--signal=TERM", job_id(os.environ))  # to every step, not the batch
                 if told.returncode:
                     print(f"the ranks could not be told to stop: {told.stderr.strip()}", file=sys.stderr, flush=True)
         os._exit(srun.returncode if srun.returncode >= 0 else 128 - srun.returncode)

@@ -20,11 +20,12 @@ from types import TracebackType
 
 from megatron_evolve.launch import rundir, slurm_queue
 from megatron_evolve.launch.ending import read_tail
-from megatron_evolve.launch.fence import Fenced, Token, raise_fence, read_fence
+from megatron_evolve.launch.fence import GAVE_UP, shut_out
 from megatron_evolve.launch.job import Job, JobOutcome, JobState, OutcomeKind, is_new_attempt
 from megatron_evolve.launch.slurm import Queue, Script, inside, minutes, name_of, render, render_array, shape
-from megatron_evolve.launch.slurm_batch import OWNER_FILE, charged, earlier_starts
+from megatron_evolve.launch.slurm_batch import OWNER_FILE
 from megatron_evolve.launch.slurm_queue import Row, SlurmError, SlurmSilent
+from megatron_evolve.launch.starts import charged
 
 SUBMISSION_FILE = "submission.json"
 ARRAYS_FOLDER = "slurm-arrays"
@@ -327,7 +328,7 @@ class SlurmLauncher:
 
     def _scancel(self, entry: _Entry, now: float) -> None:
         if now - entry.scancelled_at >= self._queue_every_s:
-            with contextlib.suppress(SlurmSilent):  # the next look at the queue cancels it again
+            with contextlib.suppress(SlurmSilent, SlurmError):  # the next look at the queue asks again or says why
                 slurm_queue.cancel([entry.submission.job])
             entry.scancelled_at = now
             self._queue_due = min(self._queue_due, now + 1.0)
@@ -335,14 +336,12 @@ class SlurmLauncher:
     def _end(self, entry: _Entry, kind: OutcomeKind, reason: str) -> None:
         """Record the end of an attempt whose own supervisor did not, and shut out whatever still runs of it."""
         run_dir, attempt = entry.job.run_dir, entry.attempt
-        held = read_fence(run_dir)
-        start = held.start + 1 if held is not None and held.attempt == attempt else 0
-        with contextlib.suppress(Fenced):  # begun this instant: it finds the outcome and ends
-            raise_fence(run_dir, Token(attempt, start, "the controller, which gave it up"))
+        shut_out(run_dir, attempt, GAVE_UP)
         if self._read_outcome(entry):
             return
         outcome = JobOutcome.unmeasured(entry.job.key, attempt, kind, os.uname().nodename, reason)
-        rundir.write_outcome(run_dir, charged(outcome, earlier_starts(entry.folder, start)))
+        rundir.write_outcome(run_dir, charged(entry.folder, outcome))
+        shut_out(run_dir, attempt, GAVE_UP)
         self._read_outcome(entry)
 
     # --- telling ------------------------------------------------------------------------------------------------------

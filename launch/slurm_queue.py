@@ -32,7 +32,10 @@ class SlurmSilent(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One job in the queue, or one task of an array. `number` is what the job itself calls SLURM_JOB_ID."""
+    """One job in the queue, or one task of an array.
+
+    `number` is what the job itself calls SLURM_JOB_ID. Of an array's last task it is the array's: a name for all tasks.
+    """
 
     id: str
     number: str

@@ -7,6 +7,7 @@
 - Nothing a job starts outlives it: the supervisor is a subreaper, to which every orphan among its descendants falls.
 - An attempt begins at most once, however often its supervisor is started: the lock, then supervisor.json.
 - A job that lives and does not move is stopped too (`watchdog`), and the memory of its GPUs is sampled (`gpus`).
+- It touches the attempt's file `alive` while it lives, which bounds what a job took whose end nobody saw (`starts`).
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,15 +42,28 @@ _CANNOT_RUN = 127  # the shell's exit status for a command that cannot be run
 
 @dataclass
 class _Watch:
-    """What has been seen of the job so far. status is the wait status of its first process, once that has ended."""
+    """What has been seen of the job so far. status is the wait status of its first process, once that has ended.
+
+    alive is the open file that is touched as a sign of life: by its number, so that a copy which lives on after its
+    node was given up goes on signing for itself when a later start has put its file aside.
+    """
 
     worker: int
+    alive: int
+    signed_at: float = field(default_factory=time.monotonic)
     sampler: int | None = None
     status: int | None = None
     stop: Stop | None = None
     stood_still: str = ""
     cpu_seconds: float = 0.0
     max_rss_bytes: int = 0
+
+    def sign(self) -> None:
+        """Show that this supervisor lives, now and then."""
+        if time.monotonic() - self.signed_at >= rundir.ALIVE_EVERY_S:
+            with contextlib.suppress(OSError):  # a disk that fails must not end the job: it is charged for less then
+                os.utime(self.alive)
+            self.signed_at = time.monotonic()
 
     def reap(self) -> bool:
         """Collect every child that has ended, with its usage. Returns whether children remain."""
@@ -70,14 +84,16 @@ class _Watch:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of an attempt by a scheduler that may start a job more than once; its fence does what the lock does.
+    """One start of an attempt under a fence, by a scheduler that may start a job more than once or lose sight of it.
 
     spent_s  wall time of earlier starts, which counts against the job's limit
     settle   what to record of how this start ended; None where the attempt goes on with another start
+    locked   whether the lock must be free besides; else the fence does what it does
     """
 
     spent_s: float
     settle: Callable[[JobOutcome], JobOutcome | None]
+    locked: bool = False
 
 
 def supervise(
@@ -88,7 +104,7 @@ def supervise(
     Call it in a process of its own that leads its session and has no threads. `enter` becomes the job in the forked
     child and never returns; the default replaces the child by argv. Returns None, having done nothing, if the attempt
     has already begun. Raises RunDirError if the attempt cannot be read or its outcome cannot be written. With `start`
-    the lock may be another's: of an older copy that nobody can reach.
+    the lock may be another's, unless it says otherwise: of an older copy that nobody can reach.
     """
     job, run_dir = rundir.read_job(folder), folder.parent.parent
     if start is not None:
@@ -99,19 +115,22 @@ def supervise(
     try:
         lock.acquire()
     except rundir.LockHeld:  # another supervisor of this attempt was faster, or the attempt was just given up
-        if start is None:
+        if start is None or start.locked:
             return None
     if (folder / rundir.SUPERVISOR_FILE).exists() or (folder / rundir.OUTCOME_FILE).exists():
         return None
     me = ProcessIdentity.of(os.getpid())
+    rundir.write_whole(folder / rundir.ALIVE_FILE, "")
+    alive = os.open(folder / rundir.ALIVE_FILE, os.O_WRONLY)
     rundir.write_json(folder / rundir.SUPERVISOR_FILE, vars(me))
     if (folder / rundir.CANCEL_FILE).exists():
         outcome = JobOutcome.unmeasured(
             job.key, int(folder.name), OutcomeKind.CANCELLED, me.host, "was cancelled before it began"
         )
+        outcome = dataclasses.replace(outcome, seconds=0.0, cpu_seconds=0.0)
     else:
         _put_aside_earlier_results(job, folder)
-        outcome = _run(job, folder, me, lock, enter or exec_argv)
+        outcome = _run(job, folder, me, lock, alive, enter or exec_argv)
     if start is not None:
         outcome = start.settle(outcome)
     if outcome is not None:
@@ -129,13 +148,13 @@ def exec_argv(job: Job) -> NoReturn:
 
 
 def _run(
-    job: Job, folder: Path, me: ProcessIdentity, lock: rundir.Lock, enter: Callable[[Job], NoReturn]
+    job: Job, folder: Path, me: ProcessIdentity, lock: rundir.Lock, alive: int, enter: Callable[[Job], NoReturn]
 ) -> JobOutcome:
     """Start the job, watch it to its end, leave nothing of it running, and say how it ended."""
     started_at, started, oom_kills = datetime.datetime.now(datetime.UTC), time.monotonic(), count_oom_kills()
     become_subreaper()
     (folder / STDERR_LOG).touch()  # a job that is stopped at once may not come to open it
-    watch = _Watch(_fork_worker(job, folder, lock, enter))
+    watch = _Watch(_fork_worker(job, folder, lock, enter), alive)
     xids = XidLog() if job.resources.gpus else None
     memory = _sample_gpus(job, folder)
     watch.sampler = memory.pid if memory else None
@@ -218,9 +237,9 @@ def _wait(job: Job, folder: Path, watch: _Watch) -> int:
     """Wait for the job's first process, stopping its group when it must, and return its wait status."""
     deadline, watchdog = time.monotonic() + job.time_limit_s, Watchdog(job, folder)
     while True:
-        # The kernel refuses very long waits.
-        wait_s = max(0.0, min(deadline - time.monotonic(), watchdog.tick_s, 3600.0))
+        wait_s = max(0.0, min(deadline - time.monotonic(), watchdog.tick_s, rundir.ALIVE_EVERY_S))
         received = signal.sigtimedwait(_STOP_SIGNALS | {signal.SIGCHLD}, wait_s)
+        watch.sign()
         watch.reap()
         if watch.status is not None:
             return watch.status

@@ -5,28 +5,24 @@ not exceed a budget. Once a job has ended, what it took is charged and the rest 
 exceeded, and none is reset: what was used is read from the ledger's ended stages and the attempts of those still open,
 whatever a candidate is called and however often the controller starts.
 
+What nobody measured is charged at its worst: all its cores where processor time is not known, and where an end was not
+seen all cores and GPUs from the begin to the last sign of life (`launch.starts`), at most up to the job's limit.
+
 Charged is what the campaign starts from its opening on. Its ground (substrate, origin), built once and shared by
 campaigns, is not.
 """
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_evolve.constitution import Budgets
-from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind, Resources
-from megatron_evolve.launch.rundir import (
-    OUTCOME_FILE,
-    SUPERVISOR_FILE,
-    DamagedFile,
-    attempt_dir,
-    latest_attempt,
-    read_job,
-    read_outcome,
-)
+from megatron_evolve.launch.job import Job, JobOutcome, Resources
+from megatron_evolve.launch.rundir import OUTCOME_FILE, DamagedFile, attempt_dir, latest_attempt, read_job, read_outcome
+from megatron_evolve.launch.starts import life_s
 from megatron_evolve.ledger import Event
 
 
@@ -61,15 +57,12 @@ def most_of(job: Job) -> Spend:
     return Spend.most(job.resources, job.time_limit_s + job.grace_s)
 
 
-def spent_by(job: Job, outcome: JobOutcome, unseen_s: float | None = None) -> Spend:
-    """What an attempt took. One that nobody watched to its end is charged `unseen_s`, or its whole time limit."""
-    if outcome.seconds is not None:
-        return Spend(outcome.seconds, outcome.cpu_seconds or 0.0, outcome.seconds * job.resources.gpus)
-    if outcome.kind is not OutcomeKind.LOST:  # called off before it began
-        return Spend()
-    limit_s = most_of(job).seconds
-    seconds = limit_s if unseen_s is None else min(max(0.0, unseen_s), limit_s)
-    return Spend.most(job.resources, seconds)
+def spent_by(job: Job, outcome: JobOutcome, folder: Path) -> Spend:
+    """What an attempt took whose folder this is. One that never began took nothing, whatever it is called."""
+    if outcome.seconds is None:
+        return Spend.most(job.resources, min(life_s(folder), most_of(job).seconds))
+    most = Spend.most(job.resources, outcome.seconds)
+    return most if outcome.cpu_seconds is None else replace(most, cpu_seconds=outcome.cpu_seconds)
 
 
 def spent_before(job: Job, attempt: int | None = None) -> Spend:
@@ -81,22 +74,20 @@ def spent_before(job: Job, attempt: int | None = None) -> Spend:
 
 def spent_in_all(job: Job, outcome: JobOutcome) -> Spend:
     """What all attempts at a job took, the last one ended as told."""
-    known = (attempt_dir(job.run_dir, outcome.attempt) / OUTCOME_FILE).exists()
-    return spent_before(job, outcome.attempt + known) + (Spend() if known else spent_by(job, outcome))
+    folder = attempt_dir(job.run_dir, outcome.attempt)
+    known = (folder / OUTCOME_FILE).exists()
+    return spent_before(job, outcome.attempt + known) + (Spend() if known else spent_by(job, outcome, folder))
 
 
 def _spent_in(folder: Path) -> Spend:
     asked = read_job(folder)
-    begun, ended = folder / SUPERVISOR_FILE, folder / OUTCOME_FILE
     try:
         outcome = read_outcome(folder)
     except DamagedFile:
         return most_of(asked)
     if outcome is None:  # it runs, or was never begun
         return Spend()
-    # Its supervisor was gone when this was written, so the time between the two holds the job's life.
-    unseen_s = ended.stat().st_mtime - begun.stat().st_mtime if begun.exists() else 0.0
-    return spent_by(asked, outcome, unseen_s)
+    return spent_by(asked, outcome, folder)
 
 
 @dataclass

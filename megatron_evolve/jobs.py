@@ -31,6 +31,7 @@ from megatron_evolve.launch.rundir import (
     read_json,
     read_outcome,
 )
+from megatron_evolve.launch.slurm_queue import SlurmError
 from megatron_evolve.placement import Placement
 from megatron_evolve.retries import Paused, Retries
 from megatron_evolve.substrate.digest import digest_file
@@ -183,8 +184,8 @@ def drive(
 
     When `stop` turns true, or a budget is spent (`account.spent` then says so), nothing new is started and what runs is
     waited for. Without `retries` what failed before this call is forgotten. Raises RunDirError when a job found its
-    disk full: it is tried again when the campaign goes on. Raises Paused when the machine fails job after job, or
-    others fill its GPUs.
+    disk full: it is tried again when the campaign goes on. Raises Paused when the machine fails job after job, others
+    fill its GPUs, or Slurm refuses a job.
     """
     work = _Work(ground, launcher, stop, retries or Retries(kept=False), account or Account())
     for run, stage in runs:
@@ -253,7 +254,7 @@ class _Work:
         self.looks += 1
         try:
             states = self.launcher.poll(list(self.open))
-        except GpusFilled as error:
+        except (GpusFilled, SlurmError) as error:
             raise Paused(str(error), {}) from error
         for key, state in states.items():
             one = self.open[key]

@@ -4,6 +4,7 @@ Known without the weights: the shapes of the model and the recipe that the searc
 the arithmetic of a run and the reach of a delta can be held against the site's GPUs and time limits.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def check_campaign(campaign: Campaign, site: Site, store: Path, *, new: bool) ->
     found = preflight(campaign, site, store)
     placement = found.placement
     if site.launcher == "slurm":
-        _check_queue(campaign, placement)
+        _check_queue(campaign, placement, new=new)
     elif site.launcher == "kubernetes":  # its nodes are elsewhere, so what jobs need is looked for there
         kubernetes_launcher(site)
     else:
@@ -162,16 +163,24 @@ def _check_machine(campaign: Campaign, site: Site, placement: Placement) -> None
         )
 
 
-def _check_queue(campaign: Campaign, placement: Placement) -> None:
-    """Asks Slurm whether it would take the campaign's jobs, without submitting any. Raises ValueError where not."""
+def _check_queue(campaign: Campaign, placement: Placement, *, new: bool) -> None:
+    """Asks Slurm whether it would take the campaign's jobs, without submitting any. Raises ValueError where not.
+
+    One that goes on is only told of: it may have nothing to submit, and what Slurm refuses in earnest pauses it.
+    """
     for trains in (True, False):
         asked = placement.resources(trains=trains)
         limit, grace = campaign.constitution.limits.run_seconds, placement.site.grace_seconds
         job = LaunchJob("check", ("true",), Path("/"), limit, "done", resources=asked, grace_s=grace)
         try:
             slurm_queue.check(slurm.render(job, placement.site.queue).text)
-        except slurm_queue.SlurmSilent as silence:
-            raise ValueError(f"Slurm does not answer here: {silence}; start the campaign once it does") from silence
+        except (slurm_queue.SlurmSilent, slurm_queue.SlurmError) as trouble:
+            if not new:
+                print(f"Slurm would take no job now: {trouble}; the campaign goes on", file=sys.stderr)
+            elif isinstance(trouble, slurm_queue.SlurmError):
+                raise
+            else:
+                raise ValueError(f"Slurm does not answer here: {trouble}; start the campaign once it does") from trouble
 
 
 def expect(spec: SubstrateSpec, store: Path) -> Expected:

@@ -2,15 +2,15 @@
 
     FakeLauncher (dies with the controller) --messages--> Cluster (outlives it)
 
-A job's own ending is drawn from its key, so it belongs to the campaign. What befalls its attempts (lost, disk full,
-messages lost or sent twice) is drawn from the schedule, so it does not; nor does how often an attempt is made again, so
-such attempts cost nothing, unless the cluster `charges` them.
+A job's own ending, and what of its time is known, are drawn from its key, so they belong to the campaign. What befalls
+its attempts (lost, disk full, messages lost or sent twice) is drawn from the schedule, so it does not; nor does how
+often an attempt is made again, so such attempts cost nothing, unless the cluster `charges` them.
 """
 
 import json
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_evolve.budget import Spend
@@ -21,6 +21,7 @@ from megatron_evolve.launch.job import INFRASTRUCTURE_KINDS, Job, JobOutcome, Jo
 from megatron_evolve.launch.rundir import RunDirError
 from tests.faults.files import FaultyFiles
 from tests.faults.invented import comparison, rows_of
+from tests.faults.lives import leave
 
 HOST = "nowhere"
 ROOM = 3  # jobs that run at one time
@@ -92,6 +93,7 @@ class Cluster:
     charges: bool = False  # for attempts that are made again
     budget: Spend | None = None  # no attempt may begin that could exceed it
     spent: Spend = field(default_factory=Spend)
+    took: dict[str, list[tuple[Spend, Spend]]] = field(default_factory=dict)  # each attempt, and its most with doubts
     exceeded: list[str] = field(default_factory=list)
     losses: dict[str, int] = field(default_factory=dict)
     now: float = 0.0
@@ -163,13 +165,21 @@ class Cluster:
             _write_results(job, kind)
             self.finished[job.key] = self.finished.get(job.key, 0) + 1
             kind = OutcomeKind.FINISHED.value
-        seconds = random.Random(f"cost of {job.key}").uniform(1, 20)
-        if not self.charges and (kind in AGAIN or reason == DISK_FULL):
+        seconds, doubt_s = random.Random(f"cost of {job.key}").uniform(1, 20), 0.0
+        again = kind in AGAIN or reason == DISK_FULL
+        if again and not self.charges:
             seconds = 0.0
-        self.spent += Spend(seconds, seconds, seconds * job.resources.gpus)
         outcome = JobOutcome(
             job.key, OutcomeKind(kind), None, None, seconds, seconds, None, HOST, one.number, None, reason
         )
+        if seconds:
+            lot = random.Random(f"life of {job.key}" + f" {one.number}" * again)
+            outcome, doubt_s = leave(rundir.attempt_dir(job.run_dir, one.number), outcome, lot)
+        took = Spend(seconds, seconds, seconds * job.resources.gpus)
+        most = Spend.most(job.resources, seconds + doubt_s)
+        self.spent += took
+        known = outcome.cpu_seconds is not None
+        self.took.setdefault(job.key, []).append((took, replace(most, cpu_seconds=seconds) if known else most))
         rundir.write_outcome(job.run_dir, outcome)
 
     def happens(self, trouble: str, key: str) -> bool:

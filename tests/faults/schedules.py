@@ -25,10 +25,11 @@ from unittest import mock
 
 from megatron_evolve import ledger as ledger_module
 from megatron_evolve.artefacts import check_file
-from megatron_evolve.budget import Spend
+from megatron_evolve.budget import Spend, of_end
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.desk import Stopped
 from megatron_evolve.evidence import kept_evidence
+from megatron_evolve.launch import starts
 from megatron_evolve.launch.rundir import Lock, RunDirError, make_folder
 from megatron_evolve.ledger import Event, read_ledger
 from megatron_evolve.policy import kept_policy
@@ -37,6 +38,7 @@ from megatron_evolve.workers import seam
 from tests.faults.cluster import Cluster, FakeLauncher, Troubles
 from tests.faults.files import DEADLY, FAULTS, Fault, FaultyFiles, Killed
 from tests.faults.invented import Invented, answer, campaign, origin
+from tests.faults.lives import SIGN_EVERY_S
 
 STORIES = 8  # different campaigns that schedules are laid over
 TURNS = 70  # after so many schedules of each story, every kind of step of any story was struck
@@ -78,6 +80,7 @@ def world(files: FaultyFiles, cluster: Cluster) -> Iterator[None]:
         mock.patch.object(time, "monotonic", lambda: cluster.now),
         mock.patch.object(ledger_module, "datetime", Clock),
         mock.patch.object(seam, "_run", worker),
+        mock.patch.object(starts, "ALIVE_EVERY_S", SIGN_EVERY_S),
         files,
     ):
         yield
@@ -260,19 +263,17 @@ def check_files(story: Invented, event: Event) -> None:
 
 
 def check_sums(played: Played) -> None:
-    """A stage is charged what its attempts took, and nothing began that could exceed a budget."""
-    root = played.told.folder.root
-    taken: dict[str, list[float]] = {}
-    for path in root.rglob("attempts/*/outcome.json"):
-        outcome = json.loads(path.read_bytes())
-        taken.setdefault(outcome["key"], []).append(outcome["cpu_seconds"])
-    charged = 0.0
+    """A stage is charged what its attempts took, each once, and nothing began that could exceed a budget.
+
+    Where nobody measured, it is charged no less, and more only by the time that a sign of life was due.
+    """
     for event in read_ledger(played.told.folder.ledger):
         if event.kind == "ended":
-            total = event.data["end"]["cpu_seconds"]
-            assert abs(total - sum(taken[event.key])) < 1e-5, f"{event.key} took {taken[event.key]}, charged {total}"
-            charged += total
-    assert charged <= played.cluster.spent.cpu_seconds + 1e-3
+            attempts = played.cluster.took[event.key]
+            least, most = (sum(one, Spend()) for one in zip(*attempts, strict=True))
+            for name, charged in vars(of_end(event.data["end"])).items():
+                fits = getattr(least, name) - 1e-5 < charged < getattr(most, name) + 1e-5
+                assert fits, f"{event.key} took {attempts}, charged {name} {charged}"
     assert not played.cluster.exceeded, f"begun though a budget could be exceeded: {played.cluster.exceeded}"
 
 

@@ -15,6 +15,7 @@ from megatron_evolve.launch.fence import (
     fence_environment,
     raise_fence,
     read_fence,
+    shut_out,
 )
 from megatron_evolve.launch.rundir import DamagedFile, RunDirError
 
@@ -37,6 +38,18 @@ def test_of_one_start_only_one_job_has_the_folder(tmp_path: Path) -> None:
     raise_fence(tmp_path, Token(1, 0, "17"))
     with pytest.raises(Fenced):
         raise_fence(tmp_path, Token(1, 0, "18"))
+
+
+def test_no_start_of_an_attempt_that_was_given_up_takes_the_folder(tmp_path: Path) -> None:
+    raise_fence(tmp_path, Token(1, 0, "17"))
+    for _ in range(2):
+        shut_out(tmp_path, 1, "us")
+        for late in (Token(1, 1, "17"), Token(1, 10**6, "17")):
+            with pytest.raises(Fenced, match="no further start of attempt 1 by us has it"):
+                raise_fence(tmp_path, late)
+    raise_fence(tmp_path, Token(2, 0, "18"))
+    shut_out(tmp_path, 1, "us")
+    assert read_fence(tmp_path) == Token(2, 0, "18"), "and its successor is left alone"
 
 
 def test_a_copy_is_told_once_it_is_overtaken(tmp_path: Path) -> None:

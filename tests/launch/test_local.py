@@ -314,6 +314,27 @@ def test_a_resumed_launcher_knows_whose_gpus_are_taken(
         assert ending_of(launcher, "b").kind is OutcomeKind.FINISHED
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_attempt_of_a_cluster_s_launcher_that_is_gone_is_lost_and_tried_again_here(
+    begun: bool, make_job: Callable[..., Job], ending_of: Callable, tmp_path: Path
+) -> None:
+    """A campaign that goes on with another site: no GPUs of this machine were given to it, which was a traceback."""
+    job = make_job("a", 'echo "$CUDA_VISIBLE_DEVICES" > $RUN/done', resources=Resources(gpus=2))
+    folder = rundir.prepare_attempt(job, 1)
+    if begun:
+        there = {"pid": 1, "start_ticks": 1, "boot_id": "another", "host": "there"}
+        rundir.write_json(folder / rundir.SUPERVISOR_FILE, there)
+        with rundir.Lock(job.run_dir / rundir.LOCK_FILE), LocalLauncher(2, tmp_path, devices=("0", "1")) as launcher:
+            launcher.submit(job)
+            assert launcher.poll("a") == {"a": "running"}, "a node that holds the lock is at it"
+    with LocalLauncher(2, tmp_path / "state", devices=("0", "1")) as launcher:
+        launcher.submit(job)
+        assert launcher.poll("a")["a"].kind is OutcomeKind.LOST
+        launcher.submit(job, 2)
+        assert ending_of(launcher, "a").kind is OutcomeKind.FINISHED
+    assert (job.run_dir / "done").read_text() == "0,1\n"
+
+
 def test_an_unwritable_run_folder_is_one_sentence(
     launcher: LocalLauncher, make_job: Callable[..., Job], tmp_path: Path
 ) -> None:

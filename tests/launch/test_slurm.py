@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_evolve.launch import rundir, slurm_queue
-from megatron_evolve.launch.fence import Token, raise_fence, read_fence
+from megatron_evolve.launch import rundir, slurm_queue, starts
+from megatron_evolve.launch.fence import Fenced, Token, check_fence, fence_environment, raise_fence, read_fence
 from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind, Resources
 from megatron_evolve.launch.slurm import SCRIPTS, Container, Queue, inside, name_of, render, render_array, shape
+from megatron_evolve.launch.slurm_batch import job_id
 from megatron_evolve.launch.slurm_launcher import SlurmLauncher
 
 NODE = Queue(gpus_per_node=8)
@@ -167,6 +168,14 @@ def test_a_second_job_for_an_attempt_does_nothing(tmp_path: Path) -> None:
     assert read_fence(one.run_dir) == Token(1, 0, "17")
 
 
+def test_a_task_of_an_array_is_never_called_by_a_number_that_means_all_tasks() -> None:
+    """The last task has the array's number as its own."""
+    last = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"}
+    assert job_id(last) == "17_2"
+    assert job_id(last | {"SLURM_JOB_ID": "18", "SLURM_ARRAY_TASK_ID": "0"}) == "17_0"
+    assert job_id({"SLURM_JOB_ID": "17"}) == "17"
+
+
 def test_an_overtaken_start_runs_nothing_and_records_nothing(tmp_path: Path) -> None:
     one = job(tmp_path, "/bin/sh", "-c", f"touch {tmp_path}/ran")
     one.run_dir.mkdir()
@@ -195,11 +204,76 @@ def test_a_restart_of_a_job_that_had_finished_only_records_it(tmp_path: Path) ->
 def test_each_start_is_judged_by_its_own_words_and_no_job_is_started_for_ever(tmp_path: Path) -> None:
     one = job(tmp_path, "/bin/sh", "-c", 'echo "start $SLURM_RESTART_COUNT" >&2; exit 75')
     folder = rundir.prepare_attempt(one, 1)
+    raise_fence(one.run_dir, Token(1, 198, "17"))
     (folder / "stderr.log").write_text("OutOfMemoryError: of the start before\n")
     outcome = start(one, restart=199)
     assert outcome.kind is OutcomeKind.LOST and outcome.reason.endswith("it has been started 200 times")
     assert (folder / "stderr.log").read_text() == "start 199\n"
     assert (folder / "starts/198.stderr.log").exists() and (folder / "starts/199.json").exists()
+
+
+def sign(folder: Path, lived_s: float) -> None:
+    """What a start leaves whose node died after so long."""
+    rundir.write_json(folder / rundir.SUPERVISOR_FILE, {"pid": 1, "start_ticks": 1, "boot_id": "b", "host": "there"})
+    (folder / rundir.ALIVE_FILE).touch()
+    last_s = (folder / rundir.ALIVE_FILE).stat().st_mtime
+    os.utime(folder / rundir.SUPERVISOR_FILE, (last_s - lived_s,) * 2)
+
+
+def test_the_time_of_a_start_that_died_with_its_node_counts_against_the_limit(tmp_path: Path) -> None:
+    one = job(tmp_path, "/bin/sh", "-c", "sleep 20")  # of 90 s
+    folder = rundir.prepare_attempt(one, 1)
+    raise_fence(one.run_dir, Token(1, 0, "17"))
+    sign(folder, lived_s=80.0)
+    outcome = start(one, restart=1)
+    assert outcome.kind is OutcomeKind.TIMED_OUT and outcome.seconds is None
+    assert starts.life_s(folder) == pytest.approx(80 + rundir.ALIVE_EVERY_S + 1, abs=3)
+
+
+def test_what_slurm_alone_saw_end_is_not_said_to_be_measured_and_counts_with_all_its_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its recorded start was all that was told: the hours of the one that was lost were nobody's."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho '17|17|NODE_FAIL|n1|None|name'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    one = job(tmp_path)
+    folder = rundir.prepare_attempt(one, 1)
+    rundir.write_json(folder / "submission.json", {"name": "name", "index": None, "job": "17"})
+    sign(folder, lived_s=9.0)
+    first = JobOutcome.unmeasured(one.key, 1, OutcomeKind.LOST, "there", "was told to stop")
+    starts.record(folder, 0, dataclasses.replace(first, seconds=7.0, cpu_seconds=7.0))
+    starts.put_aside(folder, 0)
+    sign(folder, lived_s=50.0)
+    launcher = SlurmLauncher(NODE, tmp_path, settle_s=0.0)
+    launcher.submit(one)
+    outcome = launcher.poll([one.key])[one.key]
+    assert outcome.kind is OutcomeKind.LOST and outcome.seconds is None and outcome.cpu_seconds is None
+    assert starts.life_s(folder) == pytest.approx(7 + 50 + rundir.ALIVE_EVERY_S)
+
+
+def test_a_start_that_begins_while_its_attempt_is_given_up_writes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked for an end before there was one; with the fence in its hand its end would have overwritten that."""
+    one = job(tmp_path)
+    folder = rundir.prepare_attempt(one, 1)
+    raise_fence(one.run_dir, Token(1, 0, "17"))
+    rundir.write_json(folder / "submission.json", {"name": "name", "index": None, "job": "17"})
+    begins, real = fence_environment(one.run_dir, Token(1, 1, "17")), rundir.write_outcome
+
+    def begun_before_it(*words: object) -> None:
+        rundir.write_json(one.run_dir / "fence.json", {"attempt": 1, "start": 1, "holder": "17"})
+        real(*words)
+
+    monkeypatch.setattr(rundir, "write_outcome", begun_before_it)
+    monkeypatch.setattr(slurm_queue, "queue", lambda: ())
+    launcher = SlurmLauncher(NODE, tmp_path, settle_s=0.0)
+    launcher.submit(one)
+    assert launcher.poll([one.key])[one.key].kind is OutcomeKind.LOST
+    with pytest.raises(Fenced):
+        check_fence(begins)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

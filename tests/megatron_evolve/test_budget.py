@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -90,25 +91,31 @@ def test_the_ledger_alone_tells_what_was_used() -> None:
     assert Account.of(Budgets(gpu_hours=800), spent).refusal(job_of("a")) == "all of it", "once spent it stays so"
 
 
-def test_an_attempt_that_nobody_watched_is_charged_for_the_time_it_can_have_lived(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", OutcomeKind)
+def test_an_end_that_nobody_saw_is_charged_up_to_its_last_sign_of_life(kind: OutcomeKind, tmp_path: Path) -> None:
+    """Whatever it is called: Slurm's TIMEOUT and OUT_OF_MEMORY and Kubernetes' OOMKilled cost nothing before."""
     job = job_of("a", tmp_path)
-    lost = JobOutcome.unmeasured("a", 1, OutcomeKind.LOST, "host", "its supervisor ended without an outcome")
     folder = prepare_attempt(job, 1)
-    write_outcome(tmp_path, lost)
+    write_outcome(tmp_path, JobOutcome.unmeasured("a", 1, kind, "host", "nobody saw it end"))
     assert spent_before(job) == Spend(), "it never began"
     write_json(folder / "supervisor.json", {})
-    for lived_s, charged_s in ((40.0, 40.0), (5000.0, 100.0)):
-        at = (folder / "outcome.json").stat().st_mtime - lived_s
+    (folder / "alive").touch()
+    for lived_s, charged_s in ((40.0, 60.0), (5000.0, 100.0)):  # a sign was due every 20 s; its limit and grace are 100
+        at = (folder / "alive").stat().st_mtime - lived_s
         os.utime(folder / "supervisor.json", (at, at))
-        found = spent_before(job)
-        assert (found.seconds, found.cpu_seconds, found.gpu_seconds) == pytest.approx(
-            (charged_s, 4 * charged_s, 2 * charged_s)
-        )
+        assert vars(spent_before(job)) == pytest.approx(vars(Spend.most(job.resources, charged_s)))
     (folder / "outcome.json").write_text("{")
     assert spent_before(job) == most_of(job), "and the whole limit where its outcome is damaged"
-    called_off = JobOutcome.unmeasured("a", 1, OutcomeKind.CANCELLED, "host", "was cancelled before it began")
-    write_outcome(tmp_path, called_off)
-    assert spent_before(job) == Spend()
+
+
+def test_processor_time_that_nobody_took_is_that_of_all_cores(tmp_path: Path) -> None:
+    """Ranks under srun, and any job under pyxis: their CPU-hours were free."""
+    job = job_of("a", tmp_path)
+    prepare_attempt(job, 1)
+    ended = JobOutcome.unmeasured("a", 1, OutcomeKind.FINISHED, "host", "")
+    for cpu_seconds, charged_s in ((None, 120.0), (7.0, 7.0)):
+        write_outcome(tmp_path, replace(ended, seconds=30.0, cpu_seconds=cpu_seconds))
+        assert spent_before(job) == Spend(30.0, charged_s, 60.0)
 
 
 def test_what_would_exceed_the_budget_is_not_started_and_no_new_name_helps(tmp_path: Path) -> None:

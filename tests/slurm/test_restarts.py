@@ -1,13 +1,16 @@
-"""What Slurm starts again: a preempted job, one told to stop, one whose node died, and the copy that lives on there."""
+"""What Slurm starts again: a preempted job, one told to stop, alone or in an array, one whose node died, and the copy
+that lives on there."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_evolve.launch import rundir
-from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind
+from megatron_evolve.launch import rundir, slurm_queue
+from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind, Resources
+from megatron_evolve.launch.rundir import ALIVE_EVERY_S
 from megatron_evolve.launch.slurm_launcher import SUBMISSION_FILE, SlurmLauncher
+from megatron_evolve.launch.starts import life_s
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ends, running, states, until
 
@@ -28,6 +31,22 @@ while not told:
     signal.sigtimedwait([signal.SIGUSR2], 0.1)
 (run / "saved").touch()
 sys.exit(75)
+"""
+
+# Rank 0 of 2 keeps count of starts; the second one finishes. The first waits to be told to stop, or for the file `go`.
+RANK = """
+import os, signal, sys
+from pathlib import Path
+run, told = Path(os.environ["RUN"]), []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+if os.environ["SLURM_PROCID"] == "0":
+    with open(run / "starts", "a") as file:
+        file.write(os.environ.get("SLURM_RESTART_COUNT", "0") + "\\n")
+while "SLURM_RESTART_COUNT" not in os.environ and not (run / "go").exists():
+    signal.sigtimedwait([signal.SIGUSR2], 0.1)
+    if told:
+        sys.exit(75)
+(run / "done").touch()
 """
 
 # The first start never ends by itself, but stops once a later one has taken its folder; that one waits to see it.
@@ -91,6 +110,31 @@ def test_a_job_told_to_stop_is_put_back_and_goes_on(
     assert outcome.cpu_seconds == pytest.approx(first.cpu_seconds + second.cpu_seconds)
 
 
+def test_a_task_of_an_array_that_is_told_to_stop_is_put_back_alone(
+    make_launcher: MakeLauncher, python_job: PythonJob, cluster: Cluster
+) -> None:
+    """The last task goes by the array's number: its ranks, its state and its requeue must not be those of all tasks."""
+    launcher = make_launcher(throttle=3)
+    jobs = [python_job(f"task-{number}", RANK, resources=Resources(2, 0, tasks=2)) for number in range(3)]
+    for job in jobs:
+        launcher.submit(job)
+    running(launcher, *jobs)
+    until(lambda: all(map(started, jobs)), "their start")
+    array = slurm_job(jobs[0]).partition("_")[0]
+    numbers = {row.id: row.number for row in slurm_queue.queue()}
+    (last,) = [job for job in jobs if numbers[slurm_job(job)] == array]
+    ended, runs = [job for job in jobs if job is not last]
+    (ended.run_dir / "go").touch()
+    assert ends(launcher, ended)[0].kind is OutcomeKind.FINISHED
+    cluster.run("scancel", "--signal=TERM", "--batch", slurm_job(last))
+    (outcome,) = ends(launcher, last)
+    assert outcome.kind is OutcomeKind.FINISHED and outcome.attempt == 1, outcome.reason
+    assert states(launcher, runs) == ["running"]
+    (runs.run_dir / "go").touch()
+    assert ends(launcher, runs)[0].kind is OutcomeKind.FINISHED
+    assert [started(job) for job in (ended, runs, last)] == ["0\n", "0\n", "0\n1\n"]
+
+
 def test_a_preempted_job_saves_and_goes_on(
     make_launcher: MakeLauncher, python_job: PythonJob, make_job: Callable[..., Job], cluster: Cluster
 ) -> None:
@@ -129,6 +173,8 @@ def test_a_node_that_dies_and_one_that_is_only_lost_from_sight(
     for outcome, job, node in zip(outcomes, (dead, lost), nodes, strict=True):
         assert outcome.kind is OutcomeKind.FINISHED and outcome.attempt == 1 and outcome.host != node
         assert started(job) == "0\n1\n"
+        assert outcome.seconds is None, "what its first start took nobody measured"
+        assert life_s(job.run_dir / "attempts/1") - start_of(job, 1).seconds > ALIVE_EVERY_S - 0.001
     assert not (dead.run_dir / "fenced").exists()
     assert "start 1 of attempt 1" in (lost.run_dir / "fenced").read_text()
     said = (lost.run_dir / "attempts/1" / rundir.SUPERVISOR_LOG).read_text()

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("kubernetes", reason="the official client is the optional extra [k8s]")
 
+from megatron_evolve.launch import rundir
+from megatron_evolve.launch.fence import Token, raise_fence
 from megatron_evolve.launch.job import Job, OutcomeKind, Resources
 from megatron_evolve.launch.kubernetes import KubernetesLauncher
 from megatron_evolve.launch.kubernetes_manifest import object_name
@@ -35,10 +37,42 @@ def test_ranks_of_several_pods_know_their_place(
     second = cluster.start(job_path(job), 1)
     assert first.wait(20) == 0 and second.wait(20) == 0
     assert cluster.start(job_path(job), 1).wait(20) == 0  # a pod put in the place of one that had begun does nothing
-    assert ending_of(launcher, "a").kind is OutcomeKind.FINISHED
+    outcome = ending_of(launcher, "a")
+    assert outcome.kind is OutcomeKind.FINISHED and outcome.seconds > 0
+    assert outcome.cpu_seconds is None, "pod 0 knows of its own ranks alone"
     place = [(job.run_dir / f"rank{rank}").read_text().split() for rank in range(4)]
     host = f"{object_name(job, 1)}-0.megatron-evolve"
     assert place == [[str(rank), "4", str(rank % 2), host, "29500"] for rank in range(4)]
+
+
+LIVES_ON = """
+import os, time
+from pathlib import Path
+from megatron_evolve.launch.fence import Fenced, check_fence
+run, rank = Path(os.environ["RUN"]), os.environ.get("RANK", "0")
+(run / f"up{rank}").touch()
+try:
+    while True:
+        check_fence()
+        time.sleep(0.05)
+except Fenced:
+    (run / f"fenced{rank}").touch()
+"""
+
+
+@pytest.mark.parametrize(("resources", "pods"), [(Resources(), 1), (WIDE, 2)])
+def test_a_pod_that_lives_on_is_shut_out_by_the_next_attempt(
+    resources: Resources, pods: int, cluster: FakeCluster, launcher: KubernetesLauncher, python_job, wait_until
+) -> None:
+    """Deleted by force behind a partition, with its lock lost: it wrote on into the folder of its successor."""
+    job = python_job("a", LIVES_ON, resources=resources)
+    launcher.submit(job)
+    begun = [cluster.start(job_path(job), index) for index in range(pods)]
+    wait_until(lambda: len(list(job.run_dir.glob("up*"))) == resources.tasks, "all ranks to run")
+    raise_fence(job.run_dir, Token(2, 0, "a pod on another node"))
+    assert [pod.wait(20) for pod in begun] == [0] * pods
+    assert len(list(job.run_dir.glob("fenced*"))) == resources.tasks
+    assert rundir.read_outcome(rundir.attempt_dir(job.run_dir, 1)) is None, "and records nothing"
 
 
 @pytest.mark.parametrize("failing", [0, 3])
