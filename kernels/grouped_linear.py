@@ -48,6 +48,8 @@ def counts_on_device(counts_E: Tensor | Sequence[int], x: Tensor, num_rows: int,
         )
     if W[0].dtype != x.dtype:
         raise ValueError(f"rows and matrices must share a dtype; got {x.dtype} and {W[0].dtype}: cast one of them")
+    if W[0].device != x.device:
+        raise ValueError(f"rows and matrices must share a device; got {x.device} and {W[0].device}: move one of them")
     return counts_E.to(x.device, non_blocking=True)
 
 

@@ -101,6 +101,11 @@ def test_misfits_are_named_before_a_kernel_reads_them(op, change):
         op(fused, **change)
 
 
+def test_matrices_elsewhere_are_refused():
+    with pytest.raises(ValueError, match=f"must share a device; got {DEVICE}.* and meta: move one of them"):
+        fused.grouped_linear(new(M, H), COUNTS, W.to("meta"))
+
+
 @pytest.mark.parametrize("chosen", [0, E + 1])
 @pytest.mark.parametrize("op", [router, from_tokens])
 def test_more_experts_than_there_are_cannot_be_chosen(op, chosen):
