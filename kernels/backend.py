@@ -11,7 +11,7 @@ path needs no Triton. Naming a form needs no torch.
 import ctypes
 import os
 import warnings
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -77,12 +77,29 @@ def backend(name: str) -> ModuleType:
 
     if name not in MODULES:
         raise ValueError(f"backend must be one of {', '.join(MODULES)}; got {name!r}: name one of them")
-    if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if name == "triton" and not torch.cuda.is_available() and not interpreted:
         raise ValueError(
             "the triton backend needs a CUDA device; torch finds none: use the eager backend, or set "
             "TRITON_INTERPRET=1 first (slow, for tests)"
         )
+    if name == "triton" and interpreted:
+        _check_interpreter(metadata.version("triton"), metadata.version("numpy"))
     return import_module(f"megatron_evolve.kernels.{MODULES[name]}")
+
+
+def _check_interpreter(triton: str, numpy: str) -> None:
+    """Triton before 3.7 makes a loop's bound an int from an array of one number, which numpy refuses since 2.4."""
+    if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+        raise ValueError(
+            f"Triton's interpreter before 3.7 needs numpy before 2.4; got triton {triton} and numpy {numpy}: "
+            "pip install 'numpy<2.4', or a newer triton"
+        )
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def chunk_rows(form: str, W_VH: "Tensor") -> int:

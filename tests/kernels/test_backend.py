@@ -47,6 +47,19 @@ def test_triton_without_a_device():
     )
 
 
+def test_an_interpreter_that_its_numpy_fails_is_refused(monkeypatch):
+    versions = {"triton": "3.6.0+git1", "numpy": "2.4.0rc1"}
+    monkeypatch.setattr(forms.metadata, "version", versions.get)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match=r"before 3.7 needs numpy before 2.4; got triton 3.6.0\+git1 and numpy 2.4.0"):
+        backend("triton")
+    for change in ({"numpy": "2.3.5"}, {"triton": "3.7.0"}, {"triton": "3.10.1"}):
+        monkeypatch.setattr(forms.metadata, "version", (versions | change).get)
+        assert backend("triton") is fused
+    monkeypatch.setattr(forms.metadata, "version", versions.get)
+    assert backend("eager") is eager
+
+
 def test_auto_is_the_fused_form_where_a_device_is(monkeypatch):
     assert resolved("reference") == "reference"
     monkeypatch.setattr(forms, "block_bytes", lambda: H100)
