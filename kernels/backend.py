@@ -4,8 +4,10 @@
     eager       plain PyTorch made fast: the CPU path, and a GPU's where Triton is missing or a tile does not fit
     triton      fused kernels: a CUDA device, or Triton's interpreter for tests
 
-A backend is a module with the functions of `reference`. The kernels' module is imported when it is asked for: the CPU
-path needs no Triton. Naming a form needs no torch.
+A backend is a module with the functions that callers choose between: router, route_plan, experts_of_chunks, permute,
+unpermute, grouped_linear, grouped_experts, linear_cross_entropy. Not of all three are weighted_squared_relu (reference,
+eager), gated_rms_norm (reference, triton), routed_experts and router_from_tokens (triton). The kernels' module is
+imported when it is asked for: the CPU path needs no Triton. Naming a form needs no torch.
 """
 
 import ctypes

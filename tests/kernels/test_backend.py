@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,11 +24,15 @@ def test_each_name_is_its_module():
     assert [backend(name) for name in ("reference", "eager", "triton")] == [reference, eager, fused]
 
 
-def test_every_backend_has_the_same_functions():
+def test_every_backend_has_the_functions_that_the_page_says():
+    types = {"GroupedLora", "RoutePlan"}
     shared = {"router", "route_plan", "experts_of_chunks", "permute", "unpermute", "grouped_linear", "grouped_experts"}
-    shared |= {"linear_cross_entropy", "GroupedLora", "RoutePlan"}
-    for module in (reference, eager, fused):
-        assert shared <= set(dir(module))
+    shared |= {"linear_cross_entropy"}
+    alone = {"weighted_squared_relu"}, {"gated_rms_norm"}, {"routed_experts", "router_from_tokens"}
+    assert set(eager.__all__) == types | shared | alone[0]
+    assert set(fused.__all__) == types | shared | alone[1] | alone[2]
+    assert types | shared | alone[0] | alone[1] <= set(dir(reference))
+    assert set(re.findall(r"\w+", forms.__doc__)) >= shared.union(*alone)
 
 
 def test_unknown_name():
