@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_evolve.kernels.backend import chunk_rows
+from megatron_evolve.kernels.shapes import check_shapes
 
 
 class Form(NamedTuple):
@@ -124,5 +125,6 @@ def chunked_loss(
     x_TH: Tensor, W_VH: Tensor, target_T: Tensor, first_entry: int, group: dist.ProcessGroup | None, form: Form
 ) -> Tensor:
     """Each token's loss (T,), float32 or wider, by this form."""
+    check_shapes("x", x_TH.shape, target=(target_T, x_TH.shape[:1]))
     head = _TrainedHead if W_VH.requires_grad else _FrozenHead
     return head.apply(x_TH.contiguous(), W_VH, target_T.contiguous(), first_entry, group, form)

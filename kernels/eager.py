@@ -1,4 +1,4 @@
-"""The expert path in plain PyTorch made fast: the form a CPU runs, the same functions and arguments as `reference`.
+"""The expert path in plain PyTorch made fast: the form a CPU runs, functions and arguments as in `reference`.
 
 Three things make it faster than autograd over the definition. A grouped matrix multiplies slices of the sorted
 rows straight into one output, with no gathered weights and no concatenation. The squared ReLU keeps only r = relu(h)

@@ -30,9 +30,11 @@ from megatron_evolve.kernels.grouped_product import Rows, product, rows
 from megatron_evolve.kernels.matrices import Matrices, matrices
 from megatron_evolve.kernels.permute import combine, gather
 from megatron_evolve.kernels.reference import GroupedLora, RoutePlan, check_clamp
+from megatron_evolve.kernels.shapes import check_shapes, lora_shapes, shape_of
 from megatron_evolve.kernels.tiles import Tiling, tiling
 
 Weights = Tensor | Sequence[Tensor]
+Loras = tuple[GroupedLora | None, GroupedLora | None]
 MainGrads = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
@@ -141,6 +143,7 @@ def grouped_experts(
     for the matrices; whoever owns the parameters then marks them as done (Megatron's `grad_added_to_main_grad`).
     """
     W1, W2 = parts_of(W1_EFH), parts_of(W2_EHF)
+    _check(x_MH, p_M, x_MH.shape[:1], W1, W2, (lora1, lora2), main_grads)
     tiles = tiling(counts_on_device(counts_E, x_MH, len(x_MH), W1), len(x_MH), W1[0].shape[-2:])
     return _apply(x_MH, p_M, tiles, None, W1, W2, (lora1, lora2), main_grads, clamp)
 
@@ -159,9 +162,29 @@ def routed_experts(
 ) -> Tensor:
     """The same from tokens to tokens (T, H): `permute`, `grouped_experts` and `unpermute` without the copies."""
     W1, W2 = parts_of(W1_EFH), parts_of(W2_EHF)
+    _check(x_TH, p_TK, plan.row_of_choice_TK.shape, W1, W2, (lora1, lora2), main_grads)
     num_rows = plan.row_of_choice_TK.numel()
     tiles = tiling(counts_on_device(plan.counts_E, x_TH, num_rows, W1), num_rows, W1[0].shape[-2:])
     return _apply(x_TH, p_TK, tiles, plan, W1, W2, (lora1, lora2), main_grads, clamp)
+
+
+def _check(
+    x: Tensor,
+    p: Tensor,
+    choices: Sequence[int],
+    W1: tuple[Tensor, ...],
+    W2: tuple[Tensor, ...],
+    loras: Loras,
+    main_grads: MainGrads | None,
+) -> None:
+    """All operands fit W1 and the shape of `choices`: (M,) for sorted rows, (T, K) for tokens."""
+    E, F, H = shape_of(W1)
+    operands = {"x": (x, (choices[0], H)), "p": (p, choices), "W2": (W2, (E, H, F))}
+    if main_grads is not None:
+        operands |= {"main_grads[0]": (main_grads[0], (E, F, H)), "main_grads[1]": (main_grads[1], (E, H, F))}
+    check_shapes(
+        "W1", (E, F, H), **operands, **lora_shapes("1", loras[0], E, F, H), **lora_shapes("2", loras[1], E, H, F)
+    )
 
 
 def _apply(
@@ -171,7 +194,7 @@ def _apply(
     plan: RoutePlan | None,
     W1: tuple[Tensor, ...],
     W2: tuple[Tensor, ...],
-    loras: tuple[GroupedLora | None, GroupedLora | None],
+    loras: Loras,
     main_grads: MainGrads | None,
     clamp: float | None,
 ) -> Tensor:

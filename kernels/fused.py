@@ -1,4 +1,6 @@
-"""The expert path in Triton: the functions of `reference` and `eager`, with the same arguments, from their own files.
+"""The expert path in Triton: the functions that every backend has, with the same arguments, from their own files.
+
+Besides: `gated_rms_norm`, and the layer and its router from tokens, with no logits or sorted rows between.
 
 `backend.backend` imports this: whether kernels are then compiled or interpreted is decided by Triton's own switch.
 """

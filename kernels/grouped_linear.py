@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from megatron_evolve.kernels.grouped_product import Adapter, Rows, product, rows
 from megatron_evolve.kernels.matrices import Matrices, matrices
 from megatron_evolve.kernels.reference import GroupedLora
+from megatron_evolve.kernels.shapes import check_shapes, lora_shapes, shape_of
 from megatron_evolve.kernels.tiles import Tiling, tiling
 from megatron_evolve.kernels.weight_gradient import weight_gradient
 
@@ -37,7 +38,7 @@ def counts_on_device(counts_E: Tensor | Sequence[int], x: Tensor, num_rows: int,
 
     Raises ValueError when they do not name the experts, or, where the host holds them, do not sum to the rows.
     """
-    num_experts = len(W[0]) if W[0].dim() == 3 else len(W)
+    num_experts = shape_of(W)[0]
     counts_E = counts_E if isinstance(counts_E, Tensor) else torch.tensor(counts_E, dtype=torch.int32)
     total = counts_E.sum().item() if counts_E.device.type == "cpu" else num_rows
     if counts_E.numel() != num_experts or total != num_rows:
@@ -47,6 +48,8 @@ def counts_on_device(counts_E: Tensor | Sequence[int], x: Tensor, num_rows: int,
         )
     if W[0].dtype != x.dtype:
         raise ValueError(f"rows and matrices must share a dtype; got {x.dtype} and {W[0].dtype}: cast one of them")
+    if W[0].device != x.device:
+        raise ValueError(f"rows and matrices must share a device; got {x.device} and {W[0].device}: move one of them")
     return counts_E.to(x.device, non_blocking=True)
 
 
@@ -106,6 +109,8 @@ def grouped_linear(
 ) -> Tensor:
     """Each row times its expert's matrix: (M, O). Rows stand sorted by expert; W is stacked or E matrices."""
     W = parts_of(W_EOI)
+    shape = shape_of(W)
+    check_shapes("W", shape, x=(x_MI, (len(x_MI), shape[-1])), **lora_shapes("", lora, *shape))
     counts_E = counts_on_device(counts_E, x_MI, len(x_MI), W)
     A_ERI, B_EOR, scale = lora if lora is not None else (None, None, 1.0)
     return _GroupedLinear.apply(x_MI, counts_E, scale, A_ERI, B_EOR, *W)

@@ -196,9 +196,9 @@ def depth_of(adapter: Adapter | None) -> int:
 
 def blocks_of_rows(x: Rows, rows: int, columns: int) -> TensorDescriptor | None:
     """Sorted rows in blocks for the copy engine; None where they are read by choice or do not suit it."""
-    if x.choice_of_row is not None or not x.base.numel() or not fetches_blocks() or not aligned(x.base, x.stride):
-        return None
-    return TensorDescriptor(x.base, list(x.base.shape), [x.stride, 1], [rows, columns])
+    base = x.base
+    suits = x.choice_of_row is None and base.numel() and fetches_blocks(base.device) and aligned(base, x.stride)
+    return TensorDescriptor(base, list(base.shape), [x.stride, 1], [rows, columns]) if suits else None
 
 
 def launch(tiling: Tiling, tile: Tile, W: Matrices, adapter: Adapter | None) -> tuple[tuple[int], dict[str, int]]:

@@ -95,20 +95,26 @@ def blocks_of(W: Matrices, rows: int, columns: int) -> TensorDescriptor | None:
 
     For matrices whose rows lie in memory one after the other; of transposed ones ask for the blocks of `W.transposed`.
     """
-    suits = W.column_stride == 1 and W.step and fetches_blocks() and aligned(W.base, W.step, W.row_stride)
-    if not suits:
+    suits = W.column_stride == 1 and fetches_blocks(W.base.device)
+    if not suits or not aligned(W.base, abs(W.step), W.row_stride):
         return None
     return TensorDescriptor(W.base, [W.count, W.rows, W.columns], [abs(W.step), W.row_stride, 1], [1, rows, columns])
 
 
 def aligned(x: Tensor, *strides: int) -> bool:
-    """Whether the copy engine takes a tensor from this address with these strides (elements): multiples of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
+    """Whether the copy engine takes a tensor from this address with these strides (elements): multiples of 16 bytes.
+
+    And none of 0, as rows that are one row again and again have it: the gradient of a sum over rows.
+    """
+    return x.data_ptr() % 16 == 0 and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in strides)
 
 
-@lru_cache(maxsize=1)
-def fetches_blocks() -> bool:
-    """Whether this GPU has a copy engine for blocks (Hopper and later); Triton's interpreter does as if."""
+@lru_cache(maxsize=64)
+def fetches_blocks(device: torch.device) -> bool:
+    """Whether this GPU, the current one, has a copy engine for blocks (Hopper and later).
+
+    Triton's interpreter does as if.
+    """
     if INTERPRETED.value:
         return True
     target = driver.active.get_current_target()

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_evolve.kernels.precision import check, narrow
 from megatron_evolve.kernels.reference import RoutePlan
+from megatron_evolve.kernels.shapes import check_shapes
 
 # Of a program, by what an H100 did with 617 MB at Nano's width of 21 x 128: the gather 2,640 GB/s (2,210 at 4 x 512),
 # the sum 2,850 (2,720 at 4 x 512); a plain copy 2,970.
@@ -98,9 +99,13 @@ class _Unpermute(torch.autograd.Function):
 
 def permute(x_TH: Tensor, p_TK: Tensor, plan: RoutePlan) -> tuple[Tensor, Tensor]:
     """Rows (M, H) and their probabilities (M,), sorted by expert."""
+    choices = plan.row_of_choice_TK.shape
+    check_shapes("the plan", choices, x=(x_TH, (choices[0], x_TH.size(-1))), p=(p_TK, choices))
     return _Permute.apply(x_TH, p_TK, plan)
 
 
 def unpermute(y_MH: Tensor, plan: RoutePlan) -> Tensor:
     """Sum each token's K rows back to (T, H)."""
+    choices = plan.row_of_choice_TK.shape
+    check_shapes("the plan", choices, y=(y_MH, (choices.numel(), y_MH.size(-1))))
     return _Unpermute.apply(y_MH, plan)

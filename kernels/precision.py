@@ -60,7 +60,14 @@ def check(x: Tensor, name: str) -> None:
 
 
 def check_device(x: Tensor, name: str) -> None:
-    if x.device.type == "cpu" and not INTERPRETED.value:
+    """Refuse a tensor that a kernel launched now could not read: Triton launches on the current device."""
+    device = x.device
+    if device.type == "cuda" and device.index != (current := torch.cuda.current_device()):
+        raise ValueError(
+            f"the triton backend needs {name} on the current device cuda:{current}; got {device}: move it, or call "
+            f"within torch.cuda.device({device.index})"
+        )
+    if device.type == "cpu" and not INTERPRETED.value:
         raise ValueError(
             f"the triton backend needs {name} on a CUDA device; got a CPU tensor: move it, use the eager backend, or "
             "set TRITON_INTERPRET=1 before the program starts (slow, for tests)"

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_evolve.kernels.precision import check, dot, narrow
+from megatron_evolve.kernels.shapes import check_shapes
 
 CELLS = 8192  # of a block of logits, tokens x experts: 32 numbers a thread in 8 warps; in 4 warps it spilled 160 bytes
 DEPTH_CELLS = 16384  # of a block of the router's matrix, experts x depth: 96 KiB of shared memory in three stages
@@ -150,9 +151,19 @@ class _Router(torch.autograd.Function):
         return dx, dl_TE.t() @ x if ctx.needs_input_grad[1] else None, None, None, None
 
 
+def _check_chosen(num_chosen: int, num_experts: int) -> None:
+    if not 0 < num_chosen <= num_experts:
+        raise ValueError(
+            f"a token chooses between 1 and {num_experts} of {num_experts} experts; got {num_chosen}: change how many"
+        )
+
+
 def router(logits_TE: Tensor, bias_E: Tensor, num_chosen: int, scale: float) -> tuple[Tensor, Tensor]:
     """Chosen experts (T, K) int32, best first, and their float32 shares (T, K), from logits."""
     check(logits_TE, "logits")
+    num_experts = logits_TE.size(-1)
+    check_shapes("logits", logits_TE.shape, bias=(bias_E, (num_experts,)))
+    _check_chosen(num_chosen, num_experts)
     return _Router.apply(logits_TE.contiguous(), None, bias_E.detach(), num_chosen, scale)
 
 
@@ -161,6 +172,9 @@ def router_from_tokens(
 ) -> tuple[Tensor, Tensor]:
     """The same from tokens: the logits are float32 sums of exact products and are never written."""
     check(x_TH, "x")
+    num_experts, H = W_EH.shape
+    check_shapes("W", (num_experts, H), x=(x_TH, (len(x_TH), H)), bias=(bias_E, (num_experts,)))
+    _check_chosen(num_chosen, num_experts)
     if W_EH.dtype != x_TH.dtype:
         raise ValueError(f"tokens and router must share a dtype; got {x_TH.dtype} and {W_EH.dtype}: cast one of them")
     return _Router.apply(x_TH.contiguous(), W_EH.contiguous(), bias_E.detach(), num_chosen, scale)

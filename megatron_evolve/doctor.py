@@ -1,7 +1,7 @@
 """The doctor: what is installed, which path each operation will take and why, and what to do next.
 
 Nothing is imported to find out (a broken package must not break the doctor): presence and versions come from package
-metadata, devices from the operating system.
+metadata, devices from the operating system, the size of their blocks from the CUDA driver.
 """
 
 import os
@@ -49,7 +49,7 @@ def examine() -> dict[str, Any]:
             "slurm": shutil.which("sbatch") is not None,
             "kubernetes": util.find_spec("kubernetes") is not None,
         },
-        "operations": operations(machine(bool(gpus)), packages),
+        "operations": operations(machine(bool(gpus), ask_driver=True), packages),
         "next": advice(packages),
     }
 

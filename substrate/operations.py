@@ -14,6 +14,8 @@ from importlib import metadata, util
 from pathlib import Path
 from types import MappingProxyType
 
+from megatron_evolve.kernels import backend
+
 # module: the distribution that brings it
 PACKAGES = {
     "triton": "triton",
@@ -54,6 +56,7 @@ class Machine:
 
     gpu: bool
     versions: Mapping[str, str]  # by module
+    block_bytes: int | None = None  # shared memory of a block, of the GPU that has least; None: not known
 
     def has(self, *modules: str) -> bool:
         """Whether there is a GPU, and every one of these modules."""
@@ -69,12 +72,15 @@ class Machine:
         return f"{missing} not installed" if self.gpu else NO_GPU
 
 
-def machine(gpu: bool) -> Machine:
-    """This process's machine. `gpu` is the caller's finding: the driver's list, or torch's once it is loaded."""
+def machine(gpu: bool, *, ask_driver: bool = False) -> Machine:
+    """This process's machine. `gpu` is the caller's finding: the driver's list, or torch's once it is loaded.
+
+    Who tells the form of the experts asks the CUDA driver too: not a process whose forked children use a GPU.
+    """
     versions = {name: _version(distribution) for name, distribution in PACKAGES.items() if util.find_spec(name)}
     if "apex" in versions and not is_nvidia_apex():
         del versions["apex"]
-    return Machine(gpu, MappingProxyType(versions))
+    return Machine(gpu, MappingProxyType(versions), backend.block_bytes() if gpu and ask_driver else None)
 
 
 def _version(distribution: str) -> str:
@@ -103,9 +109,11 @@ def gpu_names() -> list[str]:
 
 def experts(here: Machine) -> Choice:
     """The routed experts' maths, as `kernels.backend` resolves `auto`."""
-    if here.has("triton"):
-        return Choice("triton", "fused kernels; `launch.training.experts: eager` is plain PyTorch")
-    return Choice("eager", here.lacks("triton"))
+    if not here.has("triton"):
+        return Choice("eager", here.lacks("triton"))
+    if reason := backend.too_small(here.block_bytes):
+        return Choice("eager", reason)
+    return Choice("triton", "fused kernels; `launch.training.experts: eager` is plain PyTorch")
 
 
 def loss(here: Machine) -> Choice:

@@ -88,6 +88,14 @@ class ExpertWeights(torch.nn.Module):
         self.register_parameter("lora_B", None)
         self.lora_scale = 1.0
 
+    def forward(self) -> tuple[list[Tensor], GroupedLora | None]:
+        """The E local matrices and the adapter over them, for a product to be taken now.
+
+        Whoever multiplies with them gets them by this call: with overlap_param_gather Megatron's data-parallel wrapper
+        waits for a module's parameters before its forward, and as attributes they may still be those of a step ago.
+        """
+        return self.weights, self.lora
+
     @property
     def weights(self) -> list[Tensor]:
         """The E local matrices."""
@@ -183,13 +191,11 @@ class GroupedExperts(MegatronModule):
         With expert tensor parallelism the result is this rank's partial sum, which Megatron's dispatcher adds up.
         """
         fc1, fc2 = self.linear_fc1, self.linear_fc2
-        W1, W2, buffers = fc1.weights, fc2.weights, {}
+        (W1, lora1), (W2, lora2), buffers = fc1(), fc2(), {}
         if self.backend == "triton" and fc1.main_grads is not None and fc2.main_grads is not None:
             W1, W2 = _AddedToMainGrad.apply(*W1), _AddedToMainGrad.apply(*W2)
             buffers = {"main_grads": (fc1.main_grads, fc2.main_grads)}
-        output = self.compute(
-            dispatched_input, tokens_per_expert, permuted_probs, W1, W2, fc1.lora, fc2.lora, **buffers
-        )
+        output = self.compute(dispatched_input, tokens_per_expert, permuted_probs, W1, W2, lora1, lora2, **buffers)
         return output, None
 
     def backward_dw(self) -> None:

@@ -7,7 +7,7 @@ from megatron_evolve.kernels import grouped_product, reference
 from megatron_evolve.kernels import weight_gradient as weight_gradients
 from megatron_evolve.kernels.fc1 import fc1_squared_relu
 from megatron_evolve.kernels.fc2_gradient import fc2_gradient
-from megatron_evolve.kernels.grouped_product import Adapter, product, rows
+from megatron_evolve.kernels.grouped_product import Adapter, blocks_of_rows, product, rows
 from megatron_evolve.kernels.matrices import matrices
 from megatron_evolve.kernels.tile_table import Tile, Tiles
 from megatron_evolve.kernels.tiles import tiling
@@ -106,6 +106,19 @@ def test_weight_gradients(problem, monkeypatch, fetched, accumulate, columns):
     weight_gradient(rows(dy), rows(x), tiled, matrices(out), accumulate=accumulate)
     assert error(out, want + 0.5 * accumulate) < FLOAT32
     assert (out[1] == 0.5 * accumulate).all()  # an expert without rows
+
+
+def test_rows_that_are_one_row_again_and_again_come_by_pointers(problem, monkeypatch):
+    """The gradient of a sum over rows has a stride of 0, which the copy engine does not take."""
+    _, x, _, W, tiled = problem
+    monkeypatch.setattr(weight_gradients, "FETCHED_ROWS", 0)
+    monkeypatch.setattr(weight_gradients, "NARROW", 0)
+    dy = normal(1, W.size(1), seed=5).expand(len(x), -1)
+    assert dy.stride(0) == 0 and blocks_of_rows(rows(dy), 16, 16) is None
+    out = torch.empty_like(W)
+    weight_gradient(rows(dy), rows(x), tiled, matrices(out), accumulate=False)
+    parts = zip(dy.split(COUNTS), x.split(COUNTS), strict=True)
+    assert error(out, torch.stack([a.double().t() @ b.double() for a, b in parts])) < FLOAT32
 
 
 def test_a_weight_gradient_refuses_rows_read_by_choice(problem):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_evolve.kernels import precision
 from megatron_evolve.kernels.precision import dot, narrow, relu
@@ -54,6 +55,16 @@ def test_narrow_is_torchs_rounding(dtype):
     _narrow[(1,)](x.to(DEVICE), out, 1024)
     assert torch.equal(out.cpu().nan_to_num(7.0), x.to(dtype).nan_to_num(7.0))
     assert out[4].isnan()
+
+
+def test_only_the_current_device_is_launched_on(monkeypatch):
+    """Triton takes the current device's stream whatever the tensors' is: an illegal access, or a race."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with FakeTensorMode():
+        here, there = (torch.empty(4, 3, device=f"cuda:{index}") for index in (1, 0))
+    precision.check(here, "x")
+    with pytest.raises(ValueError, match=r"x on the current device cuda:1; got cuda:0: move it, or call within"):
+        precision.check(there, "x")
 
 
 def test_float64_is_refused():

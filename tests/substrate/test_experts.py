@@ -213,6 +213,38 @@ def test_other_backends_and_other_buffers_take_the_ordinary_way(megatron, backen
         assert torch.equal(main_grad, want.to(main_grad.dtype))
 
 
+def test_parameters_are_gathered_before_they_are_read(megatron, monkeypatch):
+    """With overlap_param_gather Megatron fetches what other ranks updated when a module is called, as SequentialMLP's
+    are: here every parameter is NaN until then, in a bucket of its own."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, param_and_grad_buffer
+
+    arriving = {}
+
+    def finish_param_sync(group, **_):
+        for parameter in (parameter for bucket in group.buckets for parameter in bucket.params):
+            parameter.data.copy_(arriving.pop(parameter, parameter.data))
+
+    monkeypatch.setattr(param_and_grad_buffer._ParamAndGradBucketGroup, "finish_param_sync", finish_param_sync)
+    setting = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    grouped, adapted = _grouped(megatron), _grouped(megatron)
+    for weights in (adapted.linear_fc1, adapted.linear_fc2):
+        weights.requires_grad_(False)
+        count, (rows, columns) = weights.num_local_experts, weights.weight0.shape
+        weights.lora_A = torch.nn.Parameter(torch.randn(count, 2, columns))
+        weights.lora_B = torch.nn.Parameter(torch.randn(count, rows, 2))
+    counts, x, p = torch.tensor([5, 2, 0, 7]), torch.randn(14, NANO_CPU.hidden_size), torch.rand(14)
+    for experts in (_sequential(megatron, grouped), grouped, adapted):
+        want, _ = experts(x, counts, p)
+        wrapped = DistributedDataParallel(
+            experts.config, DistributedDataParallelConfig(bucket_size=1, **setting), experts
+        )
+        trained = [parameter for parameter in experts.parameters() if parameter.requires_grad]
+        arriving.update({parameter: parameter.detach().clone() for parameter in trained})
+        for parameter in trained:
+            parameter.data.fill_(float("nan"))
+        assert torch.equal(wrapped(x, counts, p)[0], want)
+
+
 def test_configurations_it_would_compute_wrongly_are_refused(megatron):
     with pytest.raises(ValueError, match="activation_func=squared_relu; got"):
         _grouped(megatron, activation_func=torch.nn.functional.gelu)

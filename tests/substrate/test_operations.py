@@ -98,10 +98,15 @@ def test_a_package_is_there_if_its_module_can_be_found(monkeypatch: pytest.Monke
     assert operations.machine(True).versions == EVERYTHING
 
 
+@pytest.mark.filterwarnings("ignore:experts are computed by plain PyTorch")
 def test_the_doctor_and_the_kernels_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    for gpu in (False, True):
+    for gpu, block_bytes in ((False, None), (True, None), (True, 232_448), (True, 101_376)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        here = operations.machine(gpu)
+        monkeypatch.setattr(backend, "block_bytes", lambda block_bytes=block_bytes: block_bytes)
+        here = operations.machine(gpu, ask_driver=True)
+        small = block_bytes == 101_376
+        assert operations.loss(here).path == ("triton" if gpu and not small else "eager")
+        assert small == ("101,376 bytes of shared memory" in operations.gated_norm(here).why)
         assert operations.experts(here).path == backend.resolved("auto")
         told = doctor.operations(here, dict.fromkeys((*doctor.REQUIRED, *doctor.OPTIONAL)))
         assert {name: told[name]["path"] for name in OPERATIONS} == {n: f(here).path for n, f in OPERATIONS.items()}
