@@ -290,7 +290,10 @@ class _Work:
         key = one.job.key
         total = spent_in_all(one.job, outcome)
         self.account.hold(key, total)
-        if outcome.kind is OutcomeKind.CANCELLED and self.stop():
+        if outcome.kind is OutcomeKind.CANCELLED:
+            # Called off in a drain: by this controller, or by one that died before it was over. That ends no stage.
+            if not self.stop():
+                self.waiting.append(_Try(one.run, one.stage, one.job, outcome.attempt + 1))
             return
         if is_disk_trouble(outcome):
             raise RunDirError(f"{key} {outcome.reason}; free space on that disk, then run the same command again")
