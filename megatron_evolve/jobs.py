@@ -242,9 +242,12 @@ class _Work:
         self.waiting.append(_Try(run, stage, job, attempt, begun=begun, adopted=ended))
 
     def goes_on(self) -> bool:
-        """Whether anything is left. When asked to stop, what waits to be submitted stays as it is."""
+        """Whether anything is left. When asked to stop, what waits to be submitted stays as it is.
+
+        Not what a controller before this one submitted: that too is waited for, or called off while it waits.
+        """
         if self.stop():
-            self.waiting.clear()
+            self.waiting = [one for one in self.waiting if one.begun and not one.adopted]
         return bool(self.open or self.waiting)
 
     def step(self) -> Iterator[StageEnd]:

@@ -99,6 +99,8 @@ class Cluster:
     begun: set[tuple[str, int]] = field(default_factory=set)
     finished: dict[str, int] = field(default_factory=dict)
     befell: list[str] = field(default_factory=list)
+    ordered: bool = False  # to stop, before this controller began: then no attempt may be new
+    disobeyed: list[str] = field(default_factory=list)
     account: Path | None = None  # of looks: what asks the target must stand there before it begins
     unpaid: list[str] = field(default_factory=list)
 
@@ -223,6 +225,8 @@ class FakeLauncher:
             latest += 1
             rundir.prepare_attempt(job, latest)
             ended = None
+            if self.cluster.ordered:
+                self.cluster.disobeyed.append(job.key)
         self._attempts[job.key] = (job.run_dir, latest)
         if ended is None:
             for _ in range(1 + self.cluster.happens("sent_twice", job.key)):

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 Fault = Literal[
     "kill_before", "kill_after", "torn", "power_cut", "disk_full", "io_error", "slow", "hang", "clock_back",
-    "clock_forward", "terminate",
+    "clock_forward", "terminate", "stop_file",
 ]  # fmt: skip
 FAULTS: tuple[Fault, ...] = Fault.__args__
 Plan = dict[int | str, Fault]  # by the number of a step, or by the name of the file that it changes
@@ -95,6 +95,9 @@ class FaultyFiles:
             self.jumped_s += -JUMP_S if fault == "clock_back" else JUMP_S
         elif fault == "terminate":
             self.stopping = True
+        elif fault == "stop_file":
+            with self.outside():
+                (Path(self.root) / "stop").touch()
         elif fault == "io_error":
             raise OSError(errno.EIO, os.strerror(errno.EIO), path)
         elif fault == "disk_full":

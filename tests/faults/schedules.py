@@ -33,6 +33,7 @@ from megatron_evolve.launch.rundir import Lock, RunDirError, make_folder
 from megatron_evolve.ledger import Event, read_ledger
 from megatron_evolve.policy import kept_policy
 from megatron_evolve.retries import Paused
+from megatron_evolve.stopping import StopOrder
 from megatron_evolve.workers import seam
 from tests.faults.cluster import ROOM, Cluster, FakeLauncher, Troubles
 from tests.faults.files import DEADLY, FAULTS, Fault, FaultyFiles, Killed, Plan
@@ -92,8 +93,10 @@ def start(told: Invented, files: FaultyFiles, cluster: Cluster, plan: Plan) -> s
         remembered.cache_clear()  # a new process remembers nothing
     try:
         make_folder(told.folder.root)
-        with Lock(told.folder.lock), told.opened() as (ledger, account):
-            told.control(ledger, account, FakeLauncher(cluster), lambda: files.stopping)
+        stop = StopOrder(told.folder.stop_file, lambda: files.stopping, lambda: files.stopping)
+        cluster.ordered = told.folder.stop_file.exists()
+        with Lock(told.folder.lock), told.opened() as (ledger, account), stop.carried_out():
+            told.control(ledger, account, FakeLauncher(cluster), stop)
     except Killed:
         return "killed"
     except Stopped:
@@ -143,6 +146,8 @@ def play(
                 cluster.troubles = Troubles()
             ended = start(told, files, cluster, plans[number] if number < len(plans) else {})
             played.starts.append(ended)
+            if ended == "stopped":
+                assert not cluster.queue, "it said that it had stopped, and a job of it runs"
             played.struck += files.struck
             files.struck = []
             with files.outside():
@@ -187,10 +192,11 @@ def plans_of(seed: int, steps: list[str], rng: random.Random) -> list[Plan]:
 def drains_of(steps: list[str], rng: random.Random) -> list[Plan]:
     """A controller is told to stop while jobs wait for room, and dies while it calls them off; so may the next."""
     told = rng.choice([number for number, step in enumerate(steps) if step.endswith("train/attempts/N/job.json")])
+    order: Fault = rng.choice(("terminate", "stop_file"))
     if rng.random() < 0.7:
-        plans: list[Plan] = [{told: "terminate", "cancel": "kill_after"}]
+        plans: list[Plan] = [{told: order, "cancel": "kill_after"}]
     else:
-        plans = [{told: "terminate", told + rng.randrange(1, DRAIN_STEPS): rng.choice(DEADLY)}]
+        plans = [{told: order, told + rng.randrange(1, DRAIN_STEPS): rng.choice(DEADLY)}]
     if rng.random() < 0.5:
         plans.append({rng.randrange(DRAIN_STEPS): rng.choice(FAULTS)})
     return plans
@@ -257,6 +263,8 @@ def check_kept(played: Played) -> None:
     again = {key: count for key, count in played.cluster.finished.items() if count != 1}
     assert not again, f"ran twice to a result: {again}"
     assert not played.cluster.queue, "a job runs that nobody waits for"
+    assert not played.cluster.disobeyed, f"begun after the order to stop: {played.cluster.disobeyed}"
+    assert not played.told.folder.stop_file.exists(), "an order to stop stands after the end"
     mine = read_ledger(played.told.folder.ledger)
     ended = Counter(event.key for event in mine if event.kind == "ended")
     assert set(ended.values()) <= {1}

@@ -23,7 +23,7 @@ from tests.faults.schedules import (
 )
 
 BLOCK = 28
-A_FEW_DRAINS = (563, 569, 573, 575)
+A_FEW_DRAINS = (563, 569, 571)
 SPENDING = 48  # schedules whose budget of hours may end them early
 
 
