@@ -317,7 +317,7 @@ class _Work:
         """Seconds to the next attempt at what its machine failed, None if it is given up. Old news does not wait."""
         if not one.adopted:
             return self.retries.failed(one.job.key, outcome, one.began, self.looks)
-        return 0.0 if self.retries.failures(one.job.key, one.job.run_dir) < self.retries.in_a_row else None
+        return 0.0 if self.retries.may_go_on(one.job.key, one.job.run_dir) else None
 
     def _not_tried_again(self, one: _Try) -> Iterator[StageEnd]:
         """The end of a stage whose next attempt no budget allows: that of its last. One never begun has none."""
@@ -332,7 +332,8 @@ def next_attempt(job: Job, retries: Retries) -> int:
     """The attempt to submit: the latest, or one more if that was called off, its disk was full, or its machine failed.
 
     What stood between a job's failures is not known any more: one that waited out an outage may have failed one time
-    fewer than opens the breaker. So only a job whose machine failed it as often as that keeps its latest, as its end.
+    fewer than opens the breaker. So only a job whose machine failed it as often as that keeps its latest, as its end;
+    or as the pause that is due, if others failed with it.
     """
     failures, latest = retries.failures(job.key, job.run_dir), latest_attempt(job.run_dir)
     try:

@@ -45,7 +45,7 @@ SCHEDULES = STORIES * TURNS
 DRAINS = 40  # further ones, whose controllers are told to stop and die before they have
 DRAIN_STEPS = 60  # the rest of a round's submissions takes some thirty, calling off a job that waits six
 MOST_STARTS = 12  # with troubles of the cluster a start may end early; without an end to them it would be a bug
-OUTAGE = Troubles(lost=1.0)  # every job loses as many attempts as it may
+OUTAGE = Troubles(lost=1.0)  # every attempt is lost until the operator has mended the cluster
 TROUBLES = Troubles(lost=0.06, disk_full=0.02, submit_fails=0.01, reply_lost=0.02, sent_twice=0.1, poll_stale=0.05)
 
 
@@ -136,6 +136,8 @@ def play(
     told = Invented(root, drawn_campaign(story, budgets), _origin())
     files = FaultyFiles(told.folder.root)
     cluster = Cluster(rng, files, troubles, account=told.folder.looks, room=room)
+    if troubles is OUTAGE:
+        cluster.most_losses = sys.maxsize
     if budgets is not None:
         limits = (3600 * budgets[name] for name in ("cpu_hours", "gpu_hours"))
         cluster.charges, cluster.budget = True, Spend(math.inf, *limits)

@@ -68,7 +68,7 @@ def test_hours_add_up_however_a_campaign_is_struck(tmp_path: Path) -> None:
 
 def test_an_outage_pauses_a_campaign_and_costs_no_job_its_place(tmp_path: Path) -> None:
     played = play(tmp_path, 0, [], OUTAGE, random.Random(3))
-    assert [ended.partition(":")[0] for ended in played.starts] == ["paused", "closed"]
+    assert [ended.partition(":")[0] for ended in played.starts] == ["paused", "paused", "closed"]
     check(played, undisturbed(0))
     kinds = [event.kind for event in read_ledger(played.told.folder.ledger)]
     assert kinds[kinds.index("paused") + 1] == "resumed"
