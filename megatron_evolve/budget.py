@@ -47,9 +47,9 @@ class Spend:
         )
 
 
-def most_within(resources: Resources, limit_s: float) -> Spend:
-    """What a stage's job with this time limit can take, its grace included."""
-    return Spend.most(resources, limit_s + Job.grace_s)
+def most_within(resources: Resources, limit_s: float, grace_s: float) -> Spend:
+    """What a stage's job with this time limit and grace can take."""
+    return Spend.most(resources, limit_s + grace_s)
 
 
 def most_of(job: Job) -> Spend:

@@ -34,7 +34,7 @@ def close_campaign(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     if closed is not None:
         return closed.data
     final = None
-    if desk.campaign.judge.target_suite is not None and desk.account.spent is None:
+    if desk.campaign.judge.target_suite is not None and _is_due(desk):
         await_opening(desk)
         final = desk.ledger.once("final", "", lambda: final_comparison(desk, policy))
         desk.ledger.once("survey", "", lambda: final_survey(desk, policy))
@@ -42,6 +42,11 @@ def close_campaign(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     said = finding(desk.campaign, desk.all_evidence(), final, spent.data if spent else None)
     statement = {"claim": desk.campaign.claim, "final": final, "finding": said, "looks": desk.looks.digest}
     return desk.ledger.append("campaign-closed", "", statement).data
+
+
+def _is_due(desk: Desk) -> bool:
+    """Whether the rounds left a budget for the final comparison. Said once: the closing may spend the rest itself."""
+    return desk.ledger.once("final-due", "", lambda: {"due": desk.account.spent is None})["due"]
 
 
 def await_opening(desk: Desk) -> None:
@@ -70,7 +75,7 @@ def final_comparison(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     mine, theirs = closing_runs(desk.campaign, policy.round, standing, origin, desk.origin)
     names = {"standing": standing.id, "origin": origin.id, "same": False}
     mine = finish(desk, desk.ground, mine, "train")
-    if not mine:
+    if not mine or FINAL_STAGE not in _askable(desk, policy, standing.id, (FINAL_STAGE,)):
         return {**names, **compare([], [], desk.origin, desk.weights, [])}
     _pay(desk, policy, FINAL_STAGE, [standing.id, origin.id], [*mine, *theirs])
     mine = finish(desk, desk.ground, mine, FINAL_STAGE)
@@ -87,8 +92,11 @@ def final_survey(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
     """
     runs, stages = surveyed(desk.campaign, policy, desk.substrate_digest, desk.origin, desk.origin_settings)
     asked = affordable(desk.looks, stages, runs[0].candidate.id, policy.round)
+    asked = _askable(desk, policy, runs[0].candidate.id, asked)
     ground = desk.ground
-    if runs[0].round == ORIGIN_ROUND:
+    if not asked:
+        runs = []
+    elif runs[0].round == ORIGIN_ROUND:
         ground = _origins(ground)
         _pay(desk, policy, FINAL_STAGE, [runs[0].candidate.id], runs)
     else:
@@ -100,6 +108,12 @@ def final_survey(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
             _pay(desk, policy, stage, [runs[0].candidate.id], runs)
         runs = finish(desk, ground, runs, stage)
     return survey(desk.ground.folder, runs, asked, [stage for stage in stages if stage not in asked])
+
+
+def _askable(desk: Desk, policy: SearchPolicy, name: str, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Those of the stages that can be asked: once a budget is spent nothing is started, so no look is paid any more."""
+    paid = lambda stage: desk.looks.paid(candidate=name, round_number=policy.round, split=stage)  # noqa: E731
+    return tuple(stage for stage in stages if desk.account.spent is None or paid(stage) is not None)
 
 
 def _origins(ground: Ground) -> Ground:

@@ -69,15 +69,16 @@ class Desk:
     ) -> Iterator[StageEnd]:
         """Runs stages to their ends, each entered and then yielded. Raises Stopped, Paused.
 
-        Once a budget is spent that is entered too, and from then on nothing is started.
+        Once a budget is spent that is entered too, and from then on nothing is started. Without stages nobody is
+        stopped: what a controller before this one left running may be among the next.
         """
-        place = ground or self.ground
-        for end in drive(place, self.launcher, stages, after, self.stop, self.retries, self.account):
+        place, asked = ground or self.ground, list(stages)
+        for end in drive(place, self.launcher, asked, after, self.stop, self.retries, self.account):
             self.record(end, place)
             yield end
         if self.account.spent is not None:
             self.ledger.once("budget-spent", "", lambda: {"why": self.account.spent, **self.account.statement()})
-        if self.stop():
+        if asked and self.stop():
             raise Stopped(STOPPED)
 
     def record(self, end: StageEnd, ground: Ground) -> None:

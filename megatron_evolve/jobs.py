@@ -243,9 +243,12 @@ class _Work:
         self.waiting.append(_Try(run, stage, job, attempt, begun=begun, adopted=ended))
 
     def goes_on(self) -> bool:
-        """Whether anything is left. When asked to stop, what waits to be submitted stays as it is."""
+        """Whether anything is left. When asked to stop, what waits to be submitted stays as it is.
+
+        Not what a controller before this one submitted: that too is waited for, or called off while it waits.
+        """
         if self.stop():
-            self.waiting.clear()
+            self.waiting = [one for one in self.waiting if one.begun and not one.adopted]
         return bool(self.open or self.waiting)
 
     def step(self) -> Iterator[StageEnd]:
@@ -291,7 +294,10 @@ class _Work:
         key = one.job.key
         total = spent_in_all(one.job, outcome)
         self.account.hold(key, total)
-        if outcome.kind is OutcomeKind.CANCELLED and self.stop():
+        if outcome.kind is OutcomeKind.CANCELLED:
+            # Called off in a drain: by this controller, or by one that died before it was over. That ends no stage.
+            if not self.stop():
+                self.waiting.append(_Try(one.run, one.stage, one.job, outcome.attempt + 1))
             return
         if is_disk_trouble(outcome):
             raise RunDirError(f"{key} {outcome.reason}; free space on that disk, then run the same command again")
@@ -312,7 +318,7 @@ class _Work:
         """Seconds to the next attempt at what its machine failed, None if it is given up. Old news does not wait."""
         if not one.adopted:
             return self.retries.failed(one.job.key, outcome, one.began, self.looks)
-        return 0.0 if self.retries.failures(one.job.key, one.job.run_dir) < self.retries.in_a_row else None
+        return 0.0 if self.retries.may_go_on(one.job.key, one.job.run_dir) else None
 
     def _not_tried_again(self, one: _Try) -> Iterator[StageEnd]:
         """The end of a stage whose next attempt no budget allows: that of its last. One never begun has none."""
@@ -327,7 +333,8 @@ def next_attempt(job: Job, retries: Retries) -> int:
     """The attempt to submit: the latest, or one more if that was called off, its disk was full, or its machine failed.
 
     What stood between a job's failures is not known any more: one that waited out an outage may have failed one time
-    fewer than opens the breaker. So only a job whose machine failed it as often as that keeps its latest, as its end.
+    fewer than opens the breaker. So only a job whose machine failed it as often as that keeps its latest, as its end;
+    or as the pause that is due, if others failed with it.
     """
     failures, latest = retries.failures(job.key, job.run_dir), latest_attempt(job.run_dir)
     try:

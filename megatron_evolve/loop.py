@@ -40,6 +40,7 @@ from megatron_evolve.rounds import run_campaign_rounds
 from megatron_evolve.site import Site, kubernetes_launcher, placed
 from megatron_evolve.sources import decision_sources
 from megatron_evolve.status import paused
+from megatron_evolve.stopping import StopOrder
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.manifest import public_view
 
@@ -51,7 +52,11 @@ PRELOAD = ("megatron_evolve.substrate.train.preload:preload",)
 
 @dataclass(frozen=True)
 class Session:
-    """How this start of the controller runs: not part of the campaign, so nothing of it is hashed."""
+    """How this start of the controller runs: not part of the campaign, so nothing of it is hashed.
+
+    stop   whether this process was told to stop
+    moved  whether it was by SIGTERM, as a scheduler tells it that may start it again elsewhere
+    """
 
     root: Path
     store: Path
@@ -59,6 +64,7 @@ class Session:
     stop: Callable[[], bool]
     site: Site = field(default_factory=Site)
     retries: Retries = field(default_factory=Retries)
+    moved: Callable[[], bool] = lambda: False
 
 
 def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
@@ -71,14 +77,14 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
     new = not folder.ledger.exists()
     found = check_campaign(campaign, session.site, session.store, new=new)
     make_folder(folder.root)
-    stop = lambda: session.stop() or folder.stop_file.exists()  # noqa: E731
+    stop = StopOrder(folder.stop_file, session.stop, session.moved)
     account = Account(campaign.constitution.budgets)
     with (
         Lock(folder.lock),
         closing(Ledger(folder.root, account.enter)) as ledger,
         launcher_of(campaign, session) as launcher,
+        stop.carried_out(),
     ):
-        folder.stop_file.unlink(missing_ok=True)  # it was for the controller before this one
         session.on_progress("use", {"use": estimate(found), "budget": account.statement()})
         opened = ledger.find("campaign-opened")
         if opened is not None:

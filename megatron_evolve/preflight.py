@@ -261,7 +261,7 @@ def _check_budgets(campaign: Campaign, placement: Placement) -> None:
     """Raises ValueError where a budget is smaller than what one job may take until it is killed."""
     rules = campaign.constitution
     for what, trains in (("training", True), ("scoring", False)):
-        most = most_within(placement.resources(trains=trains), rules.limits.run_seconds)
+        most = most_within(placement.resources(trains=trains), rules.limits.run_seconds, placement.site.grace_seconds)
         needed = figures(rules.budgets, most) | {"wall_hours": most.seconds / 3600}
         for name, limit in limits_of(rules.budgets).items():
             if needed[name] > limit:

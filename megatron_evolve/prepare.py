@@ -197,24 +197,33 @@ def _built_folder(spec: SubstrateSpec, store: Path) -> Path:
 def run_one(launcher: Launcher, job: Job, stop: Callable[[], bool]) -> JobOutcome:
     """Runs one job to its end; when `stop` turns true it is cancelled, to go on another time.
 
-    What its machine failed is tried again at once, as often as a candidate's job. Raises ValueError with the last line
-    of its error output unless it finished, Stopped if it was cancelled.
+    What its machine failed is tried again at once, as often as a candidate's job; what a controller before this one
+    called off is no failure. Raises ValueError with the last line of its error output unless it finished, Stopped if it
+    was cancelled or is not begun any more.
     """
     make_folder(job.run_dir)
-    attempt = max(1, latest_attempt(job.run_dir))
-    launcher.submit(job, attempt)
-    state = launcher.poll([job.key])[job.key]
-    if isinstance(state, JobOutcome) and state.kind is not OutcomeKind.FINISHED:
-        attempt += 1
-    for last in range(attempt, attempt + Retries().attempts):
-        state = _end_of(launcher, job, last, stop)
-        if state.kind not in INFRASTRUCTURE_KINDS or stop():
-            break
-    if state.kind is OutcomeKind.CANCELLED:
-        raise Stopped(STOPPED)
-    if state.kind is not OutcomeKind.FINISHED:
-        raise ValueError(f"{job.key} {state.kind.value}: {state.reason}; its output is in {job.run_dir / 'attempts'}")
-    return state
+    attempt, failures = latest_attempt(job.run_dir), 0
+    runs = False
+    if attempt:
+        launcher.submit(job, attempt)
+        state = launcher.poll([job.key])[job.key]
+        if isinstance(state, JobOutcome) and state.kind is OutcomeKind.FINISHED:
+            return state
+        runs = not isinstance(state, JobOutcome)
+    while True:
+        if not runs:
+            if stop():
+                raise Stopped(STOPPED)
+            attempt += 1
+        state, runs = _end_of(launcher, job, attempt, stop), False
+        if state.kind is OutcomeKind.FINISHED:
+            return state
+        failures += state.kind in INFRASTRUCTURE_KINDS
+        again = state.kind in INFRASTRUCTURE_KINDS and failures < Retries().attempts
+        if not (again or state.kind is OutcomeKind.CANCELLED):
+            raise ValueError(
+                f"{job.key} {state.kind.value}: {state.reason}; its output is in {job.run_dir / 'attempts'}"
+            )
 
 
 def _end_of(launcher: Launcher, job: Job, attempt: int, stop: Callable[[], bool]) -> JobOutcome:

@@ -12,7 +12,7 @@ from megatron_evolve.artefacts import save_yaml
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.candidate import Candidate, candidate, run_seed
 from megatron_evolve.delta import Delta
-from megatron_evolve.desk import Desk, Unavailable
+from megatron_evolve.desk import STOPPED, Desk, Stopped, Unavailable
 from megatron_evolve.jobs import write_candidate
 from megatron_evolve.launch.job import INFRASTRUCTURE_KINDS
 from megatron_evolve.ledger import History
@@ -64,7 +64,7 @@ def assigned_axes(campaign: Campaign, policy: SearchPolicy) -> list[tuple[int, A
 def propose(
     desk: Desk, policy: SearchPolicy, worker: int, axis: Axis, setback: Setback | None = None, start: int = 0
 ) -> Explorer | None:
-    """Asks a worker until its delta is accepted or its repairs are used up."""
+    """Asks a worker until its delta is accepted or its repairs are used up. Raises Stopped rather than ask."""
     for attempt in range(start, desk.campaign.constitution.repairs + 1):
         brief = brief_of(desk.campaign, desk.substrate_view, policy, worker, axis, attempt, setback)
         event = desk.ledger.once(
@@ -114,6 +114,8 @@ def brief_of(
 
 
 def _ask(desk: Desk, policy: SearchPolicy, worker: int, attempt: int, brief: Brief) -> dict[str, Any]:
+    if desk.stop():
+        raise Stopped(STOPPED)
     folder = desk.ground.folder.worker(policy.round, worker) / str(attempt)
     argv = desk.campaign.worker or DEFAULT_WORKER
     for _ in range(WORKER_ATTEMPTS):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_evolve.launch.job import INFRASTRUCTURE_KINDS, JobOutcome
+from megatron_evolve.launch.job import INFRASTRUCTURE_KINDS, JobOutcome, OutcomeKind
 from megatron_evolve.launch.rundir import DamagedFile, attempt_dir, latest_attempt, read_outcome
 
 
@@ -39,6 +39,12 @@ def _failed(folder: Path) -> bool:
     except DamagedFile:
         return True
     return outcome is not None and outcome.kind in INFRASTRUCTURE_KINDS
+
+
+def _goes_on(folder: Path) -> bool:
+    """Whether an attempt has not ended, or was called off."""
+    outcome = read_outcome(folder)
+    return outcome is None or outcome.kind is OutcomeKind.CANCELLED
 
 
 @dataclass
@@ -67,9 +73,27 @@ class Retries:
     def failures(self, key: str, run_dir: Path) -> int:
         """Infrastructure failures of a job that count: what its folder keeps, and what was seen since."""
         if key not in self._failures:
-            counted = range(self.forgiven.get(key, 0) + 1, latest_attempt(run_dir) + 1 if self.kept else 0)
-            self._failures[key] = sum(_failed(attempt_dir(run_dir, number)) for number in counted)
+            latest = latest_attempt(run_dir)
+            counted = range(self.forgiven.get(key, 0) + 1, latest + 1 if self.kept else 0)
+            failed = [number for number in counted if _failed(attempt_dir(run_dir, number))]
+            self._failures[key] = len(failed)
+            # One that did not end otherwise since is in the row: what fails beside it does not fail alone.
+            if failed and (failed[-1] == latest or _goes_on(attempt_dir(run_dir, latest))):
+                self._row_jobs.add(key)
+                self._latest[key] = failed[-1]
         return self._failures[key]
+
+    def may_go_on(self, key: str, run_dir: Path) -> bool:
+        """Whether a job that failed before this controller has an attempt left.
+
+        Raises Paused where it has none and others failed beside it: the pause that its controller did not live to
+        enter.
+        """
+        failures = self.failures(key, run_dir)
+        if failures >= self.in_a_row and self._row_jobs != {key}:
+            others = len(self._row_jobs - {key})
+            raise Paused(f"{key} failed {failures} times, and {others} more failed beside it", self._latest)
+        return failures < self.in_a_row
 
     def failed(self, key: str, outcome: JobOutcome, began: int, now: int) -> float | None:
         """Seconds to wait before the job's next attempt, None if it is given up. Raises Paused when the breaker opens.

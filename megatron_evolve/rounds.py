@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_evolve.artefacts import save_json, save_yaml
 from megatron_evolve.candidate import Candidate, candidate, run_seed
-from megatron_evolve.desk import Desk
+from megatron_evolve.desk import STOPPED, Desk, Stopped
 from megatron_evolve.drift import ask_origin
 from megatron_evolve.edits import check_edits
 from megatron_evolve.evidence import Evidence
@@ -102,14 +102,11 @@ class RoundRuns:
     def _repair(self, explorer: Explorer) -> Iterator[tuple[Run, Stage]]:
         axis = dict(assigned_axes(self.desk.campaign, self.policy))[explorer.worker]
         told = first_failure(self.desk.ledger, self.policy.round, explorer.candidate.id)
-        better = propose(
-            self.desk,
-            self.policy,
-            explorer.worker,
-            axis,
-            Setback(explorer.delta, told["outcome"], told["reason"]),
-            start=explorer.attempt + 1,
-        )
+        setback = Setback(explorer.delta, told["outcome"], told["reason"])
+        try:
+            better = propose(self.desk, self.policy, explorer.worker, axis, setback, start=explorer.attempt + 1)
+        except Stopped:  # `drive` says so, once what runs has ended
+            return
         if better is None or better.candidate.id in self.runs:
             return
         self.explorers[better.candidate.id] = better
@@ -240,6 +237,8 @@ def run_round(desk: Desk, policy: SearchPolicy) -> SearchPolicy:
     number, ledger = policy.round, desk.ledger
     closed = ledger.find("round-closed", str(number))
     if closed is None:
+        if desk.stop() and not ledger.has("round-opened", str(number)):
+            raise Stopped(STOPPED)
         ledger.once("round-opened", str(number), lambda: {"policy": digest_of(policy), "objective": policy.objective})
         desk.on_progress("round", {"round": number, "policy": policy})
         run_candidates(desk, policy)

@@ -114,7 +114,9 @@ def run_in_terminal(
         signal.signal(signum, lambda number, frame: asked.append(number) if not asked else os._exit(130))
     narrator("opened", {"name": campaign.name, **plan})
     place = chosen_site(site, CampaignFolder(folder).site, campaign)
-    session = Session(folder, store or default_store(), narrator, lambda: bool(asked), place)
+    session = Session(
+        folder, store or default_store(), narrator, lambda: bool(asked), place, moved=lambda: signal.SIGTERM in asked
+    )
     try:
         closing = run_campaign(session, campaign)
     except (Stopped, Unavailable) as pause:

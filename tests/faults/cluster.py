@@ -33,7 +33,6 @@ TRAINING = {
     OutcomeKind.CRASHED: 0.04,
     OutcomeKind.OUT_OF_MEMORY: 0.04,
     OutcomeKind.TIMED_OUT: 0.04,
-    OutcomeKind.CANCELLED: 0.03,
     OutcomeKind.LOST: 0.03,
     OutcomeKind.HUNG: 0.03,
 }
@@ -88,6 +87,7 @@ class Cluster:
     rng: random.Random
     files: FaultyFiles
     troubles: Troubles = field(default_factory=Troubles)
+    room: int = ROOM
     own_failures: float = 1.0
     most_losses: int = 2  # of one job: a third would be its end
     charges: bool = False  # for attempts that are made again
@@ -101,6 +101,8 @@ class Cluster:
     begun: set[tuple[str, int]] = field(default_factory=set)
     finished: dict[str, int] = field(default_factory=dict)
     befell: list[str] = field(default_factory=list)
+    ordered: bool = False  # to stop, before this controller began: then no attempt may be new
+    disobeyed: list[str] = field(default_factory=list)
     account: Path | None = None  # of looks: what asks the target must stand there before it begins
     unpaid: list[str] = field(default_factory=list)
 
@@ -126,10 +128,10 @@ class Cluster:
         return any(look["split"] == stage and run in look["runs"] for look in looks)
 
     def cancel(self, key: str) -> None:
-        """An attempt that waits is gone at once, one that runs in a moment."""
+        """An attempt is gone in a moment, in which its controller may die."""
         for one in self.queue:
-            if one.job.key == key:
-                one.cancelled, one.ends_at = True, self.now
+            if one.job.key == key and not one.cancelled:
+                one.cancelled, one.ends_at = True, self.now + self.rng.uniform(0.01, 0.4)
 
     def pass_time(self, seconds: float) -> None:
         """Lets jobs begin and end. What they write is nobody's fault."""
@@ -138,7 +140,7 @@ class Cluster:
             for one in [one for one in self.queue if one.ends_at is not None and one.ends_at <= self.now]:
                 self.queue.remove(one)
                 self._end(one)
-            for one in [one for one in self.queue if one.ends_at is None][: ROOM - self.running()]:
+            for one in [one for one in self.queue if one.ends_at is None][: self.room - self.running()]:
                 one.ends_at = self.now + self.rng.uniform(0.01, 0.4)
 
     def running(self) -> int:
@@ -233,10 +235,14 @@ class FakeLauncher:
             latest += 1
             rundir.prepare_attempt(job, latest)
             ended = None
+            if self.cluster.ordered:
+                self.cluster.disobeyed.append(job.key)
         self._attempts[job.key] = (job.run_dir, latest)
         if ended is None:
             for _ in range(1 + self.cluster.happens("sent_twice", job.key)):
                 self.cluster.begin(job, latest)
+            if (rundir.attempt_dir(job.run_dir, latest) / rundir.CANCEL_FILE).exists():
+                self.cluster.cancel(job.key)
         if self.cluster.happens("reply_lost", job.key):
             raise RunDirError(f"no answer to the submission of {job.key}; run again")
 
@@ -252,4 +258,8 @@ class FakeLauncher:
         return found
 
     def cancel(self, key: str) -> None:
+        run_dir, attempt = self._attempts[key]
+        asked = rundir.attempt_dir(run_dir, attempt) / rundir.CANCEL_FILE
+        if not asked.exists():
+            rundir.write_whole(asked, "")
         self.cluster.cancel(key)

@@ -2,6 +2,7 @@
 
     with FaultyFiles(root) as files:
         files.plan = {17: "kill_before"}   # step 17 of this start
+        files.plan = {"cancel": "kill_after"}   # its first change of a file of that name
 
 The calls that change files (open, write, fsync, rename, mkdir, unlink, truncate) and openings for reading pass through
 here. A killed controller changes nothing more: later steps of the same start raise `Killed` too, so that no `finally`
@@ -21,9 +22,10 @@ from typing import Any, Literal
 
 Fault = Literal[
     "kill_before", "kill_after", "torn", "power_cut", "disk_full", "io_error", "slow", "hang", "clock_back",
-    "clock_forward", "terminate",
+    "clock_forward", "terminate", "stop_file",
 ]  # fmt: skip
 FAULTS: tuple[Fault, ...] = Fault.__args__
+Plan = dict[int | str, Fault]  # by the number of a step, or by the name of the file that it changes
 DEADLY = ("kill_before", "kill_after", "torn", "power_cut", "hang")
 _ID, _TEMPORARY = re.compile("^[0-9a-f]{12}$"), re.compile(r"\.\d+\.[0-9a-f]{8}\.tmp$")
 SLOW_S, HANG_S, JUMP_S = 40.0, 7200.0, 86_400.0
@@ -38,7 +40,7 @@ class FaultyFiles:
 
     def __init__(self, root: Path) -> None:
         self.root = str(root)
-        self.plan: dict[int, Fault] = {}
+        self.plan: Plan = {}
         self.steps: list[str] = []
         self.struck: list[tuple[Fault, str]] = []
         self.stopping = False
@@ -54,9 +56,9 @@ class FaultyFiles:
 
     # --- a start of the controller ------------------------------------------------------------------------------------
 
-    def start(self, plan: dict[int, Fault]) -> None:
+    def start(self, plan: Plan) -> None:
         """A new controller: steps count from 0, the disk has space again."""
-        self.plan, self.steps, self.stopping = plan, [], False
+        self.plan, self.steps, self.stopping = dict(plan), [], False
         self._dead = self._full = False
         for descriptor in list(self._held):  # the kernel closes what a dead process held, its locks among it
             with contextlib.suppress(OSError):
@@ -78,7 +80,7 @@ class FaultyFiles:
         if self._dead:
             raise Killed
         place = f"{call} {self.place(path)}"
-        fault = self.plan.get(len(self.steps))
+        fault = self.plan.get(len(self.steps)) or self.plan.pop(place.rsplit("/", 1)[-1], None)
         self.steps.append(place)
         if fault is not None:
             self.struck.append((fault, place))
@@ -93,6 +95,9 @@ class FaultyFiles:
             self.jumped_s += -JUMP_S if fault == "clock_back" else JUMP_S
         elif fault == "terminate":
             self.stopping = True
+        elif fault == "stop_file":
+            with self.outside():
+                (Path(self.root) / "stop").touch()
         elif fault == "io_error":
             raise OSError(errno.EIO, os.strerror(errno.EIO), path)
         elif fault == "disk_full":

@@ -34,17 +34,20 @@ from megatron_evolve.launch.rundir import Lock, RunDirError, make_folder
 from megatron_evolve.ledger import Event, read_ledger
 from megatron_evolve.policy import kept_policy
 from megatron_evolve.retries import Paused
+from megatron_evolve.stopping import StopOrder
 from megatron_evolve.workers import seam
-from tests.faults.cluster import Cluster, FakeLauncher, Troubles
-from tests.faults.files import DEADLY, FAULTS, Fault, FaultyFiles, Killed
+from tests.faults.cluster import ROOM, Cluster, FakeLauncher, Troubles
+from tests.faults.files import DEADLY, FAULTS, Fault, FaultyFiles, Killed, Plan
 from tests.faults.invented import Invented, answer, campaign, origin
 from tests.faults.lives import SIGN_EVERY_S
 
 STORIES = 8  # different campaigns that schedules are laid over
 TURNS = 70  # after so many schedules of each story, every kind of step of any story was struck
 SCHEDULES = STORIES * TURNS
+DRAINS = 40  # further ones, whose controllers are told to stop and die before they have
+DRAIN_STEPS = 60  # the rest of a round's submissions takes some thirty, calling off a job that waits six
 MOST_STARTS = 12  # with troubles of the cluster a start may end early; without an end to them it would be a bug
-OUTAGE = Troubles(lost=1.0)  # every job loses as many attempts as it may
+OUTAGE = Troubles(lost=1.0)  # every attempt is lost until the operator has mended the cluster
 TROUBLES = Troubles(lost=0.06, disk_full=0.02, submit_fails=0.01, reply_lost=0.02, sent_twice=0.1, poll_stale=0.05)
 
 
@@ -86,15 +89,17 @@ def world(files: FaultyFiles, cluster: Cluster) -> Iterator[None]:
         yield
 
 
-def start(told: Invented, files: FaultyFiles, cluster: Cluster, plan: dict[int, Fault]) -> str:
+def start(told: Invented, files: FaultyFiles, cluster: Cluster, plan: Plan) -> str:
     """One controller from its start to its end; how it ended, as the command line would say it."""
     files.start(plan)
     for remembered in (kept_policy, kept_evidence):
         remembered.cache_clear()  # a new process remembers nothing
     try:
         make_folder(told.folder.root)
-        with Lock(told.folder.lock), told.opened() as (ledger, account):
-            told.control(ledger, account, FakeLauncher(cluster), lambda: files.stopping)
+        stop = StopOrder(told.folder.stop_file, lambda: files.stopping, lambda: files.stopping)
+        cluster.ordered = told.folder.stop_file.exists()
+        with Lock(told.folder.lock), told.opened() as (ledger, account), stop.carried_out():
+            told.control(ledger, account, FakeLauncher(cluster), stop)
     except Killed:
         return "killed"
     except Stopped:
@@ -121,10 +126,11 @@ def undisturbed(story: int) -> Played:
 def play(
     root: Path,
     story: int,
-    plans: list[dict[int, Fault]],
+    plans: list[Plan],
     troubles: Troubles,
     rng: random.Random,
     budgets: dict[str, float] | None = None,
+    room: int = ROOM,
 ) -> Played:
     """Runs a story: one start for each plan, then starts without a plan until the campaign is closed.
 
@@ -132,7 +138,9 @@ def play(
     """
     told = Invented(root, drawn_campaign(story, budgets), _origin())
     files = FaultyFiles(told.folder.root)
-    cluster = Cluster(rng, files, troubles, account=told.folder.looks)
+    cluster = Cluster(rng, files, troubles, account=told.folder.looks, room=room)
+    if troubles is OUTAGE:
+        cluster.most_losses = sys.maxsize
     if budgets is not None:
         limits = (3600 * budgets[name] for name in ("cpu_hours", "gpu_hours"))
         cluster.charges, cluster.budget = True, Spend(math.inf, *limits)
@@ -143,6 +151,8 @@ def play(
                 cluster.troubles = Troubles()
             ended = start(told, files, cluster, plans[number] if number < len(plans) else {})
             played.starts.append(ended)
+            if ended == "stopped":
+                assert not cluster.queue, "it said that it had stopped, and a job of it runs"
             played.struck += files.struck
             files.struck = []
             with files.outside():
@@ -168,17 +178,32 @@ def _origin() -> Any:
 # --- a schedule -------------------------------------------------------------------------------------------------------
 
 
-def plans_of(seed: int, steps: list[str], rng: random.Random) -> list[dict[int, Fault]]:
+def plans_of(seed: int, steps: list[str], rng: random.Random) -> list[Plan]:
     """One to three starts with a fault each. The first strikes at a kind of step that the seed names, so that
     schedules one after another go through every transition there is; the others strike anywhere."""
+    if seed >= SCHEDULES:
+        return drains_of(steps, rng)
     kinds = sorted(set(steps))
     turn = seed // STORIES + 70 * (seed % STORIES // 2)  # two stories that take all of 140 kinds cover them
     kind = kinds[turn % len(kinds)]
     first = rng.choice([number for number, step in enumerate(steps) if step == kind])
     fault = rng.choice(FAULTS if seed % 4 == 0 else DEADLY)
-    plans: list[dict[int, Fault]] = [{first: fault}]
+    plans: list[Plan] = [{first: fault}]
     for _ in range(rng.randrange(3)):
         plans.append({rng.randrange(len(steps)): rng.choice(FAULTS)})
+    return plans
+
+
+def drains_of(steps: list[str], rng: random.Random) -> list[Plan]:
+    """A controller is told to stop while jobs wait for room, and dies while it calls them off; so may the next."""
+    told = rng.choice([number for number, step in enumerate(steps) if step.endswith("train/attempts/N/job.json")])
+    order: Fault = rng.choice(("terminate", "stop_file"))
+    if rng.random() < 0.7:
+        plans: list[Plan] = [{told: order, "cancel": "kill_after"}]
+    else:
+        plans = [{told: order, told + rng.randrange(1, DRAIN_STEPS): rng.choice(DEADLY)}]
+    if rng.random() < 0.5:
+        plans.append({rng.randrange(DRAIN_STEPS): rng.choice(FAULTS)})
     return plans
 
 
@@ -190,8 +215,10 @@ def run_schedule(seed: int, root: Path) -> Played:
     plans = plans_of(seed, expected.steps, rng)
     lot = rng.random()
     troubles = TROUBLES if lot < 0.5 else OUTAGE if lot < 0.6 else Troubles()
+    if seed >= SCHEDULES:
+        troubles = Troubles()
     with replayable(str(seed), f"story {story}, plans {plans}"):
-        played = play(root, story, plans, troubles, rng)
+        played = play(root, story, plans, troubles, rng, room=1 if seed >= SCHEDULES else ROOM)
         check(played, expected)
     return played
 
@@ -241,6 +268,8 @@ def check_kept(played: Played) -> None:
     again = {key: count for key, count in played.cluster.finished.items() if count != 1}
     assert not again, f"ran twice to a result: {again}"
     assert not played.cluster.queue, "a job runs that nobody waits for"
+    assert not played.cluster.disobeyed, f"begun after the order to stop: {played.cluster.disobeyed}"
+    assert not played.told.folder.stop_file.exists(), "an order to stop stands after the end"
     mine = read_ledger(played.told.folder.ledger)
     ended = Counter(event.key for event in mine if event.kind == "ended")
     assert set(ended.values()) <= {1}

@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from megatron_evolve.campaign import SubstrateSpec
 from megatron_evolve.cli import app
+from megatron_evolve.desk import Stopped
 from megatron_evolve.launch.job import Job, OutcomeKind
 from megatron_evolve.launch.local import LocalLauncher
-from megatron_evolve.launch.rundir import attempt_dir, read_outcome
+from megatron_evolve.launch.rundir import CANCEL_FILE, attempt_dir, prepare_attempt, read_outcome
 from megatron_evolve.placement import Placement
 from megatron_evolve.prepare import build_job, run_one
 from megatron_evolve.site import Site
@@ -73,3 +74,18 @@ def test_it_is_watched_as_the_site_says(tmp_path: Path) -> None:
     assert (found.stall_s, found.start_s, found.grace_s) == (70.0, None, 3.0)
     plain, ground = build_job(SubstrateSpec(preset="nano-cpu"), tmp_path), Placement().site
     assert (plain.stall_s, plain.start_s) == (ground.stall_seconds, ground.start_seconds)
+
+
+def test_a_build_that_a_dead_controller_called_off_is_made(tmp_path: Path) -> None:
+    """It was taken as an order to stop, though the one that gave it was over."""
+    asked = job(tmp_path / "a", hangs=0)
+    (prepare_attempt(asked, 1) / CANCEL_FILE).touch()
+    with LocalLauncher(1, tmp_path) as launcher:
+        done = run_one(launcher, asked, lambda: False)
+    assert kinds(tmp_path / "a") == [OutcomeKind.CANCELLED, OutcomeKind.FINISHED] and done.attempt == 2
+
+
+def test_a_build_is_not_begun_once_it_is_asked_to_stop(launcher: LocalLauncher, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run_one(launcher, job(tmp_path / "a", hangs=0), lambda: True)
+    assert not (tmp_path / "a" / "attempts").exists()

@@ -9,9 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_evolve.artefacts import CampaignFolder, save_json
+from megatron_evolve.budget import Account
 from megatron_evolve.campaign import ExternalCsv, find_campaign, load_campaign
 from megatron_evolve.cli import app
-from megatron_evolve.closing import compare, final_survey
+from megatron_evolve.closing import close_campaign, compare, final_survey
 from megatron_evolve.comparisons import Weights
 from megatron_evolve.contest.surface import ORIGIN, VIEW
 from megatron_evolve.desk import Desk
@@ -147,7 +148,7 @@ def desk_with(root: Path, budget: int, spent: int) -> Answering:
         judge_digest="j",
         origin=origin_of(theirs),
         origin_settings=ORIGIN,
-        suites={"items": ROWS},
+        suites={"items": ROWS, "weights": {"dev": {"a": 1.0}, "external": {"a": 1.0}}},
         on_progress=lambda what, facts: None,
         stop=lambda: False,
     )
@@ -166,3 +167,18 @@ def test_a_budget_that_the_rounds_have_spent_closes_without_the_open_rows(tmp_pa
     assert desk.looks.spent == spent + asked
     again = Looks(desk.looks.path, external_budget=budget)
     assert final_survey(Answering(**{**vars(desk), "looks": again}), policy) == found, "as a campaign that goes on does"
+
+
+@pytest.mark.parametrize("due", [True, False])
+def test_a_budget_that_the_closing_spends_pays_for_no_look(tmp_path: Path, due: bool) -> None:
+    """The sealed look was paid though nothing could be started; and a controller that started then made no final."""
+    desk = desk_with(tmp_path, 5, 4)
+    looks = Looks(tmp_path / "unpaid.jsonl", external_budget=5)
+    desk = Answering(**{**vars(desk), "looks": looks, "account": Account(spent="8 of 8 GPU-hours are used")})
+    if due:  # said when the rounds had ended; the closing's own training spent the rest
+        desk.ledger.append("final-due", "", {"due": True})
+    moved = ORIGIN.replace(recipe=ORIGIN.recipe.replace(lr=2 * ORIGIN.recipe.lr))
+    closed = close_campaign(desk, initial_policy(moved, {}, desk.campaign.constitution).replace(round=CLOSING_ROUND))
+    failed = "no run of the standing settings finished and was scored"
+    assert (closed["final"] or {}).get("failed") == (failed if due else None)
+    assert not looks.path.exists()

@@ -270,6 +270,10 @@ def test_what_would_outgrow_its_gpus_or_its_time_is_refused(tmp_path: Path) -> N
         preflight(hurried, NODE, tmp_path)
     with pytest.raises(ValueError, match="lets a job run for 4 h, its site for 2"):
         preflight(real("nemotron3-nano-lora"), NODE.replace(longest_job_hours=2.0), tmp_path)
+    tight = with_rules("nemotron3-nano-lora", budgets={"wall_hours": 4.05})  # a run, and 3 min
+    preflight(tight, NODE.replace(grace_seconds=120.0), tmp_path)
+    with pytest.raises(ValueError, match=r"a budget of 4.05 hours, and one training job may take 4.083 until"):
+        preflight(tight, NODE.replace(grace_seconds=300.0), tmp_path)
     preflight(real("nemotron3-super-lora"), CLUSTER.replace(longest_job_hours=2.0), tmp_path)  # in several allocations
     with pytest.raises(ValueError, match="takes GPUs, and its site has none: name one that has with --site"):
         preflight(real("nemotron3-nano-lora"), Site(), tmp_path)

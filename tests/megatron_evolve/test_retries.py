@@ -8,8 +8,8 @@ import pytest
 
 from megatron_evolve.launch import gpus, local
 from megatron_evolve.launch.gpus import Gpu
-from megatron_evolve.launch.job import JobOutcome, OutcomeKind, Resources
-from megatron_evolve.launch.rundir import read_outcome
+from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind, Resources
+from megatron_evolve.launch.rundir import prepare_attempt, read_outcome, write_outcome
 from megatron_evolve.retries import Paused, Retries
 from tests.megatron_evolve.small_jobs import DONE, LOST, Bench
 
@@ -172,6 +172,40 @@ def test_a_stop_in_an_outage_costs_no_job_its_place(tmp_path: Path) -> None:
     (tmp_path / "mended").touch()
     ends = bench.run(commands, retries=Retries())
     assert {end.outcome for end in ends.values()} == {"finished"}
+
+
+def failing(root: Path, failures: int) -> dict[str, Path]:
+    """Run folders of three jobs whose machine failed them so often."""
+    folders = {name: root / name for name in "abc"}
+    for name, folder in folders.items():
+        for attempt in range(1, failures + 1):
+            prepare_attempt(Job(name, ("x",), folder, 1.0, "done"), attempt)
+            write_outcome(folder, lost(name, attempt))
+    return folders
+
+
+def test_a_controller_that_starts_in_an_outage_gives_no_job_up(tmp_path: Path) -> None:
+    """The first job that failed after the start had failed three times, and seemed to be the only one."""
+    retries, folders = Retries(), failing(tmp_path, 2)
+    assert [retries.failures(name, folder) for name, folder in folders.items()] == [2, 2, 2]
+    assert [retries.failed(name, lost(name, 3), 1, 1) for name in folders] == [128.0] * 3
+    for name in folders:
+        retries = Retries()
+        retries.failures(name, folders[name])
+        assert retries.failed(name, lost(name, 3), 1, 1) is None, "this one did fail alone"
+
+
+def test_the_pause_that_a_controller_did_not_live_to_enter_is_made_good(tmp_path: Path) -> None:
+    """Jobs that had failed as often as opens the breaker were all given up at the next start."""
+    retries, folders = Retries(), failing(tmp_path, 5)
+    for name, folder in folders.items():
+        retries.failures(name, folder)
+    with pytest.raises(Paused, match="a failed 5 times, and 2 more failed beside it; mend that") as paused:
+        retries.may_go_on("a", folders["a"])
+    assert paused.value.attempts == {"a": 5, "b": 5, "c": 5}
+    mended = Retries(forgiven=paused.value.attempts)
+    assert all(mended.may_go_on(name, folder) for name, folder in folders.items())
+    assert not Retries().may_go_on("a", folders["a"])
 
 
 def test_an_attempt_with_a_damaged_outcome_is_tried_again(tmp_path: Path) -> None:

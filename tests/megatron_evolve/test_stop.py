@@ -65,11 +65,14 @@ def test_it_drains_and_goes_on(ground: Ground, tmp_path: Path) -> None:
     controller.communicate(timeout=DEADLINE_S)
     assert controller.returncode == 75
     known = events(folder)
+    (folder / "stop").touch()
+    assert ground.run(folder).returncode == 75, "ordered while the controller waited in a queue"
+    assert events(folder) == known
 
     ended = ground.run(folder)
     assert ended.returncode == 0, ended.stderr
     assert events(folder)[: len(known)] == known
-    assert not (folder / "stop").exists(), "a stop file is for one controller"
+    assert not (folder / "stop").exists(), "an order that was carried out is over"
     assert verify_campaign(folder)["ok"]
     for name in ("policy.yaml", "edits.json"):
         for number in (1, 2, 3):
