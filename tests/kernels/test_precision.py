@@ -61,7 +61,8 @@ def test_only_the_current_device_is_launched_on(monkeypatch):
     """Triton takes the current device's stream whatever the tensors' is: an illegal access, or a race."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     with FakeTensorMode():
-        here, there = (torch.empty(4, 3, device=f"cuda:{index}") for index in (1, 0))
+        # Not `torch.empty`, which another test's Megatron may have made a CPU's (substrate/model/cpu.py).
+        here, there = (torch.empty_strided((4, 3), (3, 1), device=f"cuda:{index}") for index in (1, 0))
     precision.check(here, "x")
     with pytest.raises(ValueError, match=r"x on the current device cuda:1; got cuda:0: move it, or call within"):
         precision.check(there, "x")

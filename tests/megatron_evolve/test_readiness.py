@@ -180,7 +180,7 @@ def test_on_a_cluster_the_first_job_asks_where_jobs_run(tmp_path: Path, monkeypa
     """Before anything is built or trained. This machine's launcher stands in for Slurm; what runs is the job itself."""
     pytest.importorskip("openai", reason="the endpoint's client is the [llm] extra")
     campaign, site = asking(server={"kind": "command", "argv": ["serve-it", "{port}"]}), Site(launcher="slurm")
-    monkeypatch.setattr(preflight_module, "_check_queue", lambda campaign, placement: None)
+    monkeypatch.setattr(preflight_module, "_check_queue", lambda campaign, placement, new: None)
     monkeypatch.setattr(loop, "launcher_of", lambda campaign, session: LocalLauncher(1, session.root))
     with pytest.raises(ValueError, match=r"engine/ready crashed: .* the command 'serve-it' of the judge's server on "):
         run_campaign(session(tmp_path, site), campaign)
