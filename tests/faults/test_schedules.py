@@ -46,6 +46,17 @@ def test_a_drain_that_is_cut_short_takes_no_job(tmp_path: Path) -> None:
     assert any("attempts/N/cancel" in place for place in struck)
 
 
+def test_a_drain_begins_nothing_that_was_prepared_and_not_sent(tmp_path: Path) -> None:
+    expected = undisturbed(1)
+    prepared = next(
+        number for number, place in enumerate(expected.steps) if place.endswith("train/attempts/N/job.json")
+    )
+    plan: Plan = {prepared - 1: "stop_file", prepared: "kill_after"}
+    played = play(tmp_path, 1, [plan], Troubles(), random.Random(1))
+    assert played.starts == ["killed", "stopped", "closed"]
+    check(played, expected)
+
+
 @pytest.mark.parametrize(("step", "fault"), [("unlink stop", "kill_before"), (None, "terminate")])
 def test_a_repair_that_an_order_put_off_is_asked_by_the_next_start(
     step: str | None, fault: Fault, tmp_path: Path
