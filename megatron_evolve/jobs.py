@@ -24,6 +24,7 @@ from megatron_evolve.launch.job import INFRASTRUCTURE_KINDS, Job, JobOutcome, La
 from megatron_evolve.launch.rundir import (
     JOB_FILE,
     OUTCOME_FILE,
+    SUPERVISOR_FILE,
     DamagedFile,
     RunDirError,
     attempt_dir,
@@ -283,6 +284,9 @@ class _Work:
             if not one.adopted:
                 self.account.reserve(one.job)
             one.began, self.open[one.job.key] = self.looks, one
+            # What an earlier controller prepared may not be with the cluster yet, whose next poll would hand it over.
+            if self.stop() and not (attempt_dir(one.job.run_dir, one.attempt) / SUPERVISOR_FILE).exists():
+                self.launcher.cancel(one.job.key)
         self.waiting = held
         if why and not self.open and all(one.due <= time.monotonic() for one in held):
             self.account.spent = why

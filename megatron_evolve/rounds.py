@@ -43,6 +43,7 @@ class RoundRuns:
         self.explorers: dict[str, Explorer] = {}
         self.runs: dict[str, list[Run]] = {}
         self.ends: dict[tuple[str, str], StageEnd] = {}
+        self.put_off = False  # a repair is due that was not asked, because the campaign is to stop
 
     def add(self, found: Candidate, seeds: int) -> list[Run]:
         """`seeds` more runs of a candidate; the same candidate from two workers gets both workers' runs."""
@@ -67,7 +68,10 @@ class RoundRuns:
         return [run for runs in self.runs.values() for run in runs if self.finished(run, stage)]
 
     def drive(self, stages: Iterable[tuple[Run, Stage]], follow: bool) -> None:
-        """Runs stages to their end. With `follow`, a trained run is scored on dev and a failed explorer is repaired."""
+        """Runs stages to their end. With `follow`, a trained run is scored on dev and a failed explorer is repaired.
+
+        Raises Stopped, Paused. A repair that a stop put off comes before whatever the round decides next.
+        """
         todo = []
         for run, stage in stages:
             if known := self._known(run, stage):
@@ -77,6 +81,8 @@ class RoundRuns:
         after = self._after if follow else lambda end: ()
         for end in self.desk.drive(todo, after):
             self.ends[end.run.key, end.stage] = end
+        if self.put_off:  # where all else had ended before this start, the desk was asked for nothing and says nothing
+            raise Stopped(STOPPED)
 
     def _known(self, run: Run, stage: Stage) -> StageEnd | None:
         event = self.desk.ledger.find("ended", f"{run.key}/{stage}")
@@ -106,6 +112,7 @@ class RoundRuns:
         try:
             better = propose(self.desk, self.policy, explorer.worker, axis, setback, start=explorer.attempt + 1)
         except Stopped:  # `drive` says so, once what runs has ended
+            self.put_off = True
             return
         if better is None or better.candidate.id in self.runs:
             return

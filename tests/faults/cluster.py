@@ -66,6 +66,7 @@ class _Attempt:
     number: int
     ends_at: float | None = None  # None: waits for room
     cancelled: bool = False
+    disobeys: bool = False  # if it begins: it came after an order to stop
 
 
 @dataclass
@@ -110,7 +111,7 @@ class Cluster:
         """Takes an attempt once, however often it is sent."""
         if (job.key, number) not in self.begun:
             self.begun.add((job.key, number))
-            self.queue.append(_Attempt(job, number))
+            self.queue.append(_Attempt(job, number, disobeys=self.ordered))
             if self.account is not None and not self._is_paid(job.key):
                 self.unpaid.append(job.key)
             worst = sum((_worst(one.job) for one in self.queue), self.spent)
@@ -142,6 +143,8 @@ class Cluster:
                 self._end(one)
             for one in [one for one in self.queue if one.ends_at is None][: self.room - self.running()]:
                 one.ends_at = self.now + self.rng.uniform(0.01, 0.4)
+                (rundir.attempt_dir(one.job.run_dir, one.number) / rundir.SUPERVISOR_FILE).write_text("{}")
+                self.disobeyed += [one.job.key] * one.disobeys
 
     def running(self) -> int:
         return sum(one.ends_at is not None for one in self.queue)
@@ -153,6 +156,8 @@ class Cluster:
 
     def _end(self, one: _Attempt) -> None:
         job, kind, reason = one.job, own_ending(one.job.key, self.own_failures), "drawn"
+        # What an attempt that is charged nothing leaves says that it never began.
+        (rundir.attempt_dir(job.run_dir, one.number) / rundir.SUPERVISOR_FILE).unlink(missing_ok=True)
         fails_anyway = kind in INFRASTRUCTURE_KINDS
         if one.cancelled:
             kind, reason = OutcomeKind.CANCELLED.value, "was stopped because its submitter cancelled it"

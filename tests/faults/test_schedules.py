@@ -8,7 +8,7 @@ import pytest
 from megatron_evolve.launch.job import OutcomeKind
 from megatron_evolve.ledger import read_ledger
 from tests.faults.cluster import Cluster, Troubles
-from tests.faults.files import DEADLY, FAULTS
+from tests.faults.files import DEADLY, FAULTS, Fault, Plan
 from tests.faults.schedules import (
     DRAINS,
     OUTAGE,
@@ -24,6 +24,7 @@ from tests.faults.schedules import (
 
 BLOCK = 28
 A_FEW_DRAINS = (563, 569, 571)
+A_STORY_WITH_A_REPAIR = 7  # of a candidate that fails when it is confirmed, alone
 SPENDING = 48  # schedules whose budget of hours may end them early
 
 
@@ -43,6 +44,31 @@ def test_a_drain_that_is_cut_short_takes_no_job(tmp_path: Path) -> None:
     """Killed after it called a job off and before that ended: the next controller took the job as over for good."""
     struck = [place for seed in A_FEW_DRAINS for _, place in run_schedule(seed, tmp_path / str(seed)).struck]
     assert any("attempts/N/cancel" in place for place in struck)
+
+
+def test_a_drain_begins_nothing_that_was_prepared_and_not_sent(tmp_path: Path) -> None:
+    expected = undisturbed(1)
+    prepared = next(
+        number for number, place in enumerate(expected.steps) if place.endswith("train/attempts/N/job.json")
+    )
+    plan: Plan = {prepared - 1: "stop_file", prepared: "kill_after"}
+    played = play(tmp_path, 1, [plan], Troubles(), random.Random(1))
+    assert played.starts == ["killed", "stopped", "closed"]
+    check(played, expected)
+
+
+@pytest.mark.parametrize(("step", "fault"), [("unlink stop", "kill_before"), (None, "terminate")])
+def test_a_repair_that_an_order_put_off_is_asked_by_the_next_start(
+    step: str | None, fault: Fault, tmp_path: Path
+) -> None:
+    """All else has ended and the file still stands, since its controller died or may be moved: the round went on."""
+    expected = undisturbed(A_STORY_WITH_A_REPAIR)
+    asked = max(number for number, place in enumerate(expected.steps) if place == "mkdir rounds/N/workers/N/N")
+    failed = max(number for number, place in enumerate(expected.steps[:asked]) if place == "write ledger.jsonl")
+    plan: Plan = {failed: "stop_file", failed + 1 if step is None else step: fault}
+    played = play(tmp_path, A_STORY_WITH_A_REPAIR, [plan], Troubles(), random.Random(A_STORY_WITH_A_REPAIR))
+    assert played.starts[1:] == ["stopped", "closed"] and len(played.struck) == 2
+    check(played, expected)
 
 
 @pytest.mark.slow

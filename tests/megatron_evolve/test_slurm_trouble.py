@@ -1,6 +1,7 @@
 """Trouble with Slurm that passes: a campaign that was begun goes on or pauses with the reason, and its controller's job
 puts itself back. Slurm's programs are shell scripts here; `tests/slurm` runs real ones."""
 
+import json
 import os
 import signal
 import subprocess
@@ -68,6 +69,25 @@ def test_a_job_that_slurm_refuses_pauses_the_campaign(
     with SlurmLauncher(Queue(0), tmp_path) as launcher, pytest.raises(Paused, match=r"paused: .*(refuses|belongs to)"):
         list(drive(ground, launcher, [(run, "dev")], lambda end: ()))
     assert not list(tmp_path.rglob("submission.json"))
+
+
+def test_a_drain_calls_off_what_slurm_refused_and_what_waits(
+    program: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    """It was submitted once more, and refused, and the campaign paused: what waited in the queue was left there."""
+    sent, called_off = tmp_path / "sent", tmp_path / "called-off"
+    program("sbatch", f"[ -e {sent} ] && {{ {REFUSES}; }}; echo 7 | tee {sent}")
+    program("scancel", f"echo $* >> {called_off}")
+    program("squeue", f'[ -e {called_off} ] && state=CANCELLED; echo "7|7|${{state:-PENDING}}||Priority|a"')
+    ground = Shell(CampaignFolder(tmp_path), tmp_path, tmp_path, commands={"a": DONE, "b": DONE}, time_limit_s=30.0)
+    stages = [(Run(1, Candidate(id=name, substrate="s", settings=BASE), 7), "dev") for name in "ab"]
+    with SlurmLauncher(Queue(0), tmp_path) as launcher, pytest.raises(Paused, match="partition not available"):
+        list(drive(ground, launcher, stages, lambda end: ()))
+    with SlurmLauncher(Queue(0), tmp_path, queue_every_s=0.0) as launcher:
+        assert list(drive(ground, launcher, stages, lambda end: (), stop=lambda: True)) == []
+    assert called_off.read_text().split()[-1] == "7"
+    reasons = [json.loads(path.read_bytes())["reason"] for path in sorted(tmp_path.rglob("attempts/1/outcome.json"))]
+    assert reasons == ["was cancelled (Slurm job 7)", "was cancelled before it was submitted"]
 
 
 @pytest.mark.parametrize(("state", "asked"), [("RUNNING", ["show"] * 4 + ["requeue"] * 2), ("CANCELLED", ["show"] * 3)])
