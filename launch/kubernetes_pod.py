@@ -105,8 +105,10 @@ def other_pod(pod: Pod) -> int:
         _wait_until(lambda: _has_ended(pod) or (pod.folder / rundir.SUPERVISOR_FILE).exists())
     if _has_ended(pod):
         return 0
-    if (held := read_fence(pod.run_dir)) is not None:  # pod 0 has raised it for this attempt
-        os.environ.update(fence_environment(pod.run_dir, held))
+    held = read_fence(pod.run_dir)  # pod 0 has raised it for this attempt
+    if held is None or (held.attempt, held.start) != (int(pod.folder.name), 0):
+        return 0  # given up since, or a later attempt has the folder
+    os.environ.update(fence_environment(pod.run_dir, held))
     job, stopped = rundir.read_job(pod.folder), []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(STOPPED))
     log = pod.folder / f"stderr-pod-{pod.index}.log"

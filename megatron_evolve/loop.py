@@ -74,7 +74,7 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
     substrate or judge, a second controller, a layout that does not fit the site), before any job starts.
     """
     campaign, folder = placed(campaign, session.site), CampaignFolder(session.root.resolve())
-    new = not folder.ledger.exists()
+    new = not folder.ledger.exists() or folder.ledger.stat().st_size == 0  # an earlier start may have opened nothing
     found = check_campaign(campaign, session.site, session.store, new=new)
     make_folder(folder.root)
     stop = StopOrder(folder.stop_file, session.stop, session.moved)
@@ -89,7 +89,7 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
         opened = ledger.find("campaign-opened")
         if opened is not None:
             check_same_campaign(folder, campaign, opened.data)
-        if not new and not ledger.has("campaign-closed"):
+        if not (new or stop() or ledger.has("campaign-closed")):
             check_ready(campaign, session.site, found.expected, resumes=True)
         if session.site != Site():
             save_yaml(folder.site, session.site)

@@ -60,6 +60,7 @@ def check_ready(campaign: Campaign, site: Site, expected: "Expected", *, resumes
 
     It is waited for as long as for a connection; by a campaign that goes on, which an endpoint that is just being
     started again should not end, as long as for any retry. Nothing is written, so the same command goes on after it.
+    Where jobs run elsewhere an endpoint may be theirs alone to reach: that it does not answer here is told, no more.
     """
     engine = campaign.judge.engine
     if not isinstance(engine, OpenAISettings):
@@ -69,13 +70,17 @@ def check_ready(campaign: Campaign, site: Site, expected: "Expected", *, resumes
         _check_place(engine)
     if engine.url is None or not (site.launcher == "local" or _key_is_here(engine)):
         return
-    patience = engine.patience
+    patience, here = engine.patience, site.launcher == "local"
     try:
-        cards = served_now(engine, patience.longest_wait_seconds if resumes else patience.connect_seconds)
+        cards = served_now(engine, patience.longest_wait_seconds if resumes and here else patience.connect_seconds)
     except EndpointGone as gone:
+        if not here:
+            print(f"The judge's endpoint does not answer on this machine: {gone}; jobs will ask it", file=sys.stderr)
+            return
+        elsewhere = "" if resumes else ", or name where it runs as `endpoint` of the site,"  # then it is decided
         raise ValueError(
-            f"expected the judge's endpoint to answer before anything is trained, but {gone}: start it, or name where "
-            "it runs as `endpoint` of the site, and give the same command again"
+            f"expected the judge's endpoint to answer before anything is trained, but {gone}: start it{elsewhere} and "
+            "give the same command again"
         ) from None
     rooms = [room for card in cards.values() if (room := getattr(card, "max_model_len", None)) is not None]
     if rooms:

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_evolve.launch.rundir import make_folder, read_json, write_json, write_whole
+from megatron_evolve.launch.rundir import Lock, make_folder, read_json, write_json, write_whole
 from megatron_evolve.substrate.checkpoint_tokenizer import (
     SETTINGS_FILE,
     TOKENIZER_FILE,
@@ -205,13 +205,14 @@ def _require_new(folder: Path) -> None:
 
 @contextmanager
 def _filled(folder: Path) -> Iterator[None]:
-    """Marks `folder` as unfinished until the block has written all of it."""
+    """Marks `folder` as unfinished until the block has written all of it. Raises LockHeld while another fills it."""
     make_folder(folder)
-    write_whole(folder / UNFINISHED, "")
-    for left in folder.glob("*.safetensors*"):  # of an attempt that may have cut other shards
-        left.unlink()
-    yield
-    (folder / UNFINISHED).unlink()
+    _require_new(folder)  # another may have filled it since it was looked at
+    with Lock(folder / UNFINISHED):
+        for left in folder.glob("*.safetensors*"):  # of an attempt that may have cut other shards
+            left.unlink()
+        yield
+        (folder / UNFINISHED).unlink()
 
 
 def _config(folder: Path) -> dict[str, Any]:

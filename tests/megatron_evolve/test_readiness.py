@@ -229,6 +229,21 @@ def test_nobody_there_ends_the_command_with_one_sentence(tmp_path: Path) -> None
     assert [one.name for one in tmp_path.iterdir()] == ["asking.yaml"]
 
 
+def test_where_jobs_run_elsewhere_an_endpoint_may_be_theirs_alone_to_reach(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    campaign = asking(url=NOBODY)
+    check_ready(campaign, CLUSTER, expected_of(campaign, tmp_path), resumes=True)
+    assert f"does not answer on this machine: {NOBODY}" in capsys.readouterr().err
+
+
+def test_a_folder_where_nothing_was_opened_is_new(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    Ledger(tmp_path / "run").close()
+    with pytest.raises(ValueError, match="or name where it runs as `endpoint` of the site"):
+        run_campaign(session(tmp_path), asking(url=NOBODY))
+
+
 def test_an_endpoint_with_another_model_room_or_door(serve: Any, tmp_path: Path) -> None:
     server = serve("llama", listed=("llama", "qwen"), root="/models/llama", max_model_len=40)
     for engine, says in (
@@ -289,9 +304,13 @@ def test_a_refusal_leaves_a_campaign_that_goes_on_with_the_same_command(serve: A
     ledger = Ledger(folder.root)
     ledger.append("campaign-opened", "", opened)
     before = folder.ledger.read_bytes()
-    with pytest.raises(ValueError, match="give the same command again"):
+    with pytest.raises(ValueError, match=r"was not ready in time .*: start it and give the same command again"):
         run_campaign(session(tmp_path), campaign)
     assert folder.ledger.read_bytes() == before
+    folder.stop_file.touch()  # an order to stop asks no judge
+    with pytest.raises(ValueError, match="no-substrate is no frozen substrate"):
+        run_campaign(session(tmp_path), campaign)
+    folder.stop_file.unlink()
     with FakeEndpoint("nano", port=port), pytest.raises(ValueError, match="no-substrate is no frozen substrate"):
         run_campaign(session(tmp_path), campaign)  # past the endpoint
     ledger.append("campaign-closed", "", {})

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from megatron_evolve.cli import app
+from megatron_evolve.launch.rundir import LockHeld
 from megatron_evolve.substrate import exchange
 from megatron_evolve.substrate.build import NANO, build_substrate
 from megatron_evolve.substrate.checkpoint_tokenizer import exported
@@ -369,6 +370,8 @@ def test_no_file_of_another_is_written_over_or_left_beside(checkpoint, imported,
 
 def test_a_killed_attempt_is_written_over(checkpoint, imported, tmp_path, monkeypatch):
     def killed(*_):
+        with pytest.raises(LockHeld, match="to be free; it is in use by"):  # by this one, which still writes
+            write(source, out)
         raise KeyboardInterrupt
 
     for write, source, last in ((import_hf, checkpoint, "sealed"), (export_hf, imported, "_beside")):

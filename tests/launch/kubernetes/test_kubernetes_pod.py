@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("kubernetes", reason="the official client is the optional extra [k8s]")
 
 from megatron_evolve.launch import rundir
-from megatron_evolve.launch.fence import Token, raise_fence
+from megatron_evolve.launch.fence import GAVE_UP, NO_START, Token, raise_fence
 from megatron_evolve.launch.job import Job, OutcomeKind, Resources
 from megatron_evolve.launch.kubernetes import KubernetesLauncher
 from megatron_evolve.launch.kubernetes_manifest import object_name
@@ -73,6 +73,17 @@ def test_a_pod_that_lives_on_is_shut_out_by_the_next_attempt(
     assert [pod.wait(20) for pod in begun] == [0] * pods
     assert len(list(job.run_dir.glob("fenced*"))) == resources.tasks
     assert rundir.read_outcome(rundir.attempt_dir(job.run_dir, 1)) is None, "and records nothing"
+
+
+def test_a_late_pod_of_an_attempt_that_was_given_up_runs_nothing(
+    cluster: FakeCluster, launcher: KubernetesLauncher, make_job: Callable[..., Job]
+) -> None:
+    job = make_job("a", 'touch "$RUN/up$RANK"', resources=WIDE)
+    launcher.submit(job)
+    (rundir.attempt_dir(job.run_dir, 1) / rundir.SUPERVISOR_FILE).write_text("{}")  # pod 0 had begun
+    raise_fence(job.run_dir, Token(1, NO_START, GAVE_UP))
+    assert cluster.start(job_path(job), 1).wait(20) == 0
+    assert list(job.run_dir.glob("up*")) == []
 
 
 @pytest.mark.parametrize("failing", [0, 3])
