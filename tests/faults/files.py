@@ -28,6 +28,7 @@ FAULTS: tuple[Fault, ...] = Fault.__args__
 Plan = dict[int | str, Fault]  # by the number of a step, or by the name of the file that it changes
 DEADLY = ("kill_before", "kill_after", "torn", "power_cut", "hang")
 _ID, _TEMPORARY = re.compile("^[0-9a-f]{12}$"), re.compile(r"\.\d+\.[0-9a-f]{8}\.tmp$")
+_START = re.compile(r"^\d\.")  # an attempt's starts are files by number
 SLOW_S, HANG_S, JUMP_S = 40.0, 7200.0, 86_400.0
 
 
@@ -109,7 +110,8 @@ class FaultyFiles:
     def place(self, path: str) -> str:
         """A path within the root that names what it is and not whose: `rounds/N/ID/runs/N/train/result.json`."""
         parts = os.path.relpath(path, self.root).split(os.sep)
-        return "/".join("N" if part.isdigit() else _ID.sub("ID", _TEMPORARY.sub(".tmp", part)) for part in parts)
+        named = (_ID.sub("ID", _START.sub("N.", _TEMPORARY.sub(".tmp", part))) for part in parts)
+        return "/".join("N" if part.isdigit() else part for part in named)
 
     def fault_here(self) -> Fault | None:
         """The fault planned for the step that comes next."""

@@ -184,7 +184,7 @@ def plans_of(seed: int, steps: list[str], rng: random.Random) -> list[Plan]:
     if seed >= SCHEDULES:
         return drains_of(steps, rng)
     kinds = sorted(set(steps))
-    turn = seed // STORIES + 70 * (seed % STORIES // 2)  # two stories that take all of 140 kinds cover them
+    turn = seed // STORIES + 48 * (seed % STORIES // 2)  # four windows of 70, of two stories each, cover 190 kinds
     kind = kinds[turn % len(kinds)]
     first = rng.choice([number for number, step in enumerate(steps) if step == kind])
     fault = rng.choice(FAULTS if seed % 4 == 0 else DEADLY)

@@ -76,7 +76,8 @@ def test_endings_are_told_apart(make_launcher: MakeLauncher, make_job: MakeJob, 
     assert found["ranks"].exit_code == 7
     assert {path.name for path in ranks.run_dir.iterdir()} >= {"0", "1", "2", "3"}
     assert "did not put it back: its state was" in found["foreign"].reason
-    assert all(found[key].host in ("n1", "n2", "n3", "n4") for key in found)
+    measured = [outcome.host for outcome in found.values() if outcome.seconds is not None]  # its supervisor told
+    assert len(measured) >= 4 and {*measured} <= {"n1", "n2", "n3", "n4"}
 
 
 def test_a_held_job_waits_and_is_told_of(
