@@ -17,14 +17,7 @@ the environment variable that holds one. Letters in braces stand for what only t
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    JsonValue,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from megatron_evolve.substrate.frozen import Frozen
 
@@ -165,14 +158,6 @@ class OpenAISettings(Frozen):
         if taken:
             raise ValueError(f"`extra` must not set {', '.join(taken)}, which the judge sets itself; leave it out")
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_before_there_was_a_base(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `base` where there is none: digests from before there was one hold."""
-        written = write(self)
-        if self.base is None:
-            written.pop("base", None)
-        return written
 
 
 def with_kind(value: Any) -> Any:

@@ -161,13 +161,6 @@ def test_vllm_with_the_merged_run() -> None:
     )
 
 
-def test_a_base_is_a_part_of_the_engine_where_it_is_named() -> None:
-    """And digests of engines from before it could be named hold."""
-    one = OpenAISettings(**ENGINES["running"])
-    assert "base" not in one.model_dump(mode="json")
-    assert one.replace(base="nano").model_dump(mode="json") == {**one.model_dump(mode="json"), "base": "nano"}
-
-
 def test_only_what_a_server_is_told_of_is_exported() -> None:
     for server, model, folders in (
         ({"kind": "vllm"}, "{run}", {"{model}"}),
