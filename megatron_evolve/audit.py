@@ -368,4 +368,5 @@ def explain_round(root: Path, number: int) -> str:
     told = open_written(root)
     if number not in told.rounds or not told.events.has("policy", str(number + 1)):
         raise ValueError(f"round {number} is not closed yet; closed rounds: {told.rounds or 'none'}")
-    return explain(told.policy(number), told.evidence(number), told.policy(number + 1), told.edits(number + 1))
+    before, after = told.policy(number), told.policy(number + 1)
+    return explain(before, told.evidence(number), after, told.edits(number + 1), told.axes_of(number))

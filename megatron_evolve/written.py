@@ -41,6 +41,14 @@ class Written:
         written = load_json(path, self.data("policy", str(number))["edits"])
         return tuple(Edit.parse(edit, where=str(path)) for edit in written)
 
+    def axes_of(self, number: int) -> dict[str, tuple[str, ...]]:
+        """Every axis on which each of a round's candidates was proposed; evidence keeps the first alone."""
+        found: dict[str, list[str]] = {}
+        for event in self.events.of_round("proposed", number):
+            axes = found.setdefault(event.data["candidate"], [])
+            axes += [event.data["axis"]] * (event.data["axis"] not in axes)
+        return {name: tuple(axes) for name, axes in found.items() if name}
+
     def finished(self, key: str) -> bool:
         """Whether a stage ended as finished."""
         ended = self.data("ended", key)
