@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_evolve.artefacts import CampaignFolder, check_digest, load_json, load_yaml_checked
+from megatron_evolve.artefacts import check_digest, load_yaml_checked
 from megatron_evolve.campaign import Campaign
 from megatron_evolve.candidate import candidate, candidate_id
 from megatron_evolve.closing import closing_runs, compare, finding, sealed_answers, surveyed
@@ -20,14 +20,12 @@ from megatron_evolve.document import load_yaml
 from megatron_evolve.eval.freeze import SUITES_FILE
 from megatron_evolve.eval.judge import load_judge
 from megatron_evolve.eval.looks import Looks
-from megatron_evolve.evidence import Evidence
 from megatron_evolve.facts import round_facts
 from megatron_evolve.jobs import FINAL_STAGE, MANIFEST_FILE, SPLITS_OF
 from megatron_evolve.launch.rundir import RunDirError, read_json
-from megatron_evolve.ledger import Event, History
-from megatron_evolve.meta import explain, next_policy
+from megatron_evolve.ledger import Event
+from megatron_evolve.meta import check_edits, explain, next_policy
 from megatron_evolve.origin import ORIGIN_ROUND, Origin, read_origin
-from megatron_evolve.policy import Edit, SearchPolicy, kept_policy
 from megatron_evolve.prepare import judge_process
 from megatron_evolve.proposals import Setback, assigned_axes, brief_of, first_failure
 from megatron_evolve.prune import pruned_weights
@@ -41,6 +39,7 @@ from megatron_evolve.workers.brief import delta_document
 from megatron_evolve.workers.propose import propose as default_worker
 from megatron_evolve.workers.seam import PROPOSAL
 from megatron_evolve.workers.validate import validate
+from megatron_evolve.written import Written, open_written
 
 
 @dataclass(frozen=True)
@@ -53,67 +52,39 @@ class Broken(Exception):
 
 
 @dataclass(frozen=True)
-class Record:
-    """A campaign folder opened for reading."""
+class Record(Written):
+    """A campaign opened for reading, with the frozen ground that its decisions are made again on."""
 
-    folder: CampaignFolder
-    events: History
     campaign: Campaign
-    opened: dict[str, Any]
     substrate: Substrate
     origin: Origin
     suites: dict[str, Any]
     looks: Looks
     pruned: dict[str, str]
 
-    def data(self, kind: str, key: str = "") -> dict[str, Any] | None:
-        """Data of an event, if it happened."""
-        event = self.events.find(kind, key)
-        return event.data if event else None
-
     @property
     def weights(self) -> Weights:
         """Weight of each family in the dev and in the external score."""
         return score_weights(self.suites, self.campaign)
 
-    def policy(self, number: int) -> SearchPolicy:
-        """A round's policy, digest checked."""
-        return kept_policy(self.folder.policy(number), self.data("policy", str(number))["digest"])
-
-    def evidence(self, number: int) -> Evidence:
-        """A round's evidence, digest checked."""
-        path = self.folder.evidence(number)
-        return Evidence.parse(load_json(path, self.data("evidence", str(number))["digest"]), where=str(path))
-
-    def finished(self, key: str) -> bool:
-        """Whether a stage ended as finished."""
-        ended = self.data("ended", key)
-        return ended is not None and ended["end"]["outcome"] == "finished"
-
     def is_reviewed(self, number: int) -> bool:
         """Whether every look of a round must have been paid by now; those at the end are paid before they score."""
         return number not in range(1, self.campaign.constitution.rounds + 1) or self.events.has("evidence", str(number))
 
-    @property
-    def rounds(self) -> list[int]:
-        """Rounds with evidence."""
-        return sorted(map(int, self.events.keys("evidence")))
-
 
 def open_record(root: Path) -> Record:
-    """Opens a campaign folder. Raises ValueError in one sentence when it holds none, or one that was not opened yet."""
-    folder = CampaignFolder(Path(root))
-    events = History(folder.ledger)
-    first = events.find("campaign-opened")
-    if first is None:
-        raise ValueError(f"the campaign in {root} was not opened yet: run it first")
-    opened = first.data
+    """Opens a campaign folder and its ground. Raises ValueError in one sentence when either is missing or broken."""
+    return _on_its_ground(open_written(root))
+
+
+def _on_its_ground(written: Written) -> Record:
+    folder, opened = written.folder, written.opened
     judge_folder = Path(opened["judge_folder"])
     return Record(
         folder=folder,
-        events=events,
-        campaign=Campaign.parse(load_yaml(folder.campaign), where=str(folder.campaign)),
+        events=written.events,
         opened=opened,
+        campaign=Campaign.parse(load_yaml(folder.campaign), where=str(folder.campaign)),
         substrate=verify(Path(opened["substrate_folder"]), trainer=False),
         origin=read_origin(judge_folder, load_judge(judge_folder)),
         suites=read_json(judge_folder / SUITES_FILE),
@@ -128,8 +99,10 @@ def verify_campaign(root: Path) -> dict[str, Any]:
     decisions = 0
     events = 0
     try:
-        record = open_record(root)
-        events = len(record.events)
+        written = open_written(root)
+        events = len(written.events)
+        _check_store(written)
+        record = _on_its_ground(written)
         _check_ground(record, notes)
         same_code = record.opened["decisions"] == decision_sources()
         for decision in _decisions(record):
@@ -152,6 +125,18 @@ def verify_campaign(root: Path) -> dict[str, Any]:
         "first_broken": broken_at,
         "notes": notes,
     }
+
+
+def _check_store(written: Written) -> None:
+    for what in ("substrate", "judge"):
+        place = Path(written.opened[f"{what}_folder"])
+        if not place.is_dir():
+            raise Broken(
+                str(place),
+                f"the frozen {what}, without which no decision can be made again",
+                f"no folder: the chain of {len(written.events)} events holds, but no file was held against it and no "
+                "proposal, evidence, policy or ending was replayed; put the folder back, or a link to it",
+            )
 
 
 def _check_ground(record: Record, notes: list[str]) -> None:
@@ -179,13 +164,28 @@ def _check_ground(record: Record, notes: list[str]) -> None:
             _check_stage(record, event)
         elif event.kind == "policy":
             load_yaml_checked(folder.policy(int(event.key)), event.data["digest"])
-            load_json(folder.edits(int(event.key)), event.data["edits"])
+            _check_edits(record, int(event.key))
         elif event.kind == "external-submitted":
             _must_hold(folder.submitted(event.key), event.data["digest"])
         elif event.kind == "proposed" and event.data["call"]["reply"]:
             number, worker, attempt = event.key.split("/")
             path = folder.worker(int(number), int(worker)) / attempt / PROPOSAL
             _must_hold(path, event.data["call"]["reply"])
+
+
+def _check_edits(record: Record, number: int) -> None:
+    """The edits of a round's policy are what differs and point at values of the evidence, whichever code made them."""
+    edits = record.edits(number)
+    if number == 1:  # of the first policy, which rests on no evidence, there are none
+        return
+    if number - 1 not in record.rounds:
+        raise Broken(str(record.folder.ledger), f"the evidence that the policy of round {number} rests on", "none")
+    before, after, evidence = record.policy(number - 1), record.policy(number), record.evidence(number - 1)
+    try:
+        check_edits(before, after, edits, evidence)
+    except ValueError as error:
+        path = str(record.folder.edits(number))
+        raise Broken(path, f"the edits that make the policy of round {number}", str(error)) from None
 
 
 def _check_reach(record: Record) -> None:
@@ -365,10 +365,8 @@ def _check_finding(record: Record) -> None:
 
 def explain_round(root: Path, number: int) -> str:
     """The argument of a round's verdicts and of the policy that followed. Raises ValueError if it is not closed."""
-    record = open_record(root)
-    said = record.data("policy", str(number + 1))
-    if number not in record.rounds or said is None:
-        raise ValueError(f"round {number} is not closed yet; closed rounds: {record.rounds or 'none'}")
-    edits = load_json(record.folder.edits(number + 1), said["edits"])
-    parsed = tuple(Edit.parse(edit, where="edit") for edit in edits)
-    return explain(record.policy(number), record.evidence(number), record.policy(number + 1), parsed)
+    told = open_written(root)
+    if number not in told.rounds or not told.events.has("policy", str(number + 1)):
+        raise ValueError(f"round {number} is not closed yet; closed rounds: {told.rounds or 'none'}")
+    before, after = told.policy(number), told.policy(number + 1)
+    return explain(before, told.evidence(number), after, told.edits(number + 1), told.axes_of(number))

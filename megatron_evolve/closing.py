@@ -17,6 +17,7 @@ from megatron_evolve.eval.paired import RunItems, effect, minimum_detectable_eff
 from megatron_evolve.eval.score import comparison_of, read_rows
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.evidence import Evidence
+from megatron_evolve.gap import OVERALL
 from megatron_evolve.jobs import FINAL_STAGE, ROWS_FILE, Ground, Run, Stage, write_candidate
 from megatron_evolve.launch.rundir import read_json
 from megatron_evolve.origin import ORIGIN_ROUND, Origin
@@ -223,17 +224,23 @@ def finding(
     told = [(found.round, found.verdicts) for found in evidence]  # one evidence at a time is held
     verdicts = [(number, verdict) for number, mine in told for verdict in mine]
     alarms = [(number, one) for number, one in verdicts if one["outcome"] in ("DECOUPLED", "INVERSE")]
-    tracked = list(dict.fromkeys(number for number, one in verdicts if one["outcome"] == "TRACKING"))
+    tracked: dict[str, list[int]] = {}  # scope to rounds, each once
+    for number, one in verdicts:
+        if one["outcome"] == "TRACKING" and number not in tracked.setdefault(one["domain"], []):
+            tracked[one["domain"]].append(number)
     if alarms:
         number, first = alarms[0]
-        domains = sorted({verdict["domain"] for _, verdict in alarms if verdict["domain"] != "overall"})
+        domains = sorted({verdict["domain"] for _, verdict in alarms if verdict["domain"] != OVERALL})
         where = f" in {', '.join(domains)}" if domains else " overall, with no single domain named"
         said = f"dev stopped tracking the external target{where}: first said in round {number} ({first['outcome']})"
     elif campaign.judge.external is None:
         said = "there was no external target, so whether dev tracks anything is unknown"
+    elif OVERALL in tracked:
+        said = f"no decoupling found: dev tracked the external target in {_rounds(tracked[OVERALL])}"
     elif tracked:
-        rounds_said = f"round{'s' if len(tracked) > 1 else ''} {_list(tracked)}"
-        said = f"no decoupling found: dev tracked the external target in {rounds_said}"
+        domains = ", ".join(f"{name} ({_rounds(tracked[name])})" for name in sorted(tracked))
+        said = "unresolved: no round could tell whether dev tracks the external target overall"
+        said += f", though it does in {domains}"
     else:
         said = "unresolved: no round could tell whether dev tracks the external target"
     return f"{said}{_gain(final)}{_cut(campaign, len(told), spent)}."
@@ -256,5 +263,5 @@ def _cut(campaign: Campaign, judged: int, spent: dict[str, Any] | None) -> str:
     return f"; budget spent after {judged} of {campaign.constitution.rounds} rounds: {spent['why']}"
 
 
-def _list(numbers: Sequence[int]) -> str:
-    return ", ".join(str(number) for number in numbers)
+def _rounds(numbers: Sequence[int]) -> str:
+    return f"round{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"

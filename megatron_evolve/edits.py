@@ -47,25 +47,33 @@ def apply_edits(policy: SearchPolicy, edits: tuple[Edit, ...]) -> SearchPolicy:
 
 
 def check_edits(policy: SearchPolicy, following: SearchPolicy, edits: tuple[Edit, ...], evidence: Evidence) -> None:
-    """Checks that the edits are exactly what differs and that every pointer resolves. Raises ValueError."""
+    """Checks that the edits are exactly what differs and that each points at values within the evidence.
+
+    Raises ValueError.
+    """
     document = evidence.model_dump(mode="json", by_alias=True)
     paths = [edit.path for edit in edits]
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
         raise ValueError(f"expected one edit per path, got more for {', '.join(twice)}: join them")
     for edit in edits:
-        for cited in edit.evidence:
-            resolve_pointer(document, cited)
+        _check_cited(document, f"edit of {edit.path}", edit.evidence)
     old, new = policy.dead_ends, following.dead_ends
     written = [place for place, entry in enumerate(new) if place >= len(old) or entry != old[place]]
     for place in written:
-        for cited in new[place].evidence:
-            resolve_pointer(document, cited)
+        _check_cited(document, f"dead end {place}", new[place].evidence)
     replaced = len(new) < len(old) or any(place < len(old) for place in written)
     if replaced and len(new) < MOST_DEAD_ENDS:
         raise ValueError("dead ends may only be added: an old one was changed or dropped; restore it")
     if policy_digest(apply_edits(policy, edits)) != policy_digest(following):
         raise ValueError("the edits don't give the next policy: something changed without an edit; write it down")
+
+
+def _check_cited(document: dict[str, Any], what: str, pointers: tuple[str, ...]) -> None:
+    for cited in pointers:
+        if not cited:
+            raise ValueError(f"{what} cites the evidence as a whole, which shows nothing: point at a value within")
+        resolve_pointer(document, cited)
 
 
 def _tree(policy: SearchPolicy) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A policy says from where to search (the standing settings), along which axes, fo
 replicates, and what has been ruled out. Meta writes the next one as typed edits, each pointing into the evidence.
 """
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -154,14 +155,30 @@ def kept_policy(path: Path, digest: str) -> SearchPolicy:
 
 
 def resolve_pointer(document: Any, pointer: str) -> Any:
-    """The value at an RFC 6901 JSON pointer. Raises ValueError when it does not resolve."""
+    """The value at an RFC 6901 JSON pointer; the whole document at "". Raises ValueError when it does not resolve."""
+    if pointer and not pointer.startswith("/"):
+        raise ValueError(
+            f'pointer {pointer!r} does not resolve: expected "" or a text that starts with /; add the slash'
+        )
     value = document
     for part in pointer.split("/")[1:]:
-        key = part.replace("~1", "/").replace("~0", "~")
         try:
-            value = value[int(key)] if isinstance(value, list) else value[key]
+            value = value[_place(part)] if isinstance(value, list) else value[_key(part)]
         except (KeyError, IndexError, ValueError, TypeError):
             raise ValueError(
                 f"pointer {pointer!r} does not resolve at {part!r}: cite a value that the evidence holds"
             ) from None
     return value
+
+
+def _place(part: str) -> int:
+    """An index as RFC 6901 spells it, where Python's `int` takes signs, blanks, leading zeros and other digits too."""
+    if re.fullmatch("0|[1-9][0-9]*", part) is None:
+        raise ValueError(part)
+    return int(part)
+
+
+def _key(part: str) -> str:
+    if re.search("~(?![01])", part):
+        raise ValueError(part)
+    return part.replace("~1", "/").replace("~0", "~")

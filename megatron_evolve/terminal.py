@@ -21,6 +21,7 @@ from megatron_evolve.artefacts import CampaignFolder
 from megatron_evolve.budget import WORDS
 from megatron_evolve.campaign import find_campaign, load_campaign, plan_of
 from megatron_evolve.estimate import use_words
+from megatron_evolve.explain import told_verdicts
 from megatron_evolve.site import chosen_site
 from megatron_evolve.substrate import logs
 
@@ -225,8 +226,7 @@ def _score(value: dict[str, Any] | None) -> str:
 
 def verdict_words(verdicts: list[dict[str, Any]]) -> list[str]:
     """The verdicts worth a word: every overall one, and the domains that are not unresolved."""
-    shown = [one for one in verdicts if one["domain"] == "overall" or one["outcome"] != "UNRESOLVED"]
-    return [f"{one['outcome']} ({one['estimand']}, {one['domain']})" for one in shown]
+    return [f"{one['outcome']} ({one['estimand']}, {one['domain']})" for one in told_verdicts(verdicts)]
 
 
 def build_in_terminal(preset: str, seed: int, store: Path | None, as_json: bool) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_evolve.budget import WORDS
 from megatron_evolve.campaign import ExternalCsv
+from megatron_evolve.explain import told_verdicts
 from megatron_evolve.report.charts import beside, final_strip
 from megatron_evolve.report.chronicle import Chapter, Chronicle
 from megatron_evolve.report.figures import NOTHING, Quotes, accuracy, digest, plain, probability, seconds, size
@@ -14,7 +15,6 @@ from megatron_evolve.report.wording import (
     effect_words,
     outcome_badge,
     scope_words,
-    told_verdicts,
 )
 from megatron_evolve.reuse import reuse_words
 
@@ -221,7 +221,7 @@ def _glance(chapter: Chapter, quotes: Quotes) -> list[Any]:
     anchor = next((place for place, one in enumerate(candidates) if one["role"] == "anchor"), None)
     scores = [quotes.score(*here, "candidates", anchor, split) for split in ("dev", "external")]
     told = told_verdicts(quotes.at(*here, "verdicts"))
-    verdicts = [tag("li", outcome_badge(one["outcome"]), " ", scope_words(one)) for _, one in told]
+    verdicts = [tag("li", outcome_badge(one["outcome"]), " ", scope_words(one)) for one in told]
     dev, outside = chapter.effects_of(chapter.promoted) if chapter.promoted else (None, None)
     if chapter.evidence is None:
         moved: Any = tag("span", "round is open", class_="none")

@@ -4,6 +4,7 @@ import statistics
 from typing import Any
 
 from megatron_evolve.evidence import CandidateEvidence
+from megatron_evolve.explain import told_verdicts
 from megatron_evolve.reading import smallest_visible
 from megatron_evolve.report.chronicle import Chapter, Chronicle
 from megatron_evolve.report.figures import NOTHING, Quotes, digest, label, ratio, seconds, size
@@ -14,7 +15,6 @@ from megatron_evolve.report.wording import (
     ending_badge,
     outcome_badge,
     scope_words,
-    told_verdicts,
 )
 
 SCORED_SPLITS = ("dev-a", "dev-b", "external-a", "external-b")
@@ -158,7 +158,7 @@ def _hypotheses(chapter: Chapter) -> Markup | None:
 def _verdict_lines(quotes: Quotes, here: tuple[Any, ...]) -> Markup:
     lines = [
         tag("li", outcome_badge(one["outcome"]), " ", tag("b", scope_words(one)), ". ", one["reason"])
-        for _, one in told_verdicts(quotes.at(*here, "verdicts"))
+        for one in told_verdicts(quotes.at(*here, "verdicts"))
     ]
     if not lines:
         return note("No verdict was asked for.")

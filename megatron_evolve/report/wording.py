@@ -108,13 +108,6 @@ def scope_words(verdict: dict[str, Any]) -> str:
     return f"{verdict['estimand']}, {where}"
 
 
-def told_verdicts(verdicts: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
-    """The verdicts worth a line, with their places: every overall one, and every domain that is not unresolved."""
-    return [
-        (place, one) for place, one in enumerate(verdicts) if one["domain"] == OVERALL or one["outcome"] != "UNRESOLVED"
-    ]
-
-
 def cited_words(document: Any, pointer: str) -> str:
     """The value that a pointer into the evidence cites, in a few words."""
     try:

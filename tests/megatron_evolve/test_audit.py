@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_evolve.artefacts import save_json
 from megatron_evolve.audit import verify_campaign
 from megatron_evolve.ledger import LEDGER, Ledger, read_ledger
 from tests.megatron_evolve.tiny import Ground, command, events
@@ -107,6 +108,29 @@ def test_a_ledger_that_was_cut_back_is_found(copy_of_finished: Path) -> None:
         path.write_bytes(b"".join(lines[: last + 1]))
         broken = verify_campaign(copy_of_finished)["first_broken"]
         assert broken["where"] == str(path) and broken["expected"].startswith(f"the events of round {number}"), broken
+
+
+def forged(folder: Path, place: Path, said: dict[tuple[str, str], dict]) -> Path:
+    """The campaign in `folder` with what some events (kind, key) say replaced, chained anew by way of `place`."""
+    ledger = Ledger(place)
+    for event in read_ledger(folder / LEDGER):
+        ledger.append(event.kind, event.key, event.data | said.get((event.kind, event.key), {}))
+    ledger.close()
+    (place / LEDGER).replace(folder / LEDGER)
+    return folder
+
+
+def test_edits_of_another_version_are_held_against_the_evidence_too(copy_of_finished: Path, tmp_path: Path) -> None:
+    """Whether other code decided as this one does is a note; that what it wrote points at evidence is not."""
+    path = copy_of_finished / "rounds/2/edits.json"
+    edits = json.loads(path.read_bytes())
+    said = {("campaign-opened", ""): {"decisions": "of another version"}}
+    assert verify_campaign(forged(copy_of_finished, tmp_path, said))["ok"]
+    edits[0]["evidence"] = [""]
+    path.unlink()
+    said["policy", "2"] = {"edits": save_json(path, edits)}
+    broken = verify_campaign(forged(copy_of_finished, tmp_path, said))["first_broken"]
+    assert broken["where"] == str(path) and "cites the evidence as a whole" in broken["got"]
 
 
 def test_a_missing_file_is_found(copy_of_finished: Path) -> None:

@@ -12,7 +12,7 @@ from megatron_evolve.artefacts import CampaignFolder, save_json
 from megatron_evolve.budget import Account
 from megatron_evolve.campaign import ExternalCsv, find_campaign, load_campaign
 from megatron_evolve.cli import app
-from megatron_evolve.closing import close_campaign, compare, final_survey
+from megatron_evolve.closing import close_campaign, compare, final_survey, finding
 from megatron_evolve.comparisons import Weights
 from megatron_evolve.contest.surface import ORIGIN, VIEW
 from megatron_evolve.desk import Desk
@@ -20,6 +20,7 @@ from megatron_evolve.eval.looks import Look, Looks
 from megatron_evolve.eval.paired import Answers, RunItems
 from megatron_evolve.eval.score import ItemRows, write_rows
 from megatron_evolve.eval.seeds import RunReplicates
+from megatron_evolve.evidence import Evidence, Noise
 from megatron_evolve.jobs import Ground, StageEnd
 from megatron_evolve.ledger import LEDGER, Ledger, read_ledger
 from megatron_evolve.meta import initial_policy
@@ -88,6 +89,42 @@ def test_a_campaign_that_was_closed_before_it_was_kept_says_that_it_is_unknown(t
     assert "smallest visible difference unknown" in final_table(json.loads(json.dumps({**final, "gain": gain}))).title
     assert "nothing to compare" in final_table({"standing": "a", "origin": "a", "same": True})
     assert "no run of the origin" in final_table({"failed": "no run of the origin finished and was scored"})
+
+
+# --- what the campaign found, in one sentence ---
+
+
+def judged(number: int, **outcomes: str) -> Evidence:
+    """A round in which the scopes, by name, were judged so, and nothing else was looked at."""
+    names = {"substrate": "s", "judge": "j", "policy": "p", "objective": "dev", "anchor": "a", "selected": None}
+    verdicts = tuple({"domain": scope, "outcome": outcome} for scope, outcome in outcomes.items())
+    return Evidence(round=number, **names, candidates=(), noise=Noise(), verdicts=verdicts)
+
+
+BLUE = {1: "UNRESOLVED", 2: "TRACKING"}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "said"),
+    [
+        (
+            [judged(1, overall="UNRESOLVED", red="TRACKING"), judged(2, overall="TRACKING"), judged(3, red="TRACKING")],
+            "no decoupling found: dev tracked the external target in round 2.",
+        ),
+        (
+            [judged(number, overall="UNRESOLVED", red="TRACKING", blue=blue) for number, blue in BLUE.items()],
+            "unresolved: no round could tell whether dev tracks the external target overall, though it does in blue "
+            "(round 2), red (rounds 1, 2).",
+        ),
+        ([judged(1, overall="UNRESOLVED")], "unresolved: no round could tell whether dev tracks the external target."),
+        (
+            [judged(1, overall="TRACKING"), judged(2, overall="TRACKING", red="DECOUPLED")],
+            "dev stopped tracking the external target in red: first said in round 2 (DECOUPLED).",
+        ),
+    ],
+)
+def test_a_domain_that_tracks_does_not_speak_for_the_whole(rounds: list[Evidence], said: str) -> None:
+    assert finding(load_campaign(find_campaign("demo")), rounds, None) == said
 
 
 # --- the survey of a CSV whose open rows need a look ---
