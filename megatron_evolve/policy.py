@@ -17,6 +17,7 @@ from megatron_evolve.substrate.settings import Settings
 
 Mode = Literal["stabilise", "stack-and-calibrate", "exploit-proxy", "proxy-aware"]
 Objective = Literal["dev", "external"]
+OTHER: dict[Objective, Objective] = {"dev": "external", "external": "dev"}
 Operator = Literal["headroom", "balance", "style", "lr", "steps", "schedule", "adapter", "stack", "selection"]
 
 # Axes that a finding opens: they get a worker before the generic ones, as long as they are open.

@@ -180,7 +180,8 @@ class ProductCampaign:
 
 def _taken_at_their_word(evidence: Evidence) -> Evidence:
     """Without further seeds nothing is ever confirmed, so every candidate counts as if it were."""
-    candidates = tuple(one.replace(confirmed=one.role == "explorer") for one in evidence.candidates)
+    taken = {"confirmed": True, "confirmed_off_objective": True}
+    candidates = tuple(one.replace(**taken) if one.role == "explorer" else one for one in evidence.candidates)
     return evidence.replace(candidates=candidates)
 
 

@@ -18,6 +18,7 @@ from megatron_evolve.evidence import (
 from megatron_evolve.explain import explain
 from megatron_evolve.meta import check_edits, initial_policy, next_policy
 from megatron_evolve.policy import DomainState, SearchPolicy, premise, resolve_pointer, struck
+from megatron_evolve.reading import readings
 from megatron_evolve.substrate.mix import Mix
 from megatron_evolve.substrate.recipe import Recipe
 from megatron_evolve.substrate.settings import Settings, write_all
@@ -240,7 +241,7 @@ def test_the_last_open_axis_is_never_retired() -> None:
 def test_a_falsified_premise_turns_the_search_to_the_external_score(outcome: str, domain: str) -> None:
     policy = start()
     trap = explorer(policy, "headroom", 0.08, external=DOWN)
-    honest = explorer(policy, "style", FLAT, external=UP, confirmed=True)
+    honest = explorer(policy, "style", FLAT, external=UP, confirmed_off_objective=True)
     following = follow(policy, round_of(policy, trap, honest, verdicts=[verdict(outcome, domain)]))
     scope = None if domain == "overall" else domain
     assert (following.objective, following.mode) == ("external", "proxy-aware")
@@ -250,6 +251,35 @@ def test_a_falsified_premise_turns_the_search_to_the_external_score(outcome: str
     assert following.standing.mix.style["red"] == "trace", "what the external score confirms moves in at once"
     assert following.standing.mix.weight == policy.standing.mix.weight
     assert following.axes_for(1)[0].operator == "selection"
+
+
+@pytest.mark.parametrize("objective", ["dev", "external"])
+def test_what_further_seeds_say_of_one_score_confirms_nothing_on_the_other(objective: str) -> None:
+    """In the round that moves the objective both ways: by the score that judges now, and its own further seeds."""
+    turn = {"dev": [verdict("DECOUPLED")], "external": [verdict("TRACKING")]}[objective]
+    policy = start(objective, premises=(struck(premise()),) if objective == "external" else (premise(),))
+    other = {"dev": "external", "external": "dev"}[objective]
+    for confirmed, off, kept in ((True, False, True), (False, True, False)):
+        one = explorer(policy, "lr", UP, external=UP, confirmed=confirmed, confirmed_off_objective=off)
+        one = one.replace(effects={**one.effects, f"{other}-a": effect(UP), f"{other}-b": effect(UP)})
+        evidence = round_of(policy, one, verdicts=turn)
+        following, edits = next_policy(RULES, policy, evidence)
+        check_edits(policy, following, edits, evidence)
+        assert following.objective == other
+        assert (following.standing == policy.standing) == kept
+        cited = {place for edit in edits if edit.path.startswith("standing.") for place in edit.evidence}
+        assert kept or "/candidates/1/confirmed_off_objective" in cited
+        assert "/candidates/1/confirmed" not in cited
+
+
+def test_evidence_from_before_confirmation_was_told_by_objective_still_parses() -> None:
+    policy = start()
+    document = round_of(policy, explorer(policy, "lr", UP)).model_dump(mode="json", by_alias=True)
+    for one in document["candidates"]:
+        del one["confirmed_off_objective"]
+    evidence = Evidence.parse(document, where="evidence")
+    assert [one.kind for one in readings(evidence, "dev", RULES)] == ["gain"]
+    assert follow(policy, evidence).standing.recipe.lr == 2e-3
 
 
 def test_return_to_dev_needs_tracking_from_rounds_since() -> None:
