@@ -3,7 +3,8 @@
 After a gain an axis goes on as it went. After a miss it turns round; when both directions have been missed equally
 often and the last one was a loss, its step was too large and is halved. An axis without a gain after two misses each
 way is retired as a plateau, until the standing settings move: other ground is another question. Steps were learnt on
-one score: when the objective moves, they are forgotten.
+one score: when the objective moves, they are forgotten. An axis that evidence opened adapts as any other, but for the
+stack, which is open while something waits to be combined.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ LEAST_STEP = 0.125
 LARGEST_STEP = 2.0
 GROWTH = 1.5  # of the step after a gain, while gains on dev are being exploited
 
+STEPS = ("direction", "magnitude", "misses_up", "misses_down", "retired")  # what an axis learns
+
 # Best first: the reading that an axis is judged by when its worker had to repair.
 _ORDER = ("gain", "promising", "flat", "loss", "failed", "refused", "unscored")
 
@@ -28,20 +31,43 @@ def generic_axes() -> tuple[Axis, ...]:
     return tuple(Axis(name=operator, operator=operator) for operator in GENERIC)
 
 
-def edit_axes(draft: Draft, policy: SearchPolicy, found: Sequence[Reading]) -> None:
-    """Adapts every axis that had a worker to its best reading; retires plateaus, never the last axis."""
+def edit_axes(draft: Draft, policy: SearchPolicy, found: Sequence[Reading], moved: Reading | None) -> None:
+    """Adapts every axis that had a worker to its best reading; retires plateaus, never the last axis.
+
+    Where the standing settings `moved` no plateau stays shut, this round's own no more than an older one.
+    """
     by_axis: dict[str, Reading] = {}
     for reading in sorted(found, key=lambda one: (_ORDER.index(one.kind), one.rank)):
         by_axis.setdefault(reading.candidate.axis, reading)
-    worked = [axis for axis in policy.open_axes() if axis.name in by_axis and axis.operator not in OPENED_BY_EVIDENCE]
+    worked = [axis for axis in policy.open_axes() if axis.name in by_axis and axis.operator != "stack"]
     after = {axis.name: _adapted(policy, axis, by_axis[axis.name]) for axis in worked}
     still_open = [axis.name for axis in policy.open_axes() if axis.name not in after or not after[axis.name].retired]
     for axis in worked:
         adapted, reading = after[axis.name], by_axis[axis.name]
+        if adapted.retired and moved is not None:
+            _write(draft, axis, adapted, ("direction", "magnitude"), f"{reading.sentence}.", reading.pointers)
+            _open_anew(draft, axis, moved)
+            continue
         if not still_open:
             adapted = adapted.replace(retired="")
-        for name in ("direction", "magnitude", "misses_up", "misses_down", "retired"):
-            draft.write(f"axes.{axis.name}.{name}", getattr(adapted, name), f"{reading.sentence}.", *reading.pointers)
+        _write(draft, axis, adapted, STEPS, f"{reading.sentence}.", reading.pointers)
+    # Stack waits for what to combine, and while dev is searched for so does selection: neither is a plateau.
+    shut = ("stack",) if policy.objective == "external" else OPENED_BY_EVIDENCE
+    for axis in policy.axes if moved is not None else ():
+        if axis.retired and axis.operator not in shut:
+            _open_anew(draft, axis, moved)
+
+
+def _write(draft: Draft, axis: Axis, after: Axis, names: Sequence[str], reason: str, cited: Sequence[str]) -> None:
+    for name in names:
+        draft.write(f"axes.{axis.name}.{name}", getattr(after, name), reason, *cited)
+
+
+def _open_anew(draft: Draft, axis: Axis, moved: Reading) -> None:
+    """Opens an axis whose plateau was found on ground that the standing settings left; its misses are forgotten."""
+    told = f"The standing settings moved, and a plateau holds for its ground: {moved.sentence}."
+    fresh = axis.replace(retired="", misses_up=0, misses_down=0)
+    _write(draft, axis, fresh, ("retired", "misses_up", "misses_down"), told, moved.pointers)
 
 
 def _adapted(policy: SearchPolicy, axis: Axis, reading: Reading) -> Axis:
@@ -64,21 +90,12 @@ def _adapted(policy: SearchPolicy, axis: Axis, reading: Reading) -> Axis:
     )
 
 
-def reopen(draft: Draft, policy: SearchPolicy, reason: str, moved: Reading) -> None:
-    """Opens the axes that were retired as plateaus before this round; their misses are forgotten."""
-    for axis in policy.axes:
-        if axis.retired and axis.operator not in OPENED_BY_EVIDENCE:
-            for name, value in (("retired", ""), ("misses_up", 0), ("misses_down", 0)):
-                draft.write(f"axes.{axis.name}.{name}", value, reason, *moved.pointers)
-
-
 def forget_steps(draft: Draft, policy: SearchPolicy, reason: str, cited: Sequence[str]) -> None:
     """Every axis as it was at the start: open, with the usual step, its misses forgotten."""
     for axis in policy.axes:
         fresh = Axis(name=axis.name, operator=axis.operator)
-        for name in ("direction", "magnitude", "misses_up", "misses_down", "retired"):
-            if name != "retired" or axis.operator not in OPENED_BY_EVIDENCE:
-                draft.write(f"axes.{axis.name}.{name}", getattr(fresh, name), reason, *cited)
+        names = [name for name in STEPS if name != "retired" or axis.operator not in OPENED_BY_EVIDENCE]
+        _write(draft, axis, fresh, names, reason, cited)
 
 
 def set_open(draft: Draft, policy: SearchPolicy, operator: Operator, wanted: bool, reason: str, *cited: str) -> None:

@@ -5,7 +5,7 @@ knows no domain's name and no round's number beyond what the evidence tells, and
 constitution or a verdict. Each change is an edit with its reason and its pointers into the evidence.
 """
 
-from megatron_evolve.axes import edit_axes, forget_steps, generic_axes, reopen, set_open
+from megatron_evolve.axes import edit_axes, forget_steps, generic_axes, set_open
 from megatron_evolve.constitution import Constitution
 from megatron_evolve.dead_ends import new_dead_ends, places_for_more
 from megatron_evolve.edits import Draft, check_edits
@@ -58,11 +58,10 @@ def next_policy(
     objective, why = objective_after(policy, premises, said)
     found = readings(evidence, objective, constitution)
     moved, pending = _edit_standing(draft, policy, found)
-    _edit_axes(draft, policy, found, objective, why, cited_verdicts(said))
-    if moved is not None and objective == policy.objective:
-        reopen(
-            draft, policy, f"The standing settings moved, and a plateau holds for its ground: {moved.sentence}.", moved
-        )
+    if objective == policy.objective:
+        edit_axes(draft, policy, found, moved)
+    else:
+        _edit_objective(draft, policy, objective, why, cited_verdicts(said))
     _edit_opened(draft, policy, objective, pending, found, cited_verdicts(said))
     noise = evidence.noise.signal_to_noise
     mode, because = mode_after(policy, objective, found, pending, moved is not None, noise)
@@ -100,12 +99,7 @@ def _edit_standing(draft: Draft, policy: SearchPolicy, found: tuple[Reading, ...
     return moved, len(pending)
 
 
-def _edit_axes(
-    draft: Draft, policy: SearchPolicy, found: tuple[Reading, ...], objective: str, why: str, cited: tuple[str, ...]
-) -> None:
-    if objective == policy.objective:
-        edit_axes(draft, policy, found)
-        return
+def _edit_objective(draft: Draft, policy: SearchPolicy, objective: str, why: str, cited: tuple[str, ...]) -> None:
     draft.write("objective", objective, why, *cited)
     draft.write("objective_since", policy.round + 1, why, *cited)
     forget_steps(draft, policy, f"The objective moved to {objective}, and steps were learnt on the other score.", cited)
@@ -123,8 +117,10 @@ def _edit_opened(
     told = f"{pending} confirmed change(s) wait to be tried together." if pending else "No change waits to be combined."
     set_open(draft, policy, "stack", pending > 0, told, *(gains or [pointer("candidates")]))
     aware = objective == "external"
-    told = "Dev misleads, so the weights that a run hands on are chosen and its loss is weighted anew."
-    set_open(draft, policy, "selection", aware, told if aware else "Dev tracks the external score.", *cited)
+    known = any(axis.operator == "selection" for axis in policy.axes)
+    if objective != policy.objective or (aware and not known):  # else it adapts and retires as any axis
+        told = "Dev misleads, so the weights that a run hands on are chosen and its loss is weighted anew."
+        set_open(draft, policy, "selection", aware, told if aware else "Dev tracks the external score.", *cited)
 
 
 def _edit_replicates(draft: Draft, policy: SearchPolicy, constitution: Constitution, evidence: Evidence) -> None:

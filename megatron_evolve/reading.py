@@ -102,7 +102,11 @@ def _kind(one: CandidateEvidence, effect: EffectValue, objective: str, bar: floa
     if effect.p_better >= bar and veto is not None and veto.high < 0:
         return "loss", f", but the external score fell by at least {points(-veto.high).lstrip('+')}"
     if effect.p_better >= bar:
-        return ("gain", ", and further seeds alone agree") if confirmed else ("promising", ", which no further seed confirms")
+        return (
+            ("gain", ", and further seeds alone agree")
+            if confirmed
+            else ("promising", ", which no further seed confirms")
+        )
     return ("loss" if effect.p_better <= 1 - bar or effect.high < 0 else "flat"), ""
 
 

@@ -33,6 +33,7 @@ CHANGES = {
     "steps": {"recipe.steps": 200},
     "schedule": {"recipe.schedule": "linear"},
     "adapter": {"recipe.adapter": {"rank": 8, "alpha": 8.0}},
+    "selection": {"recipe.checkpoint_selection": "lowest-loss"},
     "stack": {"recipe.lr": 2e-3, "recipe.steps": 200},
 }
 UP, FLAT, DOWN = 0.03, 0.001, -0.03
@@ -225,6 +226,48 @@ def test_a_plateau_is_another_question_on_other_ground() -> None:
     assert follow(policy, round_of(policy)).axes == policy.axes
     moved = follow(policy, round_of(policy, explorer(policy, "lr", UP)))
     assert moved.axes == start().axes
+
+
+def test_a_plateau_of_the_round_that_moves_the_ground_holds_for_the_ground_it_left() -> None:
+    policy = start()
+    tired = tuple(
+        axis.replace(misses_up=1, misses_down=2, magnitude=0.5) if axis.name == "style" else axis
+        for axis in policy.axes
+    )
+    policy = policy.replace(axes=tired)
+    flat = explorer(policy, "style", FLAT)
+    shut = {axis.name: axis for axis in follow(policy, round_of(policy, flat)).axes}["style"]
+    assert shut.retired
+    following = follow(policy, round_of(policy, flat, explorer(policy, "lr", UP)))
+    assert following.standing != policy.standing
+    opened = {axis.name: axis for axis in following.axes}["style"]
+    assert opened == shut.replace(retired="", misses_up=0, misses_down=0)
+    assert opened.direction == "down", "it turns round all the same"
+
+
+def test_selection_adapts_and_retires_until_the_ground_or_the_objective_moves() -> None:
+    """So that one flat rule of choosing weights does not keep a worker for ever."""
+    policy = start()
+    aware = follow(policy, round_of(policy, verdicts=[verdict("DECOUPLED")]))
+    seen = []
+    for _ in range(5):
+        assert seen[-1:] == ["retired"] or aware.axes_for(1)[0].operator == "selection"
+        explorers = [explorer(aware, "selection", FLAT)] if seen[-1:] != ["retired"] else []
+        aware = follow(aware, round_of(aware, *explorers))
+        axis = next(axis for axis in aware.axes if axis.operator == "selection")
+        seen.append("retired" if axis.retired else axis.direction)
+    assert seen == ["down", "up", "down", "retired", "retired"]
+    assert aware.objective == "external", "which opens no plateau by itself"
+    moved = follow(aware, round_of(aware, explorer(aware, "lr", UP)))
+    back = follow(aware, round_of(aware, verdicts=[verdict("TRACKING")]))
+    again = follow(back, round_of(back, verdicts=[verdict("INVERSE")]))
+    still = follow(aware, round_of(aware, verdicts=[verdict("INVERSE", "green")]))
+    is_open = ["selection" in {axis.operator for axis in one.open_axes()} for one in (moved, back, again, still)]
+    assert is_open == [True, False, True, False]
+    calm = back.replace(axes=(*back.axes[:-1], back.axes[-1].replace(retired="Plateau.")))
+    moved = follow(calm, round_of(calm, explorer(calm, calm.axes[1].name, UP)))
+    opened = {axis.operator for axis in moved.open_axes()}
+    assert calm.axes[-1].operator in opened and "selection" not in opened, "dev is searched for"
 
 
 def test_the_last_open_axis_is_never_retired() -> None:
