@@ -1,9 +1,11 @@
 """The axes of search: the generic seven at the start, and how each adapts to what its worker found.
 
 After a gain an axis goes on as it went. After a miss it turns round; when both directions have been missed equally
-often and the last one was a loss, its step was too large and is halved. An axis without a gain after two misses each
-way is retired as a plateau, until the standing settings move: other ground is another question. Steps were learnt on
-one score: when the objective moves, they are forgotten. An axis that evidence opened adapts as any other, but for the
+often and the last one was a loss, its step was too large and is halved. A direction is the one that a worker tries
+first: where it has no move that way (runs at their limit, every style at its last form) the worker takes another, so a
+miss counts a round and says of no direction that it was tried. An axis without a gain after two misses each way first
+is retired as a plateau, until the standing settings move: other ground is another question. Steps were learnt on one
+score: when the objective moves, they are forgotten. An axis that evidence opened adapts as any other, but for the
 stack, which is open while something waits to be combined.
 """
 
@@ -15,7 +17,7 @@ from megatron_evolve.reading import Reading
 
 GENERIC: tuple[Operator, ...] = ("headroom", "balance", "style", "lr", "steps", "schedule", "adapter")
 
-PLATEAU = 2  # misses in each direction
+PLATEAU = 2  # misses of each direction first
 LEAST_STEP = 0.125
 LARGEST_STEP = 2.0
 GROWTH = 1.5  # of the step after a gain, while gains on dev are being exploited
@@ -86,7 +88,9 @@ def _adapted(policy: SearchPolicy, axis: Axis, reading: Reading) -> Axis:
         magnitude=max(LEAST_STEP, axis.magnitude / 2) if too_large else axis.magnitude,
         misses_up=up,
         misses_down=down,
-        retired=f"Plateau: no gain in {up} rounds up and {down} down." if min(up, down) >= PLATEAU else "",
+        retired=f"Plateau: no gain in {up + down} rounds, {up} up first and {down} down first."
+        if min(up, down) >= PLATEAU
+        else "",
     )
 
 

@@ -31,8 +31,10 @@ class Axis(Frozen):
     operator: Operator = Field(description="what the worker varies")
     magnitude: float = Field(default=1.0, gt=0, le=16, description="size of the step; 1 is the operator's usual step")
     direction: Literal["up", "down"] = Field(default="up", description="which way to go first")
-    misses_up: int = Field(default=0, ge=0, description="rounds without a gain going up, since the axis' last gain")
-    misses_down: int = Field(default=0, ge=0, description="the same going down")
+    misses_up: int = Field(
+        default=0, ge=0, description="rounds without a gain that were to go up first, since the axis' last gain"
+    )
+    misses_down: int = Field(default=0, ge=0, description="the same, down first")
     retired: str = Field(default="", description="why no worker gets this axis any more; empty while it is open")
 
     @property

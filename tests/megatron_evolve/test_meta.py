@@ -206,6 +206,8 @@ def test_an_axis_turns_round_then_halves_then_retires() -> None:
         axis = next(axis for axis in policy.axes if axis.name == "lr")
         seen.append((axis.direction, axis.magnitude, bool(axis.retired)))
     assert seen == [("down", 1.0, False), ("up", 0.5, False), ("down", 0.5, False), ("up", 0.5, True)]
+    # A worker without a move upward goes down all the same, so no direction is said to have been tried.
+    assert axis.retired == "Plateau: no gain in 4 rounds, 2 up first and 2 down first."
     assert "lr" not in {axis.name for axis in policy.open_axes()}
 
 
