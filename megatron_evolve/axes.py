@@ -4,9 +4,9 @@ After a gain an axis goes on as it went. After a miss it turns round; when both 
 often and the last one was a loss, its step was too large and is halved. A direction is the one that a worker tries
 first: where it has no move that way (runs at their limit, every style at its last form) the worker takes another, so a
 miss counts a round and says of no direction that it was tried. An axis without a gain after two misses each way first
-is retired as a plateau, until the standing settings move: other ground is another question. Steps were learnt on one
-score: when the objective moves, they are forgotten. An axis that evidence opened adapts as any other, but for the
-stack, which is open while something waits to be combined.
+is retired as a plateau, and one whose worker has no move left at once, until the standing settings move: other ground
+is another question. Steps were learnt on one score: when the objective moves, they are forgotten. An axis that evidence
+opened adapts as any other, but for the stack, which is open while something waits to be combined.
 """
 
 from collections.abc import Sequence
@@ -78,6 +78,8 @@ def _adapted(policy: SearchPolicy, axis: Axis, reading: Reading) -> Axis:
     if reading.kind == "gain":
         larger = min(LARGEST_STEP, axis.magnitude * GROWTH) if policy.mode == "exploit-proxy" else axis.magnitude
         return axis.replace(magnitude=max(axis.magnitude, larger), misses_up=0, misses_down=0)
+    if reading.candidate.nothing:
+        return axis.replace(retired="No open move from these settings.")
     up = axis.misses_up + (axis.direction == "up")
     down = axis.misses_down + (axis.direction == "down")
     level = up == down

@@ -7,7 +7,7 @@ constitution or a verdict. Each change is an edit with its reason and its pointe
 
 from megatron_evolve.axes import edit_axes, forget_steps, generic_axes, set_open
 from megatron_evolve.constitution import Constitution
-from megatron_evolve.dead_ends import new_dead_ends, places_for_more
+from megatron_evolve.dead_ends import new_dead_ends, places_for_more, way_back
 from megatron_evolve.edits import Draft, check_edits
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.explain import explain
@@ -69,8 +69,9 @@ def next_policy(
     draft.write("mode", mode, because, *cited, NOISE, pointer("candidates"))
     _edit_replicates(draft, policy, constitution, evidence)
     _edit_domains(draft, policy, evidence)
-    # More losses in one round than the registry has places: the first are kept.
-    for place, entry in zip(places_for_more(policy), new_dead_ends(policy, evidence), strict=False):
+    # More in one round than the registry has places: the first are kept.
+    ruled_out = (*way_back(policy, objective, moved), *new_dead_ends(policy, evidence))
+    for place, entry in zip(places_for_more(policy), ruled_out, strict=False):
         draft.write(f"dead_ends.{place}", entry.model_dump(mode="json"), entry.reason, *entry.evidence)
     return draft.finished()
 

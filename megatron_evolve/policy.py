@@ -53,16 +53,19 @@ class DomainState(Frozen):
 
 
 class DeadEnd(Frozen):
-    """A settings change that was tried and lost, so that it is not tried again from the same ground."""
+    """A settings change that was tried and lost, or undoes one that was shown to pay: not tried from that ground."""
 
     axis: str
     change: dict[str, Any] = Field(description="canonical change: path to {from, to}")
     ground: str = Field(description="digest of the settings that were changed")
     objective: Literal["dev", "external", "any"] = Field(
-        description="the score it lost on; a run that failed lost on any"
+        description="the score that spoke against it; a run that failed lost on any"
     )
-    candidate: str = Field(description="candidate that tried it")
+    candidate: str = Field(description="candidate that tried it, or the change that it undoes")
     round: int
+    way_back: bool = Field(
+        default=False, description="undoes what moved the standing settings here, and rules out any part of itself too"
+    )
     reason: str = Field(min_length=1, description="one sentence")
     evidence: tuple[str, ...] = Field(min_length=1, description="JSON pointers into the round's evidence")
 

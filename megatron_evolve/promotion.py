@@ -58,7 +58,8 @@ def pending_after(
 
 def _stack_lost(policy: SearchPolicy, found: Sequence[Reading]) -> bool:
     stacks = {axis.name for axis in policy.axes if axis.operator == "stack"}
-    return any(one.candidate.axis in stacks and one.kind in ("loss", "flat", "failed") for one in found)
+    lost = [one for one in found if one.kind in ("loss", "flat", "failed") or one.candidate.nothing]
+    return any(one.candidate.axis in stacks for one in lost)
 
 
 def overlap(first: Change, second: Change) -> bool:

@@ -194,7 +194,13 @@ def _refused(facts: RoundFacts) -> list[CandidateEvidence]:
     last = {one["worker"]: one for one in facts.refusals if one["worker"] not in accepted}
     return [
         CandidateEvidence(
-            id=f"none-{worker}", axis=one["axis"], role="explorer", change={}, runs=(), refused=one["reason"]
+            id=f"none-{worker}",
+            axis=one["axis"],
+            role="explorer",
+            change={},
+            runs=(),
+            refused=one["reason"],
+            nothing=one["nothing"],
         )
         for worker, one in sorted(last.items())
     ]

@@ -289,4 +289,4 @@ class DrawnRound:
                 return
             setback = Setback(proposal.delta, "diverged", "the loss was not finite")
         if refused:
-            self.refusals.append({"worker": worker, "axis": axis.name, "reason": refused})
+            self.refusals.append({"worker": worker, "axis": axis.name, "reason": refused, "nothing": True})

@@ -19,9 +19,10 @@ from megatron_evolve.explain import explain
 from megatron_evolve.meta import check_edits, initial_policy, next_policy
 from megatron_evolve.policy import DomainState, SearchPolicy, premise, resolve_pointer, struck
 from megatron_evolve.reading import readings
+from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.mix import Mix
 from megatron_evolve.substrate.recipe import Recipe
-from megatron_evolve.substrate.settings import Settings, write_all
+from megatron_evolve.substrate.settings import Settings, read, write_all
 
 RULES = Constitution()
 FAMILIES = ("red", "green", "blue")
@@ -198,6 +199,49 @@ def test_losses_and_own_faults_become_dead_ends_and_never_leave() -> None:
     assert dead_end_of(moved, write_all(moved.standing, CHANGES["lr"])) is None, "another ground is another question"
 
 
+def test_the_way_back_from_a_sure_gain_is_a_dead_end_whole_or_in_part() -> None:
+    policy = start()
+    both = {"mix.style.red": "trace", "recipe.lr": 2e-3}
+    evidence = round_of(policy, explorer(policy, "style", UP, change=both))
+    following = follow(policy, evidence)
+    (entry,) = following.dead_ends
+    assert entry.way_back and (entry.ground, entry.objective) == (digest_of(following.standing), "dev")
+    assert [resolve_pointer(evidence.model_dump(mode="json"), cited) for cited in entry.evidence][1] is True
+    old = {path: read(policy.standing, path) for path in both}
+
+    def known(then: SearchPolicy, values: dict) -> bool:
+        return dead_end_of(then, write_all(then.standing, values)) is not None
+
+    assert known(following, old), "the whole"
+    assert all(known(following, {path: value}) for path, value in old.items()), "and each part"
+    assert not known(following, {**old, "recipe.steps": 200}), "with something else it is another question"
+    assert not known(following, {"recipe.lr": 1.5e-3}) and not known(following, {"mix.style.green": "trace"})
+    assert not known(following.replace(objective="external"), old), "it paid on dev"
+    elsewhere = following.replace(standing=write_all(following.standing, {"recipe.steps": 100}))
+    assert not known(elsewhere, old), "another ground is another question"
+    ordinary = following.replace(dead_ends=(entry.replace(way_back=False),))
+    assert known(ordinary, old) and not known(ordinary, {"recipe.lr": 1e-3}), "of a loss the whole alone is known"
+    unsure = explorer(policy, "style", UP, change=both)
+    unsure = unsure.replace(effects={**unsure.effects, "dev-b": effect(UP).replace(low=-0.001)})
+    moved = follow(policy, round_of(policy, unsure))
+    assert moved.standing == following.standing and moved.dead_ends == ()
+
+
+def test_an_axis_without_a_move_gives_its_worker_away_until_the_ground_moves() -> None:
+    policy = start()
+    told = CandidateEvidence(id="none-3", axis="style", role="explorer", change={}, runs=(), refused="No move.")
+    missed = follow(policy, round_of(policy, told))
+    assert len(missed.open_axes()) == 7, "a worker that was refused may do better"
+    following = follow(policy, round_of(policy, told.replace(nothing=True)))
+    assert "style" not in {axis.name for axis in following.axes_for(8)}
+    assert follow(following, round_of(following)).axes == following.axes
+    moved = follow(following, round_of(following, explorer(following, "lr", UP)))
+    assert len(moved.open_axes()) == 7
+    waiting = follow(policy, round_of(policy, explorer(policy, "schedule", 0.05), explorer(policy, "lr", UP)))
+    stuck = told.replace(axis="stack", nothing=True)
+    assert follow(waiting, round_of(waiting, stuck)).pending == (), "what cannot be combined waits no longer"
+
+
 def test_an_axis_turns_round_then_halves_then_retires() -> None:
     policy = start()
     seen = []
@@ -346,7 +390,7 @@ def test_under_the_external_objective_dev_no_longer_counts() -> None:
     one = one.replace(effects={**one.effects, "dev-a": effect(DOWN), "dev-b": effect(DOWN)})
     following = follow(policy, round_of(policy, one))
     assert following.standing.recipe.lr == 2e-3
-    assert following.dead_ends == ()
+    assert [entry.way_back for entry in following.dead_ends] == [True], "what dev lost is none"
 
 
 def test_more_confirming_seeds_while_seeds_drown_the_differences() -> None:

@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_evolve.artefacts import CampaignFolder, save_yaml
 from megatron_evolve.contest.laboratory import Laboratory
 from megatron_evolve.contest.product import DrawnRound, ProductCampaign, Variant
 from megatron_evolve.contest.surface import draw_surface
 from megatron_evolve.eval.score import overall_score
-from megatron_evolve.facts import RoundFacts
+from megatron_evolve.facts import RoundFacts, round_facts
+from megatron_evolve.ledger import Ledger
 from megatron_evolve.reading import readings
 from megatron_evolve.review import a_half_means, review, round_items
 
@@ -85,3 +87,18 @@ def test_further_seeds_confirm_on_each_score_by_itself() -> None:
         assert (other.confirmed_off_objective, other.confirmed) == told
         seen.add(told)
     assert {(True, False), (False, True)} <= seen, "further seeds that disagree are among them"
+
+
+def test_a_worker_without_a_move_is_told_from_one_that_was_refused(tmp_path) -> None:
+    campaign = ProductCampaign(Laboratory(draw_surface("cue", "review", 4), np.random.default_rng(4), 48), Variant(), 4)
+    folder, policy = CampaignFolder(tmp_path), campaign._first_policy()
+    ledger = Ledger(tmp_path)
+    ledger.append("campaign-opened", "", {"substrate": "s", "judge": "j"})
+    ledger.append("policy", "1", {"digest": save_yaml(folder.policy(1), policy)})
+    endings = ("ok", None), ("malformed", None), ("refused", {"hypothesis": "A try."})
+    for worker, (ending, delta) in enumerate(endings, start=1):
+        told = {"round": 1, "worker": worker, "axis": f"axis-{worker}", "candidate": "", "refused": "Why not."}
+        ledger.append("proposed", f"1/{worker}/0", {**told, "delta": delta, "call": {"ending": ending}})
+    facts = round_facts(folder, ledger, 4, 1)
+    evidence = review([facts], campaign.rules, campaign.origin, campaign.weights, [], {})
+    assert [one.nothing for one in evidence.candidates if one.refused] == [True, False, False]
