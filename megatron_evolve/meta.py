@@ -12,7 +12,7 @@ from megatron_evolve.edits import Draft, check_edits
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.explain import explain
 from megatron_evolve.policy import DomainState, Edit, Replicates, SearchPolicy, premise
-from megatron_evolve.promotion import best_gain, pending_after, settings_after, standing_edits
+from megatron_evolve.promotion import best_gain, pending_after, settings_after, standing_edits, told_of_waiting
 from megatron_evolve.reading import Reading, pointer, readings
 from megatron_evolve.stance import (
     ask_external_after,
@@ -57,12 +57,12 @@ def next_policy(
     premises = edit_premises(draft, policy, evidence, said)
     objective, why = objective_after(policy, premises, said)
     found = readings(evidence, objective, constitution)
-    moved, pending = _edit_standing(draft, policy, found)
+    moved, pending, waits = _edit_standing(draft, policy, found)
     if objective == policy.objective:
         edit_axes(draft, policy, found, moved)
     else:
         _edit_objective(draft, policy, objective, why, cited_verdicts(said))
-    _edit_opened(draft, policy, objective, pending, found, cited_verdicts(said))
+    _edit_opened(draft, policy, objective, pending, waits or (pointer("candidates"),), cited_verdicts(said))
     noise = evidence.noise.signal_to_noise
     mode, because = mode_after(policy, objective, found, pending, moved is not None, noise)
     cited = cited_verdicts(said) if mode == "proxy-aware" or policy.mode == "proxy-aware" else ()
@@ -84,8 +84,10 @@ def _check_belongs(policy: SearchPolicy, evidence: Evidence) -> None:
         )
 
 
-def _edit_standing(draft: Draft, policy: SearchPolicy, found: tuple[Reading, ...]) -> tuple[Reading | None, int]:
-    """Moves the best confirmed gain in and lets the others wait. Returns what moved and how many wait."""
+def _edit_standing(
+    draft: Draft, policy: SearchPolicy, found: tuple[Reading, ...]
+) -> tuple[Reading | None, int, tuple[str, ...]]:
+    """Moves the best confirmed gain in, lets the others wait. Returns what moved, how many wait, and what says so."""
     moved = best_gain(found)
     standing = policy.standing
     if moved is not None:
@@ -93,11 +95,9 @@ def _edit_standing(draft: Draft, policy: SearchPolicy, found: tuple[Reading, ...
         for path, value in standing_edits(policy.standing, standing).items():
             draft.write(path, value, f"{moved.sentence}.", *moved.pointers)
     pending = pending_after(policy, standing, found, moved)
-    gains = [reading for reading in found if reading.kind == "gain"]
-    cited = [cited for reading in gains for cited in reading.pointers] or [pointer("candidates")]
-    told = "; ".join(reading.sentence for reading in sorted(gains, key=lambda one: one.rank) if reading is not moved)
-    draft.write("pending", list(pending), f"{told or 'What waited was moved in, or did not help together'}.", *cited)
-    return moved, len(pending)
+    told, cited = told_of_waiting(policy, standing, found, moved, pending)
+    draft.write("pending", list(pending), f"{told}.", *cited)
+    return moved, len(pending), cited
 
 
 def _edit_objective(draft: Draft, policy: SearchPolicy, objective: str, why: str, cited: tuple[str, ...]) -> None:
@@ -111,12 +111,11 @@ def _edit_opened(
     policy: SearchPolicy,
     objective: str,
     pending: int,
-    found: tuple[Reading, ...],
+    waits: tuple[str, ...],
     cited: tuple[str, ...],
 ) -> None:
-    gains = [place for reading in found if reading.kind == "gain" for place in reading.pointers]
     told = f"{pending} confirmed change(s) wait to be tried together." if pending else "No change waits to be combined."
-    set_open(draft, policy, "stack", pending > 0, told, *(gains or [pointer("candidates")]))
+    set_open(draft, policy, "stack", pending > 0, told, *waits)
     aware = objective == "external"
     known = any(axis.operator == "selection" for axis in policy.axes)
     if objective != policy.objective or (aware and not known):  # else it adapts and retires as any axis

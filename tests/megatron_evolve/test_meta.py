@@ -164,6 +164,30 @@ def test_a_stack_moves_in_and_takes_what_waited_with_it() -> None:
     assert lost.standing == waited.standing
 
 
+def pending_edit(policy: SearchPolicy, evidence: Evidence):
+    following, edits = next_policy(RULES, policy, evidence)
+    check_edits(policy, following, edits, evidence)
+    return next(edit for edit in edits if edit.path == "pending")
+
+
+def test_the_edit_of_what_waits_says_which_of_its_causes_it_was() -> None:
+    policy = start()
+    first = round_of(policy, explorer(policy, "schedule", 0.05), explorer(policy, "lr", UP))
+    edit = pending_edit(policy, first)
+    assert edit.reason.startswith("lr moved") and edit.reason.endswith(", and waits.")
+    assert set(edit.evidence) == {"/candidates/2/effects/dev-b", "/candidates/2/confirmed"}
+    waited = follow(policy, first)
+    stack = {"recipe.lr": 2e-3}
+    kept = pending_edit(waited, round_of(waited, explorer(waited, "stack", UP, change=stack)))
+    assert kept.reason.startswith("stack moved") and kept.reason.endswith("; what waited moved in with it.")
+    lost = pending_edit(waited, round_of(waited, explorer(waited, "stack", FLAT, change=stack)))
+    assert lost.reason.startswith("stack moved") and lost.reason.endswith("waits no longer.")
+    other = pending_edit(waited, round_of(waited, explorer(waited, "lr", UP, change={"recipe.lr": 5e-4})))
+    assert other.reason.startswith("lr moved") and other.reason.endswith("starts from other settings now.")
+    for edit in (kept, lost, other):
+        assert edit.evidence[0] == "/candidates/1/effects/dev-b"
+
+
 def test_a_full_registry_gives_up_what_holds_for_another_ground_first() -> None:
     """So that the brief of round 1,000 is no longer than that of round 100; the edit keeps what it replaced."""
     policy = start()
