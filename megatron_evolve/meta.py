@@ -67,7 +67,7 @@ def next_policy(
     mode, because = mode_after(policy, objective, found, pending, moved is not None, noise)
     cited = cited_verdicts(said) if mode == "proxy-aware" or policy.mode == "proxy-aware" else ()
     draft.write("mode", mode, because, *cited, NOISE, pointer("candidates"))
-    _edit_replicates(draft, policy, constitution, evidence)
+    _edit_replicates(draft, policy, constitution, evidence, objective)
     _edit_domains(draft, policy, evidence)
     # More in one round than the registry has places: the first are kept.
     ruled_out = (*way_back(policy, objective, moved), *new_dead_ends(policy, evidence))
@@ -123,10 +123,12 @@ def _edit_opened(
         set_open(draft, policy, "selection", aware, told if aware else "Dev tracks the external score.", *cited)
 
 
-def _edit_replicates(draft: Draft, policy: SearchPolicy, constitution: Constitution, evidence: Evidence) -> None:
+def _edit_replicates(
+    draft: Draft, policy: SearchPolicy, constitution: Constitution, evidence: Evidence, objective: str
+) -> None:
     seeds, why = confirm_seeds_after(policy, constitution, evidence.noise.signal_to_noise)
     draft.write("replicates.confirm_seeds", seeds, why, NOISE)
-    asked, why = ask_external_after(policy, constitution, evidence.looks)
+    asked, why = ask_external_after(policy, constitution, evidence, objective)
     draft.write("ask_external", asked, why, pointer("looks"))
 
 

@@ -436,6 +436,28 @@ def test_domains_follow_the_anchor_and_looks_are_kept_for_the_best() -> None:
     assert following.ask_external == "best"
 
 
+@pytest.mark.parametrize(
+    ("objective", "halves", "cumulative", "full"),
+    [
+        ("dev", True, False, 16),
+        ("dev", True, True, 18),  # the origin's two halves
+        ("external", True, True, 17),  # of which the one that ranks is not asked
+        ("dev", False, False, 8),
+        ("external", False, False, 10),  # the leaders' further seeds are another question
+    ],
+)
+def test_a_round_that_the_looks_suffice_for_is_asked_whole(objective, halves, cumulative, full) -> None:
+    rules = RULES.replace(gap=RULES.gap.replace(estimands=("selected", "mean", *["cumulative"] * cumulative)))
+    policy = start(objective, premises=(struck(premise()),) if objective == "external" else ())
+    score = ScoreValue(mean=0.5, se=0.01, n=500)
+    one = explorer(policy, "lr", FLAT, external=FLAT).replace(external=score)
+    if halves:
+        one = one.replace(runs=(one.runs[0].replace(scores={"dev-b": score, "external-a": score}),))
+    for left, asked in ((full, "all"), (full - 1, "best")):
+        evidence = round_of(policy, one, looks={"external": 64 - left, "external_budget": 64})
+        assert follow(policy, evidence, rules).ask_external == asked
+
+
 def test_evidence_of_another_round_is_refused() -> None:
     policy = start()
     with pytest.raises(ValueError, match="evidence of round 1"):

@@ -14,6 +14,7 @@ from megatron_evolve.facts import RoundFacts, round_facts
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.reading import readings
 from megatron_evolve.review import a_half_means, review, round_items
+from megatron_evolve.stance import looks_of_a_round
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,8 @@ def test_the_dev_a_of_confirming_runs_is_read_nowhere(drawn) -> None:
         assert explorers[name].effects["dev-a"].mean == pytest.approx(mean - anchor, abs=1e-12)
     ranked = sorted(readings(evidence, "dev", campaign.rules), key=lambda one: one.rank)
     assert ranked[0].candidate.id == evidence.selected, "the ranking that promotes is the one that selected"
+    asked = looks_of_a_round(facts.policy, campaign.rules, evidence, "dev")
+    assert asked == campaign.lab.looks == 2 * campaign.rules.workers
 
 
 def test_what_a_repair_proposed_again_makes_no_confirming_run_select(drawn) -> None:
