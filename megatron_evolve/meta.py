@@ -5,14 +5,14 @@ knows no domain's name and no round's number beyond what the evidence tells, and
 constitution or a verdict. Each change is an edit with its reason and its pointers into the evidence.
 """
 
-from megatron_evolve.axes import edit_axes, forget_steps, generic_axes, reopen, set_open
+from megatron_evolve.axes import edit_axes, forget_steps, generic_axes, set_open
 from megatron_evolve.constitution import Constitution
-from megatron_evolve.dead_ends import new_dead_ends, places_for_more
+from megatron_evolve.dead_ends import new_dead_ends, places_for_more, way_back
 from megatron_evolve.edits import Draft, check_edits
 from megatron_evolve.evidence import Evidence
 from megatron_evolve.explain import explain
 from megatron_evolve.policy import DomainState, Edit, Replicates, SearchPolicy, premise
-from megatron_evolve.promotion import best_gain, pending_after, settings_after, standing_edits
+from megatron_evolve.promotion import best_gain, pending_after, settings_after, standing_edits, told_of_waiting
 from megatron_evolve.reading import Reading, pointer, readings
 from megatron_evolve.stance import (
     ask_external_after,
@@ -57,21 +57,21 @@ def next_policy(
     premises = edit_premises(draft, policy, evidence, said)
     objective, why = objective_after(policy, premises, said)
     found = readings(evidence, objective, constitution)
-    moved, pending = _edit_standing(draft, policy, found)
-    _edit_axes(draft, policy, found, objective, why, cited_verdicts(said))
-    if moved is not None and objective == policy.objective:
-        reopen(
-            draft, policy, f"The standing settings moved, and a plateau holds for its ground: {moved.sentence}.", moved
-        )
-    _edit_opened(draft, policy, objective, pending, found, cited_verdicts(said))
+    moved, pending, waits = _edit_standing(draft, policy, found)
+    if objective == policy.objective:
+        edit_axes(draft, policy, found, moved)
+    else:
+        _edit_objective(draft, policy, objective, why, cited_verdicts(said))
+    _edit_opened(draft, policy, objective, pending, waits or (pointer("candidates"),), cited_verdicts(said))
     noise = evidence.noise.signal_to_noise
     mode, because = mode_after(policy, objective, found, pending, moved is not None, noise)
     cited = cited_verdicts(said) if mode == "proxy-aware" or policy.mode == "proxy-aware" else ()
     draft.write("mode", mode, because, *cited, NOISE, pointer("candidates"))
-    _edit_replicates(draft, policy, constitution, evidence)
+    _edit_replicates(draft, policy, constitution, evidence, objective)
     _edit_domains(draft, policy, evidence)
-    # More losses in one round than the registry has places: the first are kept.
-    for place, entry in zip(places_for_more(policy), new_dead_ends(policy, evidence), strict=False):
+    # More in one round than the registry has places: the first are kept.
+    ruled_out = (*way_back(policy, objective, moved), *new_dead_ends(policy, evidence))
+    for place, entry in zip(places_for_more(policy), ruled_out, strict=False):
         draft.write(f"dead_ends.{place}", entry.model_dump(mode="json"), entry.reason, *entry.evidence)
     return draft.finished()
 
@@ -84,8 +84,10 @@ def _check_belongs(policy: SearchPolicy, evidence: Evidence) -> None:
         )
 
 
-def _edit_standing(draft: Draft, policy: SearchPolicy, found: tuple[Reading, ...]) -> tuple[Reading | None, int]:
-    """Moves the best confirmed gain in and lets the others wait. Returns what moved and how many wait."""
+def _edit_standing(
+    draft: Draft, policy: SearchPolicy, found: tuple[Reading, ...]
+) -> tuple[Reading | None, int, tuple[str, ...]]:
+    """Moves the best confirmed gain in, lets the others wait. Returns what moved, how many wait, and what says so."""
     moved = best_gain(found)
     standing = policy.standing
     if moved is not None:
@@ -93,19 +95,12 @@ def _edit_standing(draft: Draft, policy: SearchPolicy, found: tuple[Reading, ...
         for path, value in standing_edits(policy.standing, standing).items():
             draft.write(path, value, f"{moved.sentence}.", *moved.pointers)
     pending = pending_after(policy, standing, found, moved)
-    gains = [reading for reading in found if reading.kind == "gain"]
-    cited = [cited for reading in gains for cited in reading.pointers] or [pointer("candidates")]
-    told = "; ".join(reading.sentence for reading in sorted(gains, key=lambda one: one.rank) if reading is not moved)
-    draft.write("pending", list(pending), f"{told or 'What waited was moved in, or did not help together'}.", *cited)
-    return moved, len(pending)
+    told, cited = told_of_waiting(policy, standing, found, moved, pending)
+    draft.write("pending", list(pending), f"{told}.", *cited)
+    return moved, len(pending), cited
 
 
-def _edit_axes(
-    draft: Draft, policy: SearchPolicy, found: tuple[Reading, ...], objective: str, why: str, cited: tuple[str, ...]
-) -> None:
-    if objective == policy.objective:
-        edit_axes(draft, policy, found)
-        return
+def _edit_objective(draft: Draft, policy: SearchPolicy, objective: str, why: str, cited: tuple[str, ...]) -> None:
     draft.write("objective", objective, why, *cited)
     draft.write("objective_since", policy.round + 1, why, *cited)
     forget_steps(draft, policy, f"The objective moved to {objective}, and steps were learnt on the other score.", cited)
@@ -116,21 +111,24 @@ def _edit_opened(
     policy: SearchPolicy,
     objective: str,
     pending: int,
-    found: tuple[Reading, ...],
+    waits: tuple[str, ...],
     cited: tuple[str, ...],
 ) -> None:
-    gains = [place for reading in found if reading.kind == "gain" for place in reading.pointers]
     told = f"{pending} confirmed change(s) wait to be tried together." if pending else "No change waits to be combined."
-    set_open(draft, policy, "stack", pending > 0, told, *(gains or [pointer("candidates")]))
+    set_open(draft, policy, "stack", pending > 0, told, *waits)
     aware = objective == "external"
-    told = "Dev misleads, so the weights that a run hands on are chosen and its loss is weighted anew."
-    set_open(draft, policy, "selection", aware, told if aware else "Dev tracks the external score.", *cited)
+    known = any(axis.operator == "selection" for axis in policy.axes)
+    if objective != policy.objective or (aware and not known):  # else it adapts and retires as any axis
+        told = "Dev misleads, so the weights that a run hands on are chosen and its loss is weighted anew."
+        set_open(draft, policy, "selection", aware, told if aware else "Dev tracks the external score.", *cited)
 
 
-def _edit_replicates(draft: Draft, policy: SearchPolicy, constitution: Constitution, evidence: Evidence) -> None:
+def _edit_replicates(
+    draft: Draft, policy: SearchPolicy, constitution: Constitution, evidence: Evidence, objective: str
+) -> None:
     seeds, why = confirm_seeds_after(policy, constitution, evidence.noise.signal_to_noise)
     draft.write("replicates.confirm_seeds", seeds, why, NOISE)
-    asked, why = ask_external_after(policy, constitution, evidence.looks)
+    asked, why = ask_external_after(policy, constitution, evidence, objective)
     draft.write("ask_external", asked, why, pointer("looks"))
 
 

@@ -18,6 +18,7 @@ from megatron_evolve.substrate.settings import Settings
 
 Mode = Literal["stabilise", "stack-and-calibrate", "exploit-proxy", "proxy-aware"]
 Objective = Literal["dev", "external"]
+OTHER: dict[Objective, Objective] = {"dev": "external", "external": "dev"}
 Operator = Literal["headroom", "balance", "style", "lr", "steps", "schedule", "adapter", "stack", "selection"]
 
 # Axes that a finding opens: they get a worker before the generic ones, as long as they are open.
@@ -31,8 +32,10 @@ class Axis(Frozen):
     operator: Operator = Field(description="what the worker varies")
     magnitude: float = Field(default=1.0, gt=0, le=16, description="size of the step; 1 is the operator's usual step")
     direction: Literal["up", "down"] = Field(default="up", description="which way to go first")
-    misses_up: int = Field(default=0, ge=0, description="rounds without a gain going up, since the axis' last gain")
-    misses_down: int = Field(default=0, ge=0, description="the same going down")
+    misses_up: int = Field(
+        default=0, ge=0, description="rounds without a gain that were to go up first, since the axis' last gain"
+    )
+    misses_down: int = Field(default=0, ge=0, description="the same, down first")
     retired: str = Field(default="", description="why no worker gets this axis any more; empty while it is open")
 
     @property
@@ -51,16 +54,19 @@ class DomainState(Frozen):
 
 
 class DeadEnd(Frozen):
-    """A settings change that was tried and lost, so that it is not tried again from the same ground."""
+    """A settings change that was tried and lost, or undoes one that was shown to pay: not tried from that ground."""
 
     axis: str
     change: dict[str, Any] = Field(description="canonical change: path to {from, to}")
     ground: str = Field(description="digest of the settings that were changed")
     objective: Literal["dev", "external", "any"] = Field(
-        description="the score it lost on; a run that failed lost on any"
+        description="the score that spoke against it; a run that failed lost on any"
     )
-    candidate: str = Field(description="candidate that tried it")
+    candidate: str = Field(description="candidate that tried it, or the change that it undoes")
     round: int
+    way_back: bool = Field(
+        default=False, description="undoes what moved the standing settings here, and rules out any part of itself too"
+    )
     reason: str = Field(min_length=1, description="one sentence")
     evidence: tuple[str, ...] = Field(min_length=1, description="JSON pointers into the round's evidence")
 

@@ -41,7 +41,7 @@ def pending_after(
 
     What a failed stack combined is dropped: together it did not help.
     """
-    waiting = [] if _stack_lost(policy, found) else [dict(entry) for entry in policy.pending]
+    waiting = [] if _lost_stack(policy, found) else [dict(entry) for entry in policy.pending]
     for reading in sorted((one for one in found if one.kind == "gain" and one is not moved), key=lambda one: one.rank):
         one = reading.candidate
         waiting.append({"axis": one.axis, "candidate": one.id, "change": one.change})
@@ -56,9 +56,33 @@ def pending_after(
     return tuple(kept)
 
 
-def _stack_lost(policy: SearchPolicy, found: Sequence[Reading]) -> bool:
+def told_of_waiting(
+    policy: SearchPolicy,
+    standing: Settings,
+    found: Sequence[Reading],
+    moved: Reading | None,
+    pending: Sequence[Change],
+) -> tuple[str, tuple[str, ...]]:
+    """Why other changes wait than before, and where that stands in the evidence; nothing where the same ones do."""
+    new = [entry["candidate"] for entry in pending if entry not in policy.pending]
+    said = [(f"{one.sentence}, and waits", one) for one in found if one.candidate.id in new]
+    said.sort(key=lambda one: one[1].rank)
+    gone = [entry["change"] for entry in policy.pending if entry not in pending]
+    lost = _lost_stack(policy, found)
+    if gone and lost is not None:
+        said.append((f"{lost.sentence}, so what it was to combine waits no longer", lost))
+    elif gone:  # only a move of the standing settings takes away what waited
+        within = all(_stands(standing, change) for change in gone)
+        told = "what waited moved in with it" if within else "what waited there starts from other settings now"
+        said.append((f"{moved.sentence}; {told}", moved))
+    return "; ".join(told for told, _ in said), tuple(place for _, one in said for place in one.pointers)
+
+
+def _lost_stack(policy: SearchPolicy, found: Sequence[Reading]) -> Reading | None:
+    """A stack that did not help, or that its worker could not make."""
     stacks = {axis.name for axis in policy.axes if axis.operator == "stack"}
-    return any(one.candidate.axis in stacks and one.kind in ("loss", "flat", "failed") for one in found)
+    lost = (one for one in found if one.kind in ("loss", "flat", "failed") or one.candidate.nothing)
+    return min((one for one in lost if one.candidate.axis in stacks), key=lambda one: one.rank, default=None)
 
 
 def overlap(first: Change, second: Change) -> bool:
@@ -80,3 +104,11 @@ def _still_open(standing: Settings, change: Change) -> bool:
     except ValueError:
         return False
     return same_settings(untouched, standing) and not same_settings(moved, standing)
+
+
+def _stands(standing: Settings, change: Change) -> bool:
+    """Whether the settings hold a change already."""
+    try:
+        return same_settings(settings_after(standing, change), standing)
+    except ValueError:
+        return False

@@ -1,7 +1,8 @@
 """What a round says of one candidate, read on the score that counts: the kind of its result and where it stands.
 
-The authoritative split is the B half of the objective, since the A half selected. A dev gain whose external effect is
-clearly negative is no gain: the external score outranks dev.
+The authoritative split is the B half of the objective, since the A half selected, and further seeds confirm on the
+same half: where a round moves the objective, those that agreed on the score it left say nothing here. A dev gain whose
+external effect is clearly negative is no gain: the external score outranks dev.
 
     gain      P(better) reaches the constitution's bar on the authoritative split, and further seeds alone agree
     promising the same without further seeds: worth trying again
@@ -73,32 +74,38 @@ def authoritative_split(objective: str, effects: dict[str, EffectValue]) -> str 
 def readings(evidence: Evidence, objective: str, constitution: Constitution) -> tuple[Reading, ...]:
     """The reading of every explorer of the round on `objective`, in the evidence's order."""
     return tuple(
-        _reading(index, one, objective, constitution)
+        _reading(
+            index, one, objective, constitution, "confirmed" + "_off_objective" * (objective != evidence.objective)
+        )
         for index, one in enumerate(evidence.candidates)
         if one.role == "explorer"
     )
 
 
-def _reading(index: int, one: CandidateEvidence, objective: str, constitution: Constitution) -> Reading:
+def _reading(
+    index: int, one: CandidateEvidence, objective: str, constitution: Constitution, confirmation: str
+) -> Reading:
     here = pointer("candidates", index)
     split = authoritative_split(objective, one.effects)
     if split is None:
         return _without_score(here, one)
     effect = one.effects[split]
-    kind, extra = _kind(one, effect, objective, constitution.promote_probability)
+    kind, extra = _kind(one, effect, objective, constitution.promote_probability, getattr(one, confirmation))
     selecting = one.effects.get(split.removesuffix("-b") + "-a")
     sentence = f"{one.axis} moved {split} by {told_effect(effect)}{extra}"
-    cited = (f"{here}/effects/{split}", f"{here}/confirmed")
+    cited = (f"{here}/effects/{split}", f"{here}/{confirmation}")
     return Reading(one, kind, effect, selecting.mean if selecting else None, sentence, cited + _veto_pointer(here, one))
 
 
-def _kind(one: CandidateEvidence, effect: EffectValue, objective: str, bar: float) -> tuple[Kind, str]:
+def _kind(one: CandidateEvidence, effect: EffectValue, objective: str, bar: float, confirmed: bool) -> tuple[Kind, str]:
     veto = external_effect(one) if objective == "dev" else None
     if effect.p_better >= bar and veto is not None and veto.high < 0:
         return "loss", f", but the external score fell by at least {points(-veto.high).lstrip('+')}"
     if effect.p_better >= bar:
         return (
-            ("gain", ", and further seeds alone agree") if one.confirmed else ("promising", ", by no further seed yet")
+            ("gain", ", and further seeds alone agree")
+            if confirmed
+            else ("promising", ", which no further seed confirms")
         )
     return ("loss" if effect.p_better <= 1 - bar or effect.high < 0 else "flat"), ""
 

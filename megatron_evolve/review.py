@@ -33,7 +33,7 @@ from megatron_evolve.evidence import (
 from megatron_evolve.facts import RoundFacts, RunFacts
 from megatron_evolve.gap import OVERALL, GapTest, holm_levels, rule_of
 from megatron_evolve.origin import Origin
-from megatron_evolve.policy import SearchPolicy
+from megatron_evolve.policy import OTHER, Objective, SearchPolicy
 from megatron_evolve.released import released_mean, released_value, told_contrast, told_runs, told_scores
 from megatron_evolve.verdict import Verdict, judge
 from megatron_evolve.window import RoundItems
@@ -182,7 +182,8 @@ def _candidate(compared: Comparisons, name: str) -> CandidateEvidence:
         dev=_score(facts, name, "dev-b", weights.dev),
         external=_outside(facts, name, weights),
         effects={split: found for split, found in effects.items() if found is not None},
-        confirmed=not anchor and _confirmed(facts, name, weights),
+        confirmed=not anchor and _confirmed(facts, name, weights, facts.policy.objective),
+        confirmed_off_objective=not anchor and _confirmed(facts, name, weights, OTHER[facts.policy.objective]),
         domains={domain: _domain(compared, name, domain) for domain in weights.domains},
     )
 
@@ -193,7 +194,13 @@ def _refused(facts: RoundFacts) -> list[CandidateEvidence]:
     last = {one["worker"]: one for one in facts.refusals if one["worker"] not in accepted}
     return [
         CandidateEvidence(
-            id=f"none-{worker}", axis=one["axis"], role="explorer", change={}, runs=(), refused=one["reason"]
+            id=f"none-{worker}",
+            axis=one["axis"],
+            role="explorer",
+            change={},
+            runs=(),
+            refused=one["reason"],
+            nothing=one["nothing"],
         )
         for worker, one in sorted(last.items())
     ]
@@ -244,12 +251,12 @@ def _joined_score(run: RunFacts, splits: Sequence[str], weights: Mapping[str, fl
     return overall_score(ItemRows(**columns), weights)
 
 
-def _confirmed(facts: RoundFacts, name: str, weights: Weights) -> bool:
-    """Whether the later seeds alone, without the run that was selected on, are above the anchor on the B half."""
-    if facts.policy.objective == "external" and weights.told_alone:
+def _confirmed(facts: RoundFacts, name: str, weights: Weights, objective: Objective) -> bool:
+    """Whether the later seeds alone, without the run that was selected on, are above the anchor on a score's B half."""
+    if objective == "external" and weights.told_alone:
         later = told_contrast(facts, name, told_runs(facts, name)[facts.policy.replicates.explorer :])
         return later is not None and float(later.means_F[0]) > 0
-    split = "dev-b" if facts.policy.objective == "dev" else "external-b"
+    split = "dev-b" if objective == "dev" else "external-b"
     later, anchors = facts.scored(name, split)[facts.policy.replicates.explorer :], facts.scored(facts.anchor, split)
     if not later or not anchors:
         return False

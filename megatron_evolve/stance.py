@@ -140,13 +140,37 @@ def confirm_seeds_after(policy: SearchPolicy, constitution: Constitution, noise:
     return now, "Noise is as before."
 
 
-def ask_external_after(policy: SearchPolicy, constitution: Constitution, looks: Mapping[str, int]) -> tuple[str, str]:
+def ask_external_after(
+    policy: SearchPolicy, constitution: Constitution, evidence: Evidence, objective: str
+) -> tuple[str, str]:
     """Whose external score is asked next, given the looks that are left: asking less is the only change made here."""
+    looks = evidence.looks
     left = looks.get("external_budget", constitution.external_looks) - looks.get("external", 0)
-    full = 2 * constitution.workers  # each candidate is asked on two halves
+    full = looks_of_a_round(policy, constitution, evidence, objective)
     if policy.ask_external == "all" and left < full:
         return (
             "best",
             f"{left} external look(s) are left, fewer than the {full} that a whole round takes.",
         )
     return policy.ask_external, "The looks suffice."
+
+
+def looks_of_a_round(policy: SearchPolicy, constitution: Constitution, evidence: Evidence, objective: str) -> int:
+    """External looks that the next round takes, at most, where every candidate is asked.
+
+    A candidate is asked on two halves, and so is the origin where it is judged (while external ranks, on the half that
+    judges alone). A target that tells scores alone is asked once a candidate; where it ranks them, once more of the
+    leaders, for their further seeds.
+    """
+    ranks = objective == "external"
+    if _tells_scores_alone(evidence):
+        return constitution.workers + (policy.replicates.confirm_candidates if ranks else 0)
+    origin = (1 if ranks else 2) if "cumulative" in constitution.gap.estimands else 0
+    return 2 * constitution.workers + origin
+
+
+def _tells_scores_alone(evidence: Evidence) -> bool:
+    """Whether candidates have an external score and no run has one on a half of it."""
+    splits = {split for one in evidence.candidates for run in one.runs for split in run.scores}
+    in_halves = any(split.startswith("external") for split in splits)
+    return not in_halves and any(one.external is not None for one in evidence.candidates)

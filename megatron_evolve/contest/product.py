@@ -180,7 +180,8 @@ class ProductCampaign:
 
 def _taken_at_their_word(evidence: Evidence) -> Evidence:
     """Without further seeds nothing is ever confirmed, so every candidate counts as if it were."""
-    candidates = tuple(one.replace(confirmed=one.role == "explorer") for one in evidence.candidates)
+    taken = {"confirmed": True, "confirmed_off_objective": True}
+    candidates = tuple(one.replace(**taken) if one.role == "explorer" else one for one in evidence.candidates)
     return evidence.replace(candidates=candidates)
 
 
@@ -288,4 +289,4 @@ class DrawnRound:
                 return
             setback = Setback(proposal.delta, "diverged", "the loss was not finite")
         if refused:
-            self.refusals.append({"worker": worker, "axis": axis.name, "reason": refused})
+            self.refusals.append({"worker": worker, "axis": axis.name, "reason": refused, "nothing": True})

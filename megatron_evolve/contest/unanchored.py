@@ -17,6 +17,7 @@ from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.evidence import CandidateEvidence, DomainEffect, Evidence, Noise, ScoreValue
 from megatron_evolve.facts import RoundFacts, RunFacts
 from megatron_evolve.gap import OVERALL, decide, look_at, rule_of, scope_of
+from megatron_evolve.policy import OTHER, Objective
 from megatron_evolve.review import a_half_means
 from megatron_evolve.verdict import Verdict
 from megatron_evolve.window import Pair
@@ -116,6 +117,7 @@ class UnanchoredCampaign(ProductCampaign):
         return ScoreValue(mean=mean, se=float(np.sqrt(mean * (1 - mean) / n)), n=n)
 
     def _explorer(self, compared: Unanchored, one: Any) -> CandidateEvidence:
+        objective = compared.facts.policy.objective
         effects = {split: compared.effect(one.candidate, split) for split in SPLITS}
         return CandidateEvidence(
             id=one.candidate,
@@ -124,11 +126,12 @@ class UnanchoredCampaign(ProductCampaign):
             change=one.change,
             runs=(),
             effects={split: found for split, found in effects.items() if found is not None},
-            confirmed=self._confirmed(compared, one.candidate),
+            confirmed=self._confirmed(compared, one.candidate, objective),
+            confirmed_off_objective=self._confirmed(compared, one.candidate, OTHER[objective]),
         )
 
-    def _confirmed(self, compared: Unanchored, name: str) -> bool:
-        split = "dev-b" if compared.facts.policy.objective == "dev" else "external-b"
+    def _confirmed(self, compared: Unanchored, name: str, objective: Objective) -> bool:
+        split = "dev-b" if objective == "dev" else "external-b"
         later = _scored(compared.facts.runs[name], (split,))[compared.facts.policy.replicates.explorer :]
         theirs = _scored(self.baseline, (split,))
         if not later or not theirs:

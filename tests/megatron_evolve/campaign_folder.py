@@ -205,7 +205,8 @@ class Story:
             dev=self._overall(domains, "dev") if scored else None,
             external=self._overall(domains, "external") if scored else None,
             effects=self._effects(domains, seeds) if scored and operator != "anchor" else {},
-            confirmed=operator in ("steps", "stack", "selection", "headroom"),
+            confirmed=seeds > 1 and operator != "anchor",
+            confirmed_off_objective=seeds > 1 and operator != "anchor",
             domains=domains if scored else {family: DomainEffect() for family in self.families},
         )
 

@@ -32,6 +32,7 @@ from megatron_evolve.ledger import Ledger
 from megatron_evolve.meta import next_policy
 from megatron_evolve.released import released
 from megatron_evolve.review import a_half_means, review, round_items
+from megatron_evolve.stance import looks_of_a_round
 from megatron_evolve.status import state_of
 from megatron_evolve.substrate.digest import digest_file, digest_of
 from megatron_evolve.worlds.sealed import dev_a_means
@@ -309,6 +310,7 @@ def test_verdicts_read_exact_scores_and_the_next_policy_released_ones():
     assert released_any and unreleased_any
     following, _ = next_policy(campaign.rules, facts.policy, evidence)
     assert following.round == 2
+    assert looks_of_a_round(facts.policy, campaign.rules, evidence, "dev") == campaign.rules.workers
 
 
 def test_selection_after_the_external_score_ranks_released_scores():

@@ -1,107 +1,26 @@
-"""Meta rule by rule: what moves, what waits, what is ruled out, and when the search turns to the external score."""
+"""Meta rule by rule: what moves, what waits, and when the search turns to the external score."""
 
 import pytest
 
-from megatron_evolve.constitution import Constitution
-from megatron_evolve.dead_ends import MOST_DEAD_ENDS, dead_end_of
-from megatron_evolve.delta import canonical_change
 from megatron_evolve.edits import apply_edits
-from megatron_evolve.evidence import (
-    CandidateEvidence,
-    DomainEffect,
-    EffectValue,
-    Evidence,
-    Noise,
-    RunRecord,
-    ScoreValue,
-)
+from megatron_evolve.evidence import Evidence, ScoreValue
 from megatron_evolve.explain import explain
-from megatron_evolve.meta import check_edits, initial_policy, next_policy
-from megatron_evolve.policy import DomainState, SearchPolicy, premise, resolve_pointer, struck
-from megatron_evolve.substrate.mix import Mix
-from megatron_evolve.substrate.recipe import Recipe
-from megatron_evolve.substrate.settings import Settings, write_all
-
-RULES = Constitution()
-FAMILIES = ("red", "green", "blue")
-CHANGES = {
-    "headroom": {"mix.weight.red": 2.0},
-    "balance": {"mix.weight.green": 2.0},
-    "style": {"mix.style.red": "trace"},
-    "lr": {"recipe.lr": 2e-3},
-    "steps": {"recipe.steps": 200},
-    "schedule": {"recipe.schedule": "linear"},
-    "adapter": {"recipe.adapter": {"rank": 8, "alpha": 8.0}},
-    "stack": {"recipe.lr": 2e-3, "recipe.steps": 200},
-}
-UP, FLAT, DOWN = 0.03, 0.001, -0.03
-
-
-def start(objective: str = "dev", **changes) -> SearchPolicy:
-    settings = Settings(
-        mix=Mix(weight=dict.fromkeys(FAMILIES, 1.0), style=dict.fromkeys(FAMILIES, "answer")), recipe=Recipe(lr=1e-3)
-    )
-    domains = {name: DomainState(dev=0.4, external=None, dev_weight=1 / 3, external_weight=None) for name in FAMILIES}
-    return initial_policy(settings, domains, RULES).replace(objective=objective, **changes)
-
-
-def effect(mean: float) -> EffectValue:
-    p = 0.5 if abs(mean) < 0.01 else 0.99 if mean > 0 else 0.01
-    return EffectValue(mean=mean, se=0.01, low=mean - 0.02, high=mean + 0.02, p_better=p)
-
-
-def explorer(policy: SearchPolicy, axis: str, mean: float | None, **told) -> CandidateEvidence:
-    """An explorer that moved the objective's halves by `mean`; `told` may set external, confirmed, outcome, change."""
-    external, outcome = told.pop("external", None), told.pop("outcome", "finished")
-    change = canonical_change(policy.standing, write_all(policy.standing, told.pop("change", CHANGES[axis])))
-    effects = {} if mean is None else {f"{policy.objective}-{half}": effect(mean) for half in "ab"}
-    if external is not None:
-        effects |= {split: effect(external) for split in ("external-a", "external-b", "external")}
-    scores = {} if mean is None else {"dev-b": ScoreValue(mean=0.5, se=0.01, n=500)}
-    runs = (RunRecord(seed=1, outcome=outcome, reason="" if outcome == "finished" else "told why", scores=scores),)
-    confirmed = told.pop("confirmed", mean is not None and mean > 0.01)
-    return CandidateEvidence(
-        id=f"id-{axis}",
-        axis=axis,
-        role="explorer",
-        change=change,
-        runs=runs,
-        effects=effects,
-        confirmed=confirmed,
-        **told,
-    )
-
-
-def round_of(
-    policy: SearchPolicy, *explorers: CandidateEvidence, verdicts=(), noise: float | None = 2.0, **more
-) -> Evidence:
-    domains = {name: DomainEffect(dev=ScoreValue(mean=0.45, se=0.01, n=500)) for name in FAMILIES}
-    anchor = CandidateEvidence(id="id-anchor", axis="anchor", role="anchor", change={}, runs=(), domains=domains)
-    return Evidence(
-        round=policy.round,
-        substrate="s",
-        judge="j",
-        policy="p",
-        objective=policy.objective,
-        anchor="id-anchor",
-        selected=None,
-        candidates=(anchor, *explorers),
-        noise=Noise(signal_to_noise=noise),
-        verdicts=tuple(verdicts),
-        **more,
-    )
-
-
-def verdict(outcome: str, domain: str = "overall", estimand: str = "selected") -> dict:
-    return {"outcome": outcome, "domain": domain, "estimand": estimand, "reason": "Told by numbers."}
-
-
-def follow(policy: SearchPolicy, evidence: Evidence, rules: Constitution = RULES) -> SearchPolicy:
-    """The next policy, its edits checked."""
-    following, edits = next_policy(rules, policy, evidence)
-    check_edits(policy, following, edits, evidence)
-    assert next_policy(rules, policy, evidence) == (following, edits)
-    return following
+from megatron_evolve.meta import check_edits, next_policy
+from megatron_evolve.policy import SearchPolicy, premise, resolve_pointer, struck
+from megatron_evolve.reading import readings
+from tests.megatron_evolve.invented_rounds import (
+    DOWN,
+    FAMILIES,
+    FLAT,
+    RULES,
+    UP,
+    effect,
+    explorer,
+    follow,
+    round_of,
+    start,
+    verdict,
+)
 
 
 def test_initial_policy_has_seven_generic_open_axes() -> None:
@@ -161,78 +80,28 @@ def test_a_stack_moves_in_and_takes_what_waited_with_it() -> None:
     assert lost.standing == waited.standing
 
 
-def test_a_full_registry_gives_up_what_holds_for_another_ground_first() -> None:
-    """So that the brief of round 1,000 is no longer than that of round 100; the edit keeps what it replaced."""
+def pending_edit(policy: SearchPolicy, evidence: Evidence):
+    following, edits = next_policy(RULES, policy, evidence)
+    check_edits(policy, following, edits, evidence)
+    return next(edit for edit in edits if edit.path == "pending")
+
+
+def test_the_edit_of_what_waits_says_which_of_its_causes_it_was() -> None:
     policy = start()
-    policy = follow(policy, round_of(policy, explorer(policy, "lr", DOWN)))
-    (entry,) = policy.dead_ends
-    old = [entry.model_copy(update={"candidate": f"old-{place}"}) for place in range(MOST_DEAD_ENDS)]
-    old[7] = old[7].model_copy(update={"ground": "another"})
-    full = policy.replace(dead_ends=tuple(old))
-    evidence = round_of(full, explorer(full, "lr", DOWN), explorer(full, "steps", None, outcome="diverged"))
-    following = follow(full, evidence)  # which checks the edits
-    assert len(following.dead_ends) == MOST_DEAD_ENDS
-    replaced = [place for place in range(MOST_DEAD_ENDS) if following.dead_ends[place] != full.dead_ends[place]]
-    assert replaced == [0, 7], "the other ground's, then the oldest"
-    assert following.dead_ends[7].axis == "lr"
-    short = full.replace(dead_ends=full.dead_ends[1:])
-    with pytest.raises(ValueError, match="may only be added"):
-        check_edits(full, short, (), evidence)
-
-
-def test_losses_and_own_faults_become_dead_ends_and_never_leave() -> None:
-    policy = start()
-    faults = [explorer(policy, "lr", DOWN), explorer(policy, "steps", None, outcome="diverged")]
-    others = [explorer(policy, "style", None, outcome="lost"), explorer(policy, "schedule", FLAT)]
-    following = follow(policy, round_of(policy, *faults, *others))
-    assert [entry.axis for entry in following.dead_ends] == ["lr", "steps"]
-    assert [entry.objective for entry in following.dead_ends] == ["dev", "any"]
-    again = follow(following, round_of(following, *[explorer(following, "lr", DOWN)]))
-    assert again.dead_ends == following.dead_ends
-    tried = write_all(policy.standing, CHANGES["lr"])
-    assert dead_end_of(following, tried) is not None
-    assert dead_end_of(following.replace(objective="external"), tried) is None, "a loss on dev is none on the target"
-    moved = following.replace(standing=write_all(policy.standing, {"recipe.steps": 100}))
-    assert dead_end_of(moved, write_all(moved.standing, CHANGES["lr"])) is None, "another ground is another question"
-
-
-def test_an_axis_turns_round_then_halves_then_retires() -> None:
-    policy = start()
-    seen = []
-    for mean in (DOWN, DOWN, FLAT, FLAT):
-        policy = follow(policy, round_of(policy, explorer(policy, "lr", mean)))
-        axis = next(axis for axis in policy.axes if axis.name == "lr")
-        seen.append((axis.direction, axis.magnitude, bool(axis.retired)))
-    assert seen == [("down", 1.0, False), ("up", 0.5, False), ("down", 0.5, False), ("up", 0.5, True)]
-    assert "lr" not in {axis.name for axis in policy.open_axes()}
-
-
-def test_an_axis_goes_on_after_a_gain_and_without_a_score() -> None:
-    policy = start()
-    for one in (explorer(policy, "lr", UP), explorer(policy, "lr", None, outcome="lost")):
-        following = follow(policy, round_of(policy, one))
-        assert following.axes == policy.axes
-
-
-def test_a_plateau_is_another_question_on_other_ground() -> None:
-    policy = start()
-    retired = tuple(
-        axis.replace(retired="Plateau.", misses_up=2, misses_down=2) if axis.name == "style" else axis
-        for axis in policy.axes
-    )
-    policy = policy.replace(axes=retired)
-    assert follow(policy, round_of(policy)).axes == policy.axes
-    moved = follow(policy, round_of(policy, explorer(policy, "lr", UP)))
-    assert moved.axes == start().axes
-
-
-def test_the_last_open_axis_is_never_retired() -> None:
-    policy = start()
-    only = tuple(
-        axis.replace(misses_up=2, misses_down=1, direction="down") for axis in policy.axes if axis.name == "lr"
-    )
-    following = follow(policy.replace(axes=only), round_of(policy, explorer(policy, "lr", FLAT)))
-    assert len(following.open_axes()) == 1
+    first = round_of(policy, explorer(policy, "schedule", 0.05), explorer(policy, "lr", UP))
+    edit = pending_edit(policy, first)
+    assert edit.reason.startswith("lr moved") and edit.reason.endswith(", and waits.")
+    assert set(edit.evidence) == {"/candidates/2/effects/dev-b", "/candidates/2/confirmed"}
+    waited = follow(policy, first)
+    stack = {"recipe.lr": 2e-3}
+    kept = pending_edit(waited, round_of(waited, explorer(waited, "stack", UP, change=stack)))
+    assert kept.reason.startswith("stack moved") and kept.reason.endswith("; what waited moved in with it.")
+    lost = pending_edit(waited, round_of(waited, explorer(waited, "stack", FLAT, change=stack)))
+    assert lost.reason.startswith("stack moved") and lost.reason.endswith("waits no longer.")
+    other = pending_edit(waited, round_of(waited, explorer(waited, "lr", UP, change={"recipe.lr": 5e-4})))
+    assert other.reason.startswith("lr moved") and other.reason.endswith("starts from other settings now.")
+    for edit in (kept, lost, other):
+        assert edit.evidence[0] == "/candidates/1/effects/dev-b"
 
 
 @pytest.mark.parametrize("outcome", ["DECOUPLED", "INVERSE"])
@@ -240,7 +109,7 @@ def test_the_last_open_axis_is_never_retired() -> None:
 def test_a_falsified_premise_turns_the_search_to_the_external_score(outcome: str, domain: str) -> None:
     policy = start()
     trap = explorer(policy, "headroom", 0.08, external=DOWN)
-    honest = explorer(policy, "style", FLAT, external=UP, confirmed=True)
+    honest = explorer(policy, "style", FLAT, external=UP, confirmed_off_objective=True)
     following = follow(policy, round_of(policy, trap, honest, verdicts=[verdict(outcome, domain)]))
     scope = None if domain == "overall" else domain
     assert (following.objective, following.mode) == ("external", "proxy-aware")
@@ -250,6 +119,35 @@ def test_a_falsified_premise_turns_the_search_to_the_external_score(outcome: str
     assert following.standing.mix.style["red"] == "trace", "what the external score confirms moves in at once"
     assert following.standing.mix.weight == policy.standing.mix.weight
     assert following.axes_for(1)[0].operator == "selection"
+
+
+@pytest.mark.parametrize("objective", ["dev", "external"])
+def test_what_further_seeds_say_of_one_score_confirms_nothing_on_the_other(objective: str) -> None:
+    """In the round that moves the objective both ways: by the score that judges now, and its own further seeds."""
+    turn = {"dev": [verdict("DECOUPLED")], "external": [verdict("TRACKING")]}[objective]
+    policy = start(objective, premises=(struck(premise()),) if objective == "external" else (premise(),))
+    other = {"dev": "external", "external": "dev"}[objective]
+    for confirmed, off, kept in ((True, False, True), (False, True, False)):
+        one = explorer(policy, "lr", UP, external=UP, confirmed=confirmed, confirmed_off_objective=off)
+        one = one.replace(effects={**one.effects, f"{other}-a": effect(UP), f"{other}-b": effect(UP)})
+        evidence = round_of(policy, one, verdicts=turn)
+        following, edits = next_policy(RULES, policy, evidence)
+        check_edits(policy, following, edits, evidence)
+        assert following.objective == other
+        assert (following.standing == policy.standing) == kept
+        cited = {place for edit in edits if edit.path.startswith("standing.") for place in edit.evidence}
+        assert kept or "/candidates/1/confirmed_off_objective" in cited
+        assert "/candidates/1/confirmed" not in cited
+
+
+def test_evidence_from_before_confirmation_was_told_by_objective_still_parses() -> None:
+    policy = start()
+    document = round_of(policy, explorer(policy, "lr", UP)).model_dump(mode="json", by_alias=True)
+    for one in document["candidates"]:
+        del one["confirmed_off_objective"]
+    evidence = Evidence.parse(document, where="evidence")
+    assert [one.kind for one in readings(evidence, "dev", RULES)] == ["gain"]
+    assert follow(policy, evidence).standing.recipe.lr == 2e-3
 
 
 def test_return_to_dev_needs_tracking_from_rounds_since() -> None:
@@ -271,7 +169,7 @@ def test_under_the_external_objective_dev_no_longer_counts() -> None:
     one = one.replace(effects={**one.effects, "dev-a": effect(DOWN), "dev-b": effect(DOWN)})
     following = follow(policy, round_of(policy, one))
     assert following.standing.recipe.lr == 2e-3
-    assert following.dead_ends == ()
+    assert [entry.way_back for entry in following.dead_ends] == [True], "what dev lost is none"
 
 
 def test_more_confirming_seeds_while_seeds_drown_the_differences() -> None:
@@ -291,6 +189,28 @@ def test_domains_follow_the_anchor_and_looks_are_kept_for_the_best() -> None:
     assert {state.dev for state in following.domains.values()} == {0.45}
     assert {state.external for state in following.domains.values()} == {None}
     assert following.ask_external == "best"
+
+
+@pytest.mark.parametrize(
+    ("objective", "halves", "cumulative", "full"),
+    [
+        ("dev", True, False, 16),
+        ("dev", True, True, 18),  # the origin's two halves
+        ("external", True, True, 17),  # of which the one that ranks is not asked
+        ("dev", False, False, 8),
+        ("external", False, False, 10),  # the leaders' further seeds are another question
+    ],
+)
+def test_a_round_that_the_looks_suffice_for_is_asked_whole(objective, halves, cumulative, full) -> None:
+    rules = RULES.replace(gap=RULES.gap.replace(estimands=("selected", "mean", *["cumulative"] * cumulative)))
+    policy = start(objective, premises=(struck(premise()),) if objective == "external" else ())
+    score = ScoreValue(mean=0.5, se=0.01, n=500)
+    one = explorer(policy, "lr", FLAT, external=FLAT).replace(external=score)
+    if halves:
+        one = one.replace(runs=(one.runs[0].replace(scores={"dev-b": score, "external-a": score}),))
+    for left, asked in ((full, "all"), (full - 1, "best")):
+        evidence = round_of(policy, one, looks={"external": 64 - left, "external_budget": 64})
+        assert follow(policy, evidence, rules).ask_external == asked
 
 
 def test_evidence_of_another_round_is_refused() -> None:

@@ -145,6 +145,31 @@ def test_dead_ends_are_avoided_until_nothing_is_left(operator: str) -> None:
     assert proposal.delta is None and "dead end" in proposal.nothing
 
 
+def test_a_worker_does_not_undo_what_was_just_shown_to_pay() -> None:
+    """From the last form of every style the worker would take a part of the families back."""
+    old = settings(style={"red": "answer", "green": "answer", "blue": "short", "grey": "answer"})
+    now = settings(style={"red": "trace", "green": "trace", "blue": "long", "grey": "answer"})
+    policy, axis = policy_of(now), Axis(name="style", operator="style")
+    change = canonical_change(old, now)
+    assert propose(brief_of(policy, axis)).delta.change.keys() <= change.keys()
+    entry = DeadEnd(
+        axis="style",
+        change={path: {"from": both["to"], "to": both["from"]} for path, both in change.items()},
+        ground=digest_of(now),
+        objective="dev",
+        candidate="c",
+        round=1,
+        reason="It undoes what was just shown to pay.",
+        evidence=("/round",),
+        way_back=True,
+    )
+    for seed in range(10):
+        proposal = propose(brief_of(policy.replace(dead_ends=(entry,)), axis, seed=seed))
+        assert proposal.delta is None and "just shown to pay" in proposal.nothing
+    other = propose(brief_of(policy.replace(dead_ends=(entry,)), Axis(name="lr", operator="lr")))
+    assert other.delta is not None
+
+
 def test_headroom_goes_where_weight_times_error_is() -> None:
     policy = policy_of(settings())
     brief = brief_of(policy, Axis(name="headroom", operator="headroom"))
