@@ -20,6 +20,7 @@ from megatron_evolve.stance import (
     confirm_seeds_after,
     edit_premises,
     mode_after,
+    newly_struck,
     objective_after,
     said_by_scope,
 )
@@ -60,6 +61,7 @@ def next_policy(
     moved, pending, waits = _edit_standing(draft, policy, found)
     if objective == policy.objective:
         edit_axes(draft, policy, found, moved)
+        _edit_since(draft, policy, premises, cited_verdicts(said))
     else:
         _edit_objective(draft, policy, objective, why, cited_verdicts(said))
     _edit_opened(draft, policy, objective, pending, waits or (pointer("candidates"),), cited_verdicts(said))
@@ -104,6 +106,13 @@ def _edit_objective(draft: Draft, policy: SearchPolicy, objective: str, why: str
     draft.write("objective", objective, why, *cited)
     draft.write("objective_since", policy.round + 1, why, *cited)
     forget_steps(draft, policy, f"The objective moved to {objective}, and steps were learnt on the other score.", cited)
+
+
+def _edit_since(draft: Draft, policy: SearchPolicy, premises: list[str], cited: tuple[str, ...]) -> None:
+    """A premise that falls while the search is off dev already is taken back by later rounds alone, like the first."""
+    if policy.objective == "external" and newly_struck(policy, premises):
+        told = f"A further premise fell in round {policy.round}: rounds opened since are held against it."
+        draft.write("objective_since", policy.round + 1, told, *cited)
 
 
 def _edit_opened(

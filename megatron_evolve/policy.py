@@ -86,7 +86,11 @@ class SearchPolicy(Frozen):
     round: int = Field(ge=0, description="round that this policy serves")
     mode: Mode = Field(default="stabilise", description="what the search is after")
     objective: Objective = Field(default="dev", description="the score that candidates are selected by")
-    objective_since: int = Field(default=0, ge=0, description="first round under this objective")
+    objective_since: int = Field(
+        default=0,
+        ge=0,
+        description="first round that a verdict may pool: since the objective moved, or a further premise fell",
+    )
     standing: Settings = Field(description="accumulated winning settings: the anchor of the round")
     axes: tuple[Axis, ...] = Field(min_length=1)
     pending: tuple[dict[str, Any], ...] = Field(

@@ -73,10 +73,9 @@ def authoritative_split(objective: str, effects: dict[str, EffectValue]) -> str 
 
 def readings(evidence: Evidence, objective: str, constitution: Constitution) -> tuple[Reading, ...]:
     """The reading of every explorer of the round on `objective`, in the evidence's order."""
+    confirmation = "confirmed" if objective == evidence.objective else "confirmed_off_objective"
     return tuple(
-        _reading(
-            index, one, objective, constitution, "confirmed" + "_off_objective" * (objective != evidence.objective)
-        )
+        _reading(index, one, objective, constitution, confirmation)
         for index, one in enumerate(evidence.candidates)
         if one.role == "explorer"
     )

@@ -114,7 +114,7 @@ def unjudged(rule: GapTest) -> tuple[Verdict, ...]:
 
 
 def first_pooled(policy: SearchPolicy, constitution: Constitution) -> int:
-    """First round that this policy's verdicts pool: the window's, but none from before the objective moved."""
+    """First round that this policy's verdicts pool: in the window, and since the objective moved or a premise fell."""
     return max(1, policy.objective_since, policy.round - constitution.gap.window + 1)
 
 

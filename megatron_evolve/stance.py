@@ -40,8 +40,8 @@ class Said:
 def said_by_scope(evidence: Evidence) -> dict[str | None, Said]:
     """Indices of the alarming and of the TRACKING verdicts by scope.
 
-    A verdict pools no round from before the objective moved (`review.first_pooled`), so TRACKING said under the
-    external objective rests on rounds opened since.
+    A verdict pools no round from before the objective moved or a further premise fell (`review.first_pooled`), so
+    TRACKING said under the external objective rests on rounds opened since.
     """
     found: dict[str | None, tuple[list[int], list[int]]] = {}
     for index, verdict in enumerate(evidence.verdicts):
@@ -72,6 +72,11 @@ def edit_premises(draft: Draft, policy: SearchPolicy, evidence: Evidence, said: 
         cited = [pointer("verdicts", index) for index in indices]
         draft.write(f"premises.{place}", after, _why(evidence, indices), *cited)
     return texts
+
+
+def newly_struck(policy: SearchPolicy, premises: Sequence[str]) -> list[str]:
+    """Premises that stand falsified now and did not before."""
+    return [text for text in premises if text.startswith(struck("")) and text not in policy.premises]
 
 
 def _why(evidence: Evidence, indices: Sequence[int]) -> str:

@@ -43,9 +43,10 @@ def dead_ends(chronicle: Chronicle) -> Markup:
         [one.round, one.axis, change_words(one.change), one.objective, digest(one.candidate), one.reason]
         for one in found
     ]
-    columns = ("round", "axis", "change", "lost on", "candidate", "reason")
+    columns = ("round", "axis", "change", "ruled out on", "candidate", "reason")
     told = table("Registry of dead ends", columns, rows) if rows else tag("p", "Nothing has been ruled out.")
-    return section("dead-ends", "Dead ends", note("Tried from the standing settings of their round, and lost."), told)
+    what = "Tried from the standing settings of their round, and lost; or the way back from a change that paid."
+    return section("dead-ends", "Dead ends", note(what), told)
 
 
 def looks(chronicle: Chronicle, quotes: Quotes) -> Markup:

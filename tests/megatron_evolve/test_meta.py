@@ -163,6 +163,16 @@ def test_return_to_dev_needs_tracking_from_rounds_since() -> None:
     assert back.mode != "proxy-aware"
 
 
+def test_a_further_premise_that_falls_is_held_against_later_rounds_alone() -> None:
+    policy = start()
+    away = follow(policy, round_of(policy, verdicts=[verdict("DECOUPLED", "green")]))
+    again = follow(away, round_of(away, verdicts=[verdict("DECOUPLED", "green")]))
+    assert again.objective_since == away.objective_since, "it had fallen already"
+    further = follow(again, round_of(again, verdicts=[verdict("DECOUPLED", "green"), verdict("INVERSE", "blue")]))
+    assert further.objective == "external"
+    assert further.objective_since == again.round + 1 > away.objective_since
+
+
 def test_under_the_external_objective_dev_no_longer_counts() -> None:
     policy = start("external", premises=(struck(premise()),))
     one = explorer(policy, "lr", UP)
