@@ -1,10 +1,12 @@
 """The protocol of the contest: tune on development surfaces, freeze by digest, run once on held-out ones.
 
-    DIR/attempt.json    phase, digest of the policy's and the contest's sources, size; written when DIR is opened
+    DIR/attempt.json    phase, size, digests of the policy's and the contest's sources and of the demo, whose settings
+                        the policy takes; written when DIR is opened
     DIR/rows.jsonl      one line a finished campaign; what has a line is never run again
 
-A development surface follows from its number. A held-out one follows from the digest too, so that whoever changes a
-line of the policy gets other surfaces, and nobody can have tuned on them; its kinds are more than those of development.
+A development surface follows from its number. A held-out one follows from both digests too, so that whoever changes a
+line or a setting of the policy gets other surfaces, and nobody can have tuned on them; its kinds are more than those of
+development.
 Every surface gets two campaigns of each method: what differs between them is chance alone.
 """
 
@@ -76,8 +78,9 @@ def contest_sources() -> str:
 
 
 def open_attempt(root: Path, phase: Phase, surfaces: int) -> dict[str, Any]:
-    """The attempt in `root`, opened if it is new. Raises ValueError if other code or another size opened it."""
-    return open_folder(root, {"schema": "contest/1", "phase": phase, "surfaces": surfaces, "code": contest_sources()})
+    """The attempt in `root`, opened if it is new. Raises ValueError if other code, settings or size opened it."""
+    wanted = {"schema": "contest/1", "phase": phase, "surfaces": surfaces}
+    return open_folder(root, {**wanted, "code": contest_sources(), "base": digest_of(demo())})
 
 
 def open_folder(root: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -106,8 +109,8 @@ def surfaces_of(attempt: dict[str, Any]) -> Iterator[tuple[int, Surface]]:
 
 
 def material_of(attempt: dict[str, Any]) -> tuple[str, ...]:
-    """What an attempt's seeds follow from: of a held-out one, the code."""
-    return ("held-out", attempt["code"]) if attempt["phase"] == "held-out" else ("development",)
+    """What an attempt's seeds follow from: of a held-out one, the code and the settings."""
+    return ("held-out", attempt["code"], attempt["base"]) if attempt["phase"] == "held-out" else ("development",)
 
 
 def run_attempt(root: Path, phase: Phase, surfaces: int, methods: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -4,9 +4,11 @@
     DIR/campaign-N/            the runs that the methods of this campaign share (shared_runs.py)
     DIR/rows.jsonl             one line a finished campaign of a method; what has a line is never run again
 
-A campaign number is a seed, a judge's secret and a second judge's. All follow from the code's digest in a held-out
-attempt, as the surfaces of a simulated one do, so that nobody can have tuned on them. Methods of one number meet the
-same items and share every run that they have in common; a killed attempt goes on where it was.
+A campaign number is a seed, a judge's secret and a second judge's. All follow from the digests of the code and of the
+base campaign in a held-out attempt, as the surfaces of a simulated one do, so that nobody can have tuned on them. Held
+out are seeds and items alone: the world is the base campaign's, and the loop was developed on the demo's cue and
+weights. Methods of one number meet the same items and share every run that they have in common; a killed attempt goes
+on where it was.
 """
 
 import sys

@@ -5,6 +5,8 @@ what a campaign would give them.
 """
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from megatron_evolve.contest.laboratory import Laboratory, Spent
 from megatron_evolve.contest.moves import Mutation
 from megatron_evolve.contest.product import DrawnRound, ProductCampaign, Variant
 from megatron_evolve.contest.protocol import METHODS, PRODUCT, open_attempt, run_attempt, surfaces_of
+from megatron_evolve.contest.space import demo
 from megatron_evolve.contest.surface import FAMILIES, KINDS, ORIGIN, draw_surface
 from megatron_evolve.contest.table import figures, page, plot
 from megatron_evolve.contest.unanchored import UnanchoredCampaign
@@ -24,6 +27,7 @@ from megatron_evolve.eval.paired import effect
 from megatron_evolve.eval.seeds import SeedPool
 from megatron_evolve.meta import next_policy
 from megatron_evolve.review import round_items
+from megatron_evolve.sources import policy_sources
 from megatron_evolve.substrate.settings import write, write_all
 
 RIVALS = [name for name in METHODS if name not in (PRODUCT, "no anchor", "no dead ends", "no replicates")]
@@ -211,16 +215,62 @@ def test_an_attempt_resumes_to_the_same_rows_and_refuses_other_code(tmp_path, mo
         run_attempt(part, "held-out", 2, names)
 
 
-def test_held_out_surfaces_follow_from_the_code(tmp_path):
+def an_attempt(phase, code, base):
+    return {"phase": phase, "code": code, "base": base, "surfaces": 4}
+
+
+def test_held_out_surfaces_follow_from_the_code_and_the_settings():
     drawn = {
-        code: [one.start_F.tolist() for _, one in surfaces_of({"phase": "held-out", "code": code, "surfaces": 4})]
-        for code in ("one", "two")
+        digests: [one.start_F.tolist() for _, one in surfaces_of(an_attempt("held-out", *digests))]
+        for digests in (("one", "one"), ("one", "two"), ("two", "one"))
     }
-    assert drawn["one"] != drawn["two"]
-    attempts = [{"phase": "development", "code": code, "surfaces": 4} for code in ("one", "two")]
+    assert len({str(surfaces) for surfaces in drawn.values()}) == 3
+    attempts = [an_attempt("development", *digests) for digests in (("one", "one"), ("two", "two"))]
     first, second = ([one.start_F.tolist() for _, one in surfaces_of(attempt)] for attempt in attempts)
     assert first == second
     assert {one.kind for _, one in surfaces_of({**attempts[0], "phase": "held-out"})} == set(KINDS)
+
+
+def test_a_setting_of_the_demo_makes_it_another_attempt(tmp_path, monkeypatch):
+    """The bar of promotion is no line of the code: it stands in the campaign whose settings the policy takes."""
+    opened = open_attempt(tmp_path, "held-out", 2)
+    bar = demo().constitution.replace(promote_probability=0.9)
+    other = demo().replace(constitution=bar)
+    monkeypatch.setattr(protocol, "demo", lambda: other)
+    with pytest.raises(ValueError, match="a frozen policy is run once"):
+        open_attempt(tmp_path, "held-out", 2)
+    again = open_attempt(tmp_path / "other", "held-out", 2)
+    first, second = ([one.start_F.tolist() for _, one in surfaces_of(attempt)] for attempt in (opened, again))
+    assert first != second
+
+
+# Modules that the policy's campaign loads and whose sources its digest leaves out; a name covers what lies below it.
+UNBOUND = {
+    "artefacts document yaml_blocks launch ledger desk": "files, processes and a ledger: a contest writes rows alone",
+    "jobs budget placement retries site substrate.layout substrate.model substrate.plan": "where runs go, what they cost",
+    "eval.judge eval.suite eval.metric eval.engines substrate.puzzles": "items and answers: drawn on a surface, and bound "
+    "by `judge_sources` where runs are real",
+    "explain": "the argument in words, which nothing reads",
+    "sources": "names what is bound",
+}
+
+
+def test_every_module_that_the_policy_loads_is_bound_or_left_out_for_a_reason():
+    program = "import sys; import megatron_evolve.contest.protocol; "
+    program += "print(*(name for name, one in sys.modules.items() if getattr(one, '__file__', None)))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    mine = {name.removeprefix("megatron_evolve.") for name in loaded if name.startswith("megatron_evolve.")}
+    assert "contest.product" in mine
+    bound = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in policy_sources()}
+    left_out = {name for names in UNBOUND for name in names.split()}
+    missing = sorted(name for name in mine - bound if not is_below(name, left_out))
+    assert not missing, f"{missing} may decide: add them to sources.py, or to UNBOUND with the reason"
+    assert not [name for name in bound if is_below(name, left_out)], "bound and left out"
+    assert all(any(is_below(one, {name}) for one in mine) for name in left_out), "left out and never loaded"
+
+
+def is_below(name, rooms):
+    return any(name == room or name.startswith(f"{room}.") for room in rooms)
 
 
 def test_intervals_are_over_surfaces():
