@@ -19,7 +19,7 @@ from megatron_evolve.simulate.campaigns import Told, run_campaigns
 from megatron_evolve.simulate.draw import Plan
 from megatron_evolve.simulate.exam import Exam
 from megatron_evolve.simulate.figures import mean, rate
-from megatron_evolve.simulate.noise import NOISE
+from megatron_evolve.simulate.noise import noise_named
 from megatron_evolve.simulate.scenarios import Scenario
 
 CUE_RATE = 0.9  # of the items, as in the real worlds
@@ -85,7 +85,7 @@ def simulate_worlds(campaigns: int, seed: int, noise: str = "measured", items: i
 
 def _of(world: SimulatedWorld, campaigns: int, seed: int, noise: str, items: int) -> dict[str, Any]:
     plan = Plan(items=items, exam=world.exam)
-    told = run_campaigns(world.scenario, NOISE[noise], campaigns, seed, plan)
+    told = run_campaigns(world.scenario, noise_named(noise), campaigns, seed, plan)
     named = [said(told, name) for name in world.cue]
     others = [place for place, (_, domain) in enumerate(told.looks) if domain not in (OVERALL, *world.cue)]
     found = np.logical_or.reduce(named) if named and world.step is None else None

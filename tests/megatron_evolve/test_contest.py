@@ -247,9 +247,9 @@ def test_a_setting_of_the_demo_makes_it_another_attempt(tmp_path, monkeypatch):
 # Modules that the policy's campaign loads and whose sources its digest leaves out; a name covers what lies below it.
 UNBOUND = {
     "artefacts document yaml_blocks launch ledger desk": "files, processes and a ledger: a contest writes rows alone",
-    "jobs budget placement retries site substrate.layout substrate.model substrate.plan": "where runs go, what they cost",
-    "eval.judge eval.suite eval.metric eval.engines substrate.puzzles": "items and answers: drawn on a surface, and bound "
-    "by `judge_sources` where runs are real",
+    "jobs budget placement retries site substrate.layout substrate.model substrate.plan": "where runs go, their cost",
+    "eval.judge eval.suite eval.metric eval.engines substrate.puzzles": "items and answers: drawn on a surface, and "
+    "bound by `judge_sources` where runs are real",
     "explain": "the argument in words, which nothing reads",
     "sources": "names what is bound",
 }
@@ -315,3 +315,14 @@ def test_compare_command(tmp_path):
     assert json.loads(done.stdout)["campaigns"] == 4
     assert "random search" in (tmp_path / "contest.md").read_text()
     assert "expected a method" in runner.invoke(app, [*words[:-3], "--method", "luck"]).stderr
+
+
+@pytest.mark.parametrize(
+    "idle", ["--campaigns 3", "--rounds 2", "--campaign demo", "--store here", "--surfaces 4 --real"]
+)
+def test_compare_refuses_what_its_mode_does_not_read(tmp_path, idle):
+    from typer.testing import CliRunner
+
+    done = CliRunner().invoke(app, ["compare", "--dir", str(tmp_path / "new"), *idle.split()])
+    expected = "no --surfaces with --real" if "--real" in idle else f"--real with {idle.split()[0]}"
+    assert done.exit_code == 1 and f"expected {expected}" in done.stderr and not (tmp_path / "new").exists()

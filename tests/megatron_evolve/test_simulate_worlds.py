@@ -113,3 +113,17 @@ def test_worlds_command():
     done = CliRunner().invoke(app, ["simulate", "--worlds", "--campaigns", "2", "--json"])
     assert done.exit_code == 0, done.output
     assert [json.loads(line)["world"] for line in done.stdout.splitlines()] == [world.name for world in WORLDS]
+
+
+@pytest.mark.parametrize(
+    "idle", ["null", "--items 100", "--anchors 3", "--origin 8", "--rounds 4", "--shared .3", "--cumulative"]
+)
+def test_worlds_refuse_what_they_do_not_read(idle):
+    done = CliRunner().invoke(app, ["simulate", "--worlds", "--campaigns", "2", *idle.split()])
+    name = idle.split()[0] if idle.startswith("--") else "scenario"
+    assert done.exit_code == 1 and f"expected no {name} with --worlds" in done.stderr and "leave one" in done.stderr
+
+
+def test_worlds_name_the_noises_there_are():
+    done = CliRunner().invoke(app, ["simulate", "--worlds", "--campaigns", "2", "--noise", "nosuch"])
+    assert done.exit_code == 1 and "expected one of the noises measured, specified, got 'nosuch'" in done.stderr
