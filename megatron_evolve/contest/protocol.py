@@ -13,6 +13,7 @@ Every surface gets two campaigns of each method: what differs between them is ch
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,7 @@ def run_attempt(root: Path, phase: Phase, surfaces: int, methods: Sequence[str] 
     attempt = open_attempt(root, phase, surfaces)
     with Lock(root / "lock"):
         rows = read_rows(root)
+        require_optuna(unfinished(chosen, rows, surfaces * TWINS))
         done = {(row["method"], row["surface"], row["twin"]) for row in rows}
         for number, surface in surfaces_of(attempt):
             for twin in range(TWINS):
@@ -133,12 +135,22 @@ def run_attempt(root: Path, phase: Phase, surfaces: int, methods: Sequence[str] 
 
 
 def chosen_methods(named: Sequence[str], usual: Sequence[str]) -> list[str]:
-    """The methods named, or the usual ones. Raises ValueError for an unknown one, or where Optuna is missing."""
+    """The methods named, or the usual ones. Raises ValueError for an unknown one."""
     for name in named:
         if name not in METHODS:
             raise ValueError(f"expected a method, got {name!r}: choose from {', '.join(METHODS)}")
-    chosen = list(named or usual)
-    if any(name.startswith("TPE") for name in chosen):
+    return list(named or usual)
+
+
+def unfinished(chosen: Sequence[str], rows: Sequence[dict[str, Any]], campaigns: int) -> list[str]:
+    """Of the methods chosen those that have fewer rows than an attempt has campaigns of each."""
+    found = Counter(row["method"] for row in rows)
+    return [name for name in chosen if found[name] < campaigns]
+
+
+def require_optuna(methods: Sequence[str]) -> None:
+    """Raises ValueError where one of these methods is Optuna's and Optuna is missing."""
+    if any(name.startswith("TPE") for name in methods):
         try:
             import optuna  # noqa: F401
         except ImportError:
@@ -146,7 +158,6 @@ def chosen_methods(named: Sequence[str], usual: Sequence[str]) -> list[str]:
                 "expected optuna, against which this policy is compared, found none: pip install optuna, or name the "
                 "methods without TPE"
             ) from None
-    return chosen
 
 
 def one_campaign(attempt: dict[str, Any], number: int, surface: Surface, twin: int, name: str) -> dict[str, Any]:

@@ -33,6 +33,8 @@ from megatron_evolve.contest.protocol import (
     material_of,
     open_folder,
     read_rows,
+    require_optuna,
+    unfinished,
 )
 from megatron_evolve.contest.rivals import HAND_ON
 from megatron_evolve.contest.sealed_half import SealedHalf
@@ -101,6 +103,7 @@ def run_real(
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     with Lock(root / "lock"), asked_to_stop() as stop:
         rows = read_rows(root)
+        require_optuna(unfinished(chosen, rows, campaigns))
         tour = Tour(root.resolve(), store.resolve(), attempt, base, say, stop)
         try:
             for number in range(1, campaigns + 1):

@@ -7,6 +7,7 @@ what a campaign would give them.
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from megatron_evolve.sources import policy_sources
 from megatron_evolve.substrate.settings import write, write_all
 
 RIVALS = [name for name in METHODS if name not in (PRODUCT, "no anchor", "no dead ends", "no replicates")]
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 WITHOUT_OPTUNA = [name for name in RIVALS if not name.startswith("TPE")]
 
 
@@ -219,6 +221,17 @@ def an_attempt(phase, code, base):
     return {"phase": phase, "code": code, "base": base, "surfaces": 4}
 
 
+def test_optuna_is_asked_for_only_where_a_row_of_its_method_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)  # as where it is not installed
+    open_attempt(tmp_path, "development", 2)
+    lines = [json.dumps({"method": "TPE on dev", "surface": n, "twin": twin}) for n in (0, 1) for twin in (0, 1)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    with pytest.raises(ValueError, match="expected optuna"):
+        run_attempt(tmp_path, "development", 2, ["TPE on dev"])
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    assert len(run_attempt(tmp_path, "development", 2, ["TPE on dev"])) == 4
+
+
 def test_held_out_surfaces_follow_from_the_code_and_the_settings():
     drawn = {
         digests: [one.start_F.tolist() for _, one in surfaces_of(an_attempt("held-out", *digests))]
@@ -303,6 +316,17 @@ def test_intervals_are_over_surfaces():
     assert "greedy on dev" in told and plot([best, other]).startswith("<svg")
     assert "| -2.0 [-2.0, -2.0] | 0.0 |" in told and "| - | - |" in told, "a method, and this policy itself"
     assert "half the width of the interval against this policy" in told
+
+
+def test_what_is_published_of_attempt_1_is_what_its_rows_give():
+    """Figures to nine digits, both tables and the plot, by the present code: 11 methods, 200 campaigns of each."""
+    found = figures([json.loads(line) for line in (RESULTS / "contest-1-rows.jsonl").open()])
+    assert [one["campaigns"] for one in found] == [200] * len(METHODS)
+    nine = {"parse_float": lambda text: f"{float(text):.9g}"}
+    told = [json.loads(line, **nine) for line in (RESULTS / "contest-1.jsonl").open()]
+    assert json.loads(json.dumps(found), **nine) == told
+    assert set(page(found).splitlines()) <= {*(RESULTS / "judge.md").read_text().splitlines()}
+    assert plot(found) == (RESULTS / "contest-1.svg").read_text()
 
 
 def test_compare_command(tmp_path):
