@@ -75,22 +75,21 @@ def simulate(
             refuse(idle, "no {} with --worlds: its worlds and sizes are fixed; leave one of them out")
             found = simulate_worlds(campaigns or 500, seed, noise)
         else:
-            plan = _plan(
-                cumulative, {"anchor_seeds": anchors, "rounds": rounds}, {"origin_seeds": origin, "items": items}
-            )
+            plan = _plan(cumulative, items=items, origin_seeds=origin, anchor_seeds=anchors, rounds=rounds)
             found = run(names, noise, campaigns or 250, seed, plan, shared or 0.0)
         typer.echo("\n".join(json.dumps(one) for one in found) if as_json else (page if worlds else table)(found))
 
     guarded(answer, as_json)
 
 
-def _plan(cumulative: bool, rules: dict[str, int | None], sizes: dict[str, int | None]) -> Any:
-    """The product's plan but for what was named."""
+def _plan(cumulative: bool, **given: int | None) -> Any:
+    """The product's plan but for what was given."""
     from megatron_evolve.constitution import Constitution
     from megatron_evolve.simulate import Plan
 
-    rules, sizes = ({name: value for name, value in one.items() if value is not None} for one in (rules, sizes))
-    plan = Plan(Constitution(**rules), **sizes)
+    named = {name: value for name, value in given.items() if value is not None}
+    rules = {name: named.pop(name) for name in ("anchor_seeds", "rounds") if name in named}
+    plan = Plan(Constitution(**rules), **named)
     return plan.judging_origin() if cumulative else plan
 
 
