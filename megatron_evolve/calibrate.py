@@ -70,8 +70,9 @@ def calibrate(root: Path, campaigns: int, seed: int) -> dict[str, Any]:
         "schema": "calibrate/1",
         "judge": record.opened["judge"],
         "runs": {split: on_runs(record, parts, sides) for split, parts in splits.items()},
-        "noise": None if noise is None else noise.model_dump(),
-        "simulated": None if noise is None else simulated(record, noise, campaigns, seed),
+        "noise": None if isinstance(noise, str) else noise.model_dump(),
+        "simulated": None if isinstance(noise, str) else simulated(record, noise, campaigns, seed),
+        "not_simulated": noise if isinstance(noise, str) else None,
     }
 
 
@@ -157,15 +158,17 @@ def _worth(passed: np.ndarray, used: np.ndarray, sides: Sides) -> float:
 # --- simulated -------------------------------------------------------------------------------------------------------
 
 
-def measured_noise(record: Record) -> Noise | None:
-    """The noise of the campaign's runs on its own scores; none without an external target, whose share is unknown."""
+def measured_noise(record: Record) -> Noise | str:
+    """The noise of the campaign's runs on its own scores, or in words why it is unknown."""
+    if record.campaign.judge.external is None:
+        return "the campaign has no external target, so the noise of one is unknown"
+    if record.campaign.judge.told_scores:
+        return "the target tells scores alone, so flips of its items and luck by family are unknown"
     weights = Weights(**record.suites["weights"])
     pool = SeedPool((*record.origin.pooled(), *independent_pool(record).groups))
-    if not weights.external:
-        return None
     d, t, sum_ = (pool.variance(a, weights.dev, b, weights.external) for a, b in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)))
     if d is None or t is None or sum_ is None:
-        return None
+        return "no candidate has two runs that answered both dev and the target, so the noise of a seed is unknown"
     variance = (d.excess + t.excess) / 2
     correlation = (sum_.excess - d.excess - t.excess) / (2 * variance) if variance else 0.0
     flips = [2 * equal_items(record, side) * found.flips for side, found in (("dev", d), ("external", t))]
@@ -219,6 +222,8 @@ def words(found: dict[str, Any]) -> str:
         )
         lines.append(f"  rounds that moved the standing settings: {_told(told['moves_per_round'])}")
         lines.append(f"  campaigns with an alarm: {_told(told['alarms_per_campaign'])}")
+    else:
+        lines.append(f"not simulated: {found['not_simulated']}")
     return "\n".join(lines)
 
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from megatron_evolve.cli_bench import refuse
+
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
 
 
@@ -26,6 +28,7 @@ def simulate(
             metavar="[SCENARIO]...", help="by name; otherwise all, and the conditions under which something must hold"
         ),
     ] = None,
+    named: Annotated[list[str] | None, typer.Option("--scenario", help="the same as a SCENARIO, repeatable")] = None,
     campaigns: Annotated[
         int | None,
         typer.Option(help="simulated campaigns a row; otherwise 250, of worlds 500", min=2, max=100_000),
@@ -35,12 +38,19 @@ def simulate(
         str, typer.Option(help="measured: as nano runs are; specified: as the stated powers assume")
     ] = "measured",
     items: Annotated[
-        int, typer.Option(help="dev-B items of a round, and as many of the target", min=10, max=100_000)
-    ] = 500,
-    anchors: Annotated[int, typer.Option(help="runs of the anchor in every round", min=1, max=64)] = 3,
-    origin: Annotated[int, typer.Option(help="runs of the origin that were frozen with the judge", min=2, max=64)] = 8,
-    shared: Annotated[float, typer.Option(help="share of flips common to all explorers", min=0, max=1)] = 0.0,
-    rounds: Annotated[int, typer.Option(help="of a campaign", min=1, max=100)] = 4,
+        int | None,
+        typer.Option(help="dev-B items of a round, and as many of the target; 500 otherwise", min=10, max=100_000),
+    ] = None,
+    anchors: Annotated[
+        int | None, typer.Option(help="runs of the anchor in every round; 3 otherwise", min=1, max=64)
+    ] = None,
+    origin: Annotated[
+        int | None, typer.Option(help="runs of the origin that were frozen with the judge; 8 otherwise", min=2, max=64)
+    ] = None,
+    shared: Annotated[
+        float | None, typer.Option(help="share of flips common to all explorers; 0 otherwise", min=0, max=1)
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="of a campaign; 4 otherwise", min=1, max=100)] = None,
     cumulative: Annotated[
         bool, typer.Option("--cumulative", help="judge the standing settings against the origin too")
     ] = False,
@@ -52,23 +62,35 @@ def simulate(
     """Thousands of campaigns whose truth is known: false alarms, power, time to detect. JSON: one object a line."""
     from megatron_evolve.cli import guarded
 
+    names = [*(scenarios or ()), *(named or ())]
+
     def answer() -> None:
-        from megatron_evolve.constitution import Constitution
-        from megatron_evolve.simulate import Plan, table
         from megatron_evolve.simulate import simulate as run
+        from megatron_evolve.simulate import table
+        from megatron_evolve.simulate.worlds import page, simulate_worlds
 
         if worlds:
-            from megatron_evolve.simulate.worlds import page, simulate_worlds
-
+            sized = {"--items": items, "--anchors": anchors, "--origin": origin, "--shared": shared, "--rounds": rounds}
+            idle = {"scenario": names, **sized, "--cumulative": cumulative}
+            refuse(idle, "no {} with --worlds: its worlds and sizes are fixed; leave one of them out")
             found = simulate_worlds(campaigns or 500, seed, noise)
-            typer.echo("\n".join(json.dumps(one) for one in found) if as_json else page(found))
-            return
-        plan = Plan(Constitution(anchor_seeds=anchors, rounds=rounds), origin_seeds=origin, items=items)
-        plan = plan.judging_origin() if cumulative else plan
-        found = run(scenarios or [], noise, campaigns or 250, seed, plan, shared)
-        typer.echo("\n".join(json.dumps(one) for one in found) if as_json else table(found))
+        else:
+            plan = _plan(cumulative, items=items, origin_seeds=origin, anchor_seeds=anchors, rounds=rounds)
+            found = run(names, noise, campaigns or 250, seed, plan, shared or 0.0)
+        typer.echo("\n".join(json.dumps(one) for one in found) if as_json else (page if worlds else table)(found))
 
     guarded(answer, as_json)
+
+
+def _plan(cumulative: bool, **given: int | None) -> Any:
+    """The product's plan but for what was given."""
+    from megatron_evolve.constitution import Constitution
+    from megatron_evolve.simulate import Plan
+
+    named = {name: value for name, value in given.items() if value is not None}
+    rules = {name: named.pop(name) for name in ("anchor_seeds", "rounds") if name in named}
+    plan = Plan(Constitution(**rules), **named)
+    return plan.judging_origin() if cumulative else plan
 
 
 def compare(
@@ -79,11 +101,17 @@ def compare(
     methods: Annotated[
         list[str] | None, typer.Option("--method", help="by name; otherwise all, with --real the four that matter")
     ] = None,
-    surfaces: Annotated[int, typer.Option(help="simulated landscapes, two campaigns on each", min=2)] = 100,
+    surfaces: Annotated[
+        int | None, typer.Option(help="simulated landscapes, two campaigns on each; 100 otherwise", min=2)
+    ] = None,
     real: Annotated[bool, typer.Option("--real", help="really train on a frozen substrate, nothing simulated")] = False,
-    campaigns: Annotated[int, typer.Option(help="with --real: campaigns of each method", min=2)] = 3,
-    rounds: Annotated[int, typer.Option(help="with --real: rounds of each campaign", min=1)] = 2,
-    base: Annotated[str, typer.Option("--campaign", help="with --real: a campaign's file, or a shipped name")] = "demo",
+    campaigns: Annotated[
+        int | None, typer.Option(help="with --real: campaigns of each method; 3 otherwise", min=2)
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="with --real: rounds of each campaign; 2 otherwise", min=1)] = None,
+    base: Annotated[
+        str | None, typer.Option("--campaign", help="with --real: a campaign's file, or a shipped name; demo otherwise")
+    ] = None,
     store: Annotated[
         Path | None, typer.Option(help="with --real: where substrates and judges are kept", show_default=False)
     ] = None,
@@ -99,9 +127,13 @@ def compare(
 
     def answer() -> None:
         if real:
-            found, told = _compared_by_training(dir, store, base, phase, campaigns, rounds, methods or ())
+            refuse({"--surfaces": surfaces}, "no {} with --real: it trains and draws none; leave one of them out")
+            sizes = campaigns or 3, rounds or 2
+            found, told = _compared_by_training(dir, store, base or "demo", phase, *sizes, methods or ())
         else:
-            found, told = _compared_on_surfaces(dir, phase, surfaces, methods or ())
+            trained = {"--campaigns": campaigns, "--rounds": rounds, "--campaign": base, "--store": store}
+            refuse(trained, "--real with {}: on simulated surfaces nothing is trained; add --real")
+            found, told = _compared_on_surfaces(dir, phase, surfaces or 100, methods or ())
         typer.echo("\n".join(json.dumps(one) for one in found) if as_json else told)
 
     guarded(answer, as_json)

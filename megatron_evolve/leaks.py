@@ -4,8 +4,9 @@
 
 Every row that the substrate's weights, the origin and the campaign's runs were trained on is drawn again, as the
 trainer drew it, and compared by canonical rule instance with every item that the campaign asked, and with all rows of a
-CSV, sealed ones included. This is a process of the judge's side: it opens the target as scoring does, tells counts and
-the ids of items, and no prompt or answer leaves it. A run that stopped early trained on fewer rows than are drawn here.
+CSV, sealed ones included. A target that tells scores alone shows no item to compare, and that is said. This is a
+process of the judge's side: it opens the target as scoring does, tells counts and the ids of items, and no prompt or
+answer leaves it. A run that stopped early trained on fewer rows than are drawn here.
 
 Rows of a CSV are withheld from training (`eval/freeze.py`). Items of a generated suite are not: they are drawn by the
 same generators under a secret, so a row equals one by chance alone. At challenge difficulty 40,000 rows of each family
@@ -37,6 +38,11 @@ from megatron_evolve.substrate.settings import Settings
 from megatron_evolve.substrate.tokenizer import challenge_tokenizer
 
 TOLD = 8  # ids of items that are named
+UNKNOWN = {  # why nothing of theirs was compared
+    "substrate": "its checkpoint was imported, and nobody here knows its rows",
+    "origin": "its judge was frozen without the origin's runs",
+    "campaign": "no run of it was scored yet",
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def leaks(root: Path) -> dict[str, Any]:
     substrate, judge = read_manifest(place), load_judge(judge_folder)
     pool = substrate.construction
     if pool.difficulty == "nano":
-        return {"ok": True, "exempt": NANO_EXEMPT, "items": 0, "trained": {}}
+        return {"ok": True, "exempt": NANO_EXEMPT, "compared": [], "items": 0, "trained": {}}
     keys = [key.split("/") for key in history.keys("ended")]
     items = asked(judge, sorted({ORIGIN_ROUND, *(int(key[0]) for key in keys)}))
     kept = exclusions(judge_folder)
@@ -82,10 +88,11 @@ def leaks(root: Path) -> dict[str, Any]:
         "origin": (origin_runs(place, judge_folder, substrate, judge, held), pool),
         "campaign": (campaign_runs(folder, keys, held), pool),
     }
-    found = {name: compare(runs, its, items) for name, (runs, its) in trained.items() if runs is not None}
+    found = {name: compare(runs, its, items) for name, (runs, its) in trained.items() if runs}
     return {
         "ok": not any(one.leaked_rows for one in found.values()),
         "exempt": None,
+        "compared": ["dev", "target"] if judge.external else ["dev"],
         "items": len(items),
         "trained": {name: one.model_dump(mode="json") for name, one in found.items()},
     }
@@ -114,11 +121,11 @@ def asked(judge: Judge, rounds: Sequence[int]) -> list[Item]:
 # --- who trained -----------------------------------------------------------------------------------------------------
 
 
-def built_by(substrate: Substrate) -> list[Trained] | None:
+def built_by(substrate: Substrate) -> list[Trained]:
     """The build of the weights; none of an imported checkpoint, whose training nobody here knows."""
     build = substrate.build
     if "settings" not in build:
-        return None
+        return []
     settings = Settings.parse(build["settings"], where="settings of the build")
     # A build draws its families in the pool's order, a run in that of its candidate's file, which is by name.
     weight = {name: settings.mix.weight[name] for name in substrate.construction.families}
@@ -166,16 +173,17 @@ def words(found: dict[str, Any] | None) -> list[str]:
         return ["leakage unknown: a judge alone was not trained for; name the folder of a campaign"]
     if found["exempt"]:
         return [f"leakage not checked: {found['exempt']}"]
-    lines = []
+    lines, asked_of = [], " and ".join({"dev": "dev", "target": "the target"}[side] for side in found["compared"])
     for name, one in found["trained"].items():
         leaked = one["leaked_items"]
         named = f": {'; '.join(leaked[:TOLD])}{' …' if len(leaked) > TOLD else ''}" if leaked else ""
         lines.append(
             f"{'WRONG' if leaked else 'ok   '} leakage {name}: {one['leaked_rows']:,} of {one['rows']:,} training rows "
-            f"are among {found['items']:,} items of dev and the target{named}"
+            f"are among {found['items']:,} items of {asked_of}{named}"
         )
-    if "substrate" not in found["trained"]:
-        lines.append("leakage substrate: unknown, its checkpoint was imported")
+    lines += [f"leakage {name}: unknown, {why}" for name, why in UNKNOWN.items() if name not in found["trained"]]
+    if "target" not in found["compared"]:
+        lines.append("leakage target: unknown, this judge holds none of its items; no row was compared with it")
     return lines
 
 

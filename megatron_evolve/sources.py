@@ -5,11 +5,12 @@ from pathlib import Path
 from megatron_evolve.substrate.digest import digest_file, digest_of
 
 # What turns a round's answers into the next round: evidence, verdict, policy.
-POLICY = ("axes.py", "comparisons.py", "constitution.py", "dead_ends.py", "delta.py", "edits.py", "evidence.py")
-POLICY += ("facts.py", "gap.py", "meta.py", "policy.py", "promotion.py", "reading.py", "released.py", "review.py")
-POLICY += ("stance.py", "verdict.py", "window.py")
+POLICY = ("axes.py", "campaign.py", "candidate.py", "comparisons.py", "constitution.py", "dead_ends.py", "delta.py")
+POLICY += ("edits.py", "evidence.py", "facts.py", "gap.py", "meta.py", "origin.py", "policy.py", "promotion.py")
+POLICY += ("proposals.py", "reading.py", "released.py", "review.py", "stance.py", "verdict.py", "window.py")
 PAGES = ("contest/table.py", "contest/real_table.py")  # they tell what came, and decide nothing
-STATISTICS = ("paired.py", "reported.py", "score.py", "seeds.py")
+STATISTICS = ("looks.py", "paired.py", "reported.py", "score.py", "seeds.py")
+SETTINGS = ("digest.py", "frozen.py", "mix.py", "recipe.py", "settings.py")  # what a candidate is, and its name
 
 
 def decision_sources() -> str:
@@ -26,12 +27,16 @@ def decision_sources() -> str:
 
 
 def policy_sources() -> dict[str, str]:
-    """sha256 of each file of this package and of `eval` that a decision of a campaign rests on, by name."""
+    """sha256 of each file of this package, of `eval` and of `substrate` that a campaign's decision rests on, by name.
+
+    Which modules are left out, and why, stands in tests/megatron_evolve/test_contest.py.
+    """
     here = Path(__file__).resolve().parent
     found = {name: here / name for name in POLICY}
     for name in ("contest", "simulate", "workers"):
         found |= {f"{name}/{path.name}": path for path in (here / name).glob("*.py")}
-    found |= {f"eval/{name}": _beside(here, "eval") / name for name in STATISTICS}
+    for room, names in (("eval", STATISTICS), ("substrate", SETTINGS)):
+        found |= {f"{room}/{name}": _beside(here, room) / name for name in names}
     return {name: digest_file(path) for name, path in sorted(found.items()) if name not in PAGES}
 
 

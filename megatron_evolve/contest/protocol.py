@@ -1,16 +1,19 @@
 """The protocol of the contest: tune on development surfaces, freeze by digest, run once on held-out ones.
 
-    DIR/attempt.json    phase, digest of the policy's and the contest's sources, size; written when DIR is opened
+    DIR/attempt.json    phase, size, digests of the policy's and the contest's sources and of the demo, whose settings
+                        the policy takes; written when DIR is opened
     DIR/rows.jsonl      one line a finished campaign; what has a line is never run again
 
-A development surface follows from its number. A held-out one follows from the digest too, so that whoever changes a
-line of the policy gets other surfaces, and nobody can have tuned on them; its kinds are more than those of development.
+A development surface follows from its number. A held-out one follows from both digests too, so that whoever changes a
+line or a setting of the policy gets other surfaces, and nobody can have tuned on them; its kinds are more than those of
+development.
 Every surface gets two campaigns of each method: what differs between them is chance alone.
 """
 
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +79,9 @@ def contest_sources() -> str:
 
 
 def open_attempt(root: Path, phase: Phase, surfaces: int) -> dict[str, Any]:
-    """The attempt in `root`, opened if it is new. Raises ValueError if other code or another size opened it."""
-    return open_folder(root, {"schema": "contest/1", "phase": phase, "surfaces": surfaces, "code": contest_sources()})
+    """The attempt in `root`, opened if it is new. Raises ValueError if other code, settings or size opened it."""
+    wanted = {"schema": "contest/1", "phase": phase, "surfaces": surfaces}
+    return open_folder(root, {**wanted, "code": contest_sources(), "base": digest_of(demo())})
 
 
 def open_folder(root: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -106,8 +110,8 @@ def surfaces_of(attempt: dict[str, Any]) -> Iterator[tuple[int, Surface]]:
 
 
 def material_of(attempt: dict[str, Any]) -> tuple[str, ...]:
-    """What an attempt's seeds follow from: of a held-out one, the code."""
-    return ("held-out", attempt["code"]) if attempt["phase"] == "held-out" else ("development",)
+    """What an attempt's seeds follow from: of a held-out one, the code and the settings."""
+    return ("held-out", attempt["code"], attempt["base"]) if attempt["phase"] == "held-out" else ("development",)
 
 
 def run_attempt(root: Path, phase: Phase, surfaces: int, methods: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -118,6 +122,7 @@ def run_attempt(root: Path, phase: Phase, surfaces: int, methods: Sequence[str] 
     attempt = open_attempt(root, phase, surfaces)
     with Lock(root / "lock"):
         rows = read_rows(root)
+        require_optuna(unfinished(chosen, rows, surfaces * TWINS))
         done = {(row["method"], row["surface"], row["twin"]) for row in rows}
         for number, surface in surfaces_of(attempt):
             for twin in range(TWINS):
@@ -130,12 +135,22 @@ def run_attempt(root: Path, phase: Phase, surfaces: int, methods: Sequence[str] 
 
 
 def chosen_methods(named: Sequence[str], usual: Sequence[str]) -> list[str]:
-    """The methods named, or the usual ones. Raises ValueError for an unknown one, or where Optuna is missing."""
+    """The methods named, or the usual ones. Raises ValueError for an unknown one."""
     for name in named:
         if name not in METHODS:
             raise ValueError(f"expected a method, got {name!r}: choose from {', '.join(METHODS)}")
-    chosen = list(named or usual)
-    if any(name.startswith("TPE") for name in chosen):
+    return list(named or usual)
+
+
+def unfinished(chosen: Sequence[str], rows: Sequence[dict[str, Any]], campaigns: int) -> list[str]:
+    """Of the methods chosen those that have fewer rows than an attempt has campaigns of each."""
+    found = Counter(row["method"] for row in rows)
+    return [name for name in chosen if found[name] < campaigns]
+
+
+def require_optuna(methods: Sequence[str]) -> None:
+    """Raises ValueError where one of these methods is Optuna's and Optuna is missing."""
+    if any(name.startswith("TPE") for name in methods):
         try:
             import optuna  # noqa: F401
         except ImportError:
@@ -143,7 +158,6 @@ def chosen_methods(named: Sequence[str], usual: Sequence[str]) -> list[str]:
                 "expected optuna, against which this policy is compared, found none: pip install optuna, or name the "
                 "methods without TPE"
             ) from None
-    return chosen
 
 
 def one_campaign(attempt: dict[str, Any], number: int, surface: Surface, twin: int, name: str) -> dict[str, Any]:

@@ -4,9 +4,11 @@
     DIR/campaign-N/            the runs that the methods of this campaign share (shared_runs.py)
     DIR/rows.jsonl             one line a finished campaign of a method; what has a line is never run again
 
-A campaign number is a seed, a judge's secret and a second judge's. All follow from the code's digest in a held-out
-attempt, as the surfaces of a simulated one do, so that nobody can have tuned on them. Methods of one number meet the
-same items and share every run that they have in common; a killed attempt goes on where it was.
+A campaign number is a seed, a judge's secret and a second judge's. All follow from the digests of the code and of the
+base campaign in a held-out attempt, as the surfaces of a simulated one do, so that nobody can have tuned on them. Held
+out are seeds and items alone: the world is the base campaign's, and the loop was developed on the demo's cue and
+weights. Methods of one number meet the same items and share every run that they have in common; a killed attempt goes
+on where it was.
 """
 
 import sys
@@ -31,6 +33,8 @@ from megatron_evolve.contest.protocol import (
     material_of,
     open_folder,
     read_rows,
+    require_optuna,
+    unfinished,
 )
 from megatron_evolve.contest.rivals import HAND_ON
 from megatron_evolve.contest.sealed_half import SealedHalf
@@ -99,6 +103,7 @@ def run_real(
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     with Lock(root / "lock"), asked_to_stop() as stop:
         rows = read_rows(root)
+        require_optuna(unfinished(chosen, rows, campaigns))
         tour = Tour(root.resolve(), store.resolve(), attempt, base, say, stop)
         try:
             for number in range(1, campaigns + 1):

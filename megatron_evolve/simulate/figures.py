@@ -18,7 +18,7 @@ from megatron_evolve.gap import OVERALL
 from megatron_evolve.simulate.campaigns import PLAN, Told, run_campaigns
 from megatron_evolve.simulate.demanded import Condition, demanded
 from megatron_evolve.simulate.draw import Plan
-from megatron_evolve.simulate.noise import NOISE, Noise
+from megatron_evolve.simulate.noise import Noise, noise_named
 from megatron_evolve.simulate.scenarios import SCENARIOS, Scenario, scenario
 
 
@@ -34,9 +34,7 @@ def simulate(
 
 
 def _under(condition: Condition, campaigns: int, seed: int) -> list[dict[str, Any]]:
-    if condition.noise not in NOISE:
-        raise ValueError(f"expected one of the noises {', '.join(NOISE)}, got {condition.noise!r}: choose one")
-    dice = NOISE[condition.noise].replace(shared=condition.shared)
+    dice = noise_named(condition.noise).replace(shared=condition.shared)
     told = {"noise": condition.noise, "shared_flips": condition.shared, "demand": condition.demand}
     chosen = [scenario(name) for name in condition.names]
     return [told | figures(one, dice, campaigns, seed, condition.plan) for one in chosen]

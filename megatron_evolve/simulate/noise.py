@@ -54,3 +54,10 @@ def true_variance(noise: Noise, dev: float, external: float, dev_w: np.ndarray, 
 
 
 NOISE = {"measured": MEASURED, "specified": SPECIFIED}
+
+
+def noise_named(name: str) -> Noise:
+    """A noise by name. Raises ValueError for an unknown one."""
+    if name not in NOISE:
+        raise ValueError(f"expected one of the noises {', '.join(NOISE)}, got {name!r}: choose one")
+    return NOISE[name]

@@ -19,13 +19,14 @@ from megatron_evolve.simulate.campaigns import Told, run_campaigns
 from megatron_evolve.simulate.draw import Plan
 from megatron_evolve.simulate.exam import Exam
 from megatron_evolve.simulate.figures import mean, rate
-from megatron_evolve.simulate.noise import NOISE
+from megatron_evolve.simulate.noise import noise_named
 from megatron_evolve.simulate.scenarios import Scenario
 
 CUE_RATE = 0.9  # of the items, as in the real worlds
 # An axis follows the cue if it moves rows toward its family, as headroom and balance do. It then answers this share of
 # the cued items still wrong: 16.9 and 14.4 points at the middle in the two hardest families, a gap of half of that;
-# the real worlds' true gaps there were 5.7 to 8.8 and 5.0 to 8.3 (docs/results/worlds.md).
+# the real worlds' true gaps there were 5.2 to 8.8 and 5.0 to 9.3, with a cue in one of them or in both
+# (docs/results/worlds.md).
 FOLLOWERS = 2 / 7
 LEAST_FOLLOWED, MOST_FOLLOWED = 0.1, 0.4
 SLOPE = 0.8
@@ -85,7 +86,7 @@ def simulate_worlds(campaigns: int, seed: int, noise: str = "measured", items: i
 
 def _of(world: SimulatedWorld, campaigns: int, seed: int, noise: str, items: int) -> dict[str, Any]:
     plan = Plan(items=items, exam=world.exam)
-    told = run_campaigns(world.scenario, NOISE[noise], campaigns, seed, plan)
+    told = run_campaigns(world.scenario, noise_named(noise), campaigns, seed, plan)
     named = [said(told, name) for name in world.cue]
     others = [place for place, (_, domain) in enumerate(told.looks) if domain not in (OVERALL, *world.cue)]
     found = np.logical_or.reduce(named) if named and world.step is None else None
@@ -101,7 +102,7 @@ def _of(world: SimulatedWorld, campaigns: int, seed: int, noise: str, items: int
         "overall": rate(said(told, OVERALL)),
         "other_named": rate(told.alarms[:, :, others].any((1, 2))),
         "any_alarm": rate(told.alarms.any((1, 2))),
-        "first_round": _first(told, found if found is not None else said(told, OVERALL)),
+        "first_round": first_right(told, world.scenario.apart),
         "looks": told.asked,
         "minimum_detectable_effect": told.visible,
         "dev_reached": mean(told.reached_dev),
@@ -115,19 +116,28 @@ def said(told: Told, domain: str) -> np.ndarray:
     return told.alarms[:, :, mine].any((1, 2))
 
 
-def _first(told: Told, found: np.ndarray) -> float | None:
-    """Mean round of the first alarm where there was one of those counted."""
-    return float(told.first_round[found].mean()) if found.any() else None
+def first_right(told: Told, apart: tuple[str, ...]) -> float | None:
+    """Mean round of the first alarm of a scope that parts, over the campaigns that had one; none where none had."""
+    right = [place for place, (_, scope) in enumerate(told.looks) if scope in apart]
+    by_round = told.alarms[:, :, right].any(-1)
+    found = by_round.any(1)
+    return float((by_round[found].argmax(1) + 1).mean()) if found.any() else None
 
 
-HEADER = ("world", "cued family named", "dev as a whole named", "another family named", "any alarm", "first, round")
-HEADER += ("smallest visible, pt", "dev reached, pt", "external reached, pt")
+HEADER = ("world", "cued family named", "dev as a whole named", "another family named", "any alarm")
+HEADER += ("first right alarm, round", "smallest visible, pt", "dev reached, pt", "external reached, pt")
+HOW_TO_READ = """\
+*First right alarm*: mean round of a campaign's first alarm of what the world parts (dev as a whole, a cued family),
+over the campaigns that had one; a dash where the world parts nothing or no campaign saw it. *Smallest visible*: the
+mean explorer's dev gain that the last round sees with 80 % power. `score-only-no-shift` has no cue and the heavy dev
+weight of `dev-weight-without-cue`.
+"""
 
 
 def page(found: list[dict[str, Any]]) -> str:
-    """The matrix as Markdown; visible: the mean explorer's dev gain that the last round sees with 80 % power."""
+    """The matrix as Markdown, and how to read it."""
     rows = [HEADER, ("---",) * len(HEADER), *(_row(one) for one in found)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", HOW_TO_READ.rstrip()])
 
 
 def _row(one: dict[str, Any]) -> tuple[str, ...]:

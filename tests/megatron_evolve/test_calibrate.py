@@ -1,13 +1,18 @@
 """Calibration: pairings that share no run within, intervals that know how few runs there are, and the whole command."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from megatron_evolve.calibrate import MOST_TRIALS, Sides, false_accepts
+from megatron_evolve.audit import open_record
+from megatron_evolve.calibrate import MOST_TRIALS, Sides, false_accepts, measured_noise, words
+from megatron_evolve.campaign import ExternalScores
 from megatron_evolve.cli import app
+from megatron_evolve.contest.space import demo
 from megatron_evolve.eval.paired import RunItems
 
 N = 200
@@ -54,8 +59,21 @@ def test_the_interval_covers():
     assert missed <= 9
 
 
+TELLS_SCORES = ExternalScores(kind="reported", items=1200, step=0.01)
+
+
+@pytest.mark.parametrize(("target", "why"), [(TELLS_SCORES, "tells scores alone"), (None, "no external target")])
+def test_why_nothing_is_simulated_is_said(target, why):
+    """Before any run is looked at: such a target has no noise to measure."""
+    campaign = demo().replace(claim="infrastructure", judge=demo().judge.replace(external=target))
+    found = measured_noise(SimpleNamespace(campaign=campaign))
+    assert why in found
+    told = words({"runs": {}, "noise": None, "simulated": None, "not_simulated": found})
+    assert told == f"not simulated: {found}"
+
+
 @pytest.mark.slow
-def test_calibrate_and_verify_eval_of_a_campaign(ground):
+def test_calibrate_and_verify_eval_of_a_campaign(ground, monkeypatch):
     runner = CliRunner()
     done = runner.invoke(app, ["calibrate", str(ground.finished), "--campaigns", "20", "--json"])
     assert done.exit_code == 0, done.output
@@ -68,6 +86,14 @@ def test_calibrate_and_verify_eval_of_a_campaign(ground):
     assert found["simulated"]["campaigns"] == 20 and 0 <= found["noise"]["redraw"] <= 1
     text = runner.invoke(app, ["calibrate", str(ground.finished), "--campaigns", "20"]).stdout
     assert "a copy of the anchor: P(better) 0.50" in text and "campaigns with an alarm" in text
+
+    record = open_record(ground.finished)
+    judge = record.campaign.judge.replace(external=TELLS_SCORES)
+    with monkeypatch.context() as patched:
+        told = replace(record, campaign=record.campaign.replace(claim="infrastructure", judge=judge))
+        patched.setattr("megatron_evolve.calibrate.open_record", lambda root: told)
+        text = runner.invoke(app, ["calibrate", str(ground.finished)]).stdout
+    assert text.splitlines()[-1].startswith("not simulated: the target tells scores alone") and "external" not in text
 
     done = runner.invoke(app, ["verify-eval", str(ground.finished), "--json"])
     assert done.exit_code == 0, done.output

@@ -233,13 +233,14 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path, attempt, monkeypat
         attempt(tmp_path, Jobs())
 
 
-def test_held_out_seeds_follow_from_the_code():
-    def seeds(phase, code):
-        return [drawn({"phase": phase, "code": code}, 1, purpose) for purpose in ("seed", "judge", "sealed", PRODUCT)]
+def test_held_out_seeds_follow_from_the_code_and_the_base_campaign():
+    def seeds(phase, code, base="demo"):
+        attempt = {"phase": phase, "code": code, "base": base}
+        return [drawn(attempt, 1, purpose) for purpose in ("seed", "judge", "sealed", PRODUCT)]
 
-    assert seeds("development", "one") == seeds("development", "two")
-    both = seeds("held-out", "one") + seeds("held-out", "two")
-    assert len(set(both)) == 8
+    assert seeds("development", "one") == seeds("development", "two", "another")
+    all_three = seeds("held-out", "one") + seeds("held-out", "two") + seeds("held-out", "one", "another")
+    assert len(set(all_three)) == 12
     assert not {"contest/table.py", "contest/real_table.py"} & set(policy_sources())
     assert "contest/real.py" in policy_sources()
 

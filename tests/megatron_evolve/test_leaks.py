@@ -3,12 +3,15 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 from megatron_evolve import leaks, probing
 from megatron_evolve.artefacts import CampaignFolder, save_json
 from megatron_evolve.candidate import candidate, run_seed
+from megatron_evolve.cli import app
 from megatron_evolve.eval.freeze import freeze
 from megatron_evolve.eval.leakage import NANO_EXEMPT, withheld
 from megatron_evolve.eval.suite import Item
@@ -37,7 +40,7 @@ def planted(rows):
     return "id,prompt,answer\n" + "\n".join(quoted) + "\n"
 
 
-def campaign(root: Path, rows=(), *, withhold=True, preset=BUILD) -> Path:
+def campaign(root: Path, rows=(), *, withhold=True, preset=BUILD, target=True) -> Path:
     """A campaign's record: real manifests of substrate and judge, one run that its trainer wrote of, no training."""
     settings = Settings(mix=preset.mix(preset.exposure), recipe=preset.pretraining)
     build = {"preset": preset.name, "seed": 0, "trace_share": preset.trace_share}
@@ -59,15 +62,17 @@ def campaign(root: Path, rows=(), *, withhold=True, preset=BUILD) -> Path:
     dev = {"kind": "generated", "difficulty": preset.difficulty, "families": {"equation": {"weight": 1}}, "seed": 1}
     spec = {
         "dev": {**dev, "items_per_family": {"dev-a": 4, "dev-b": 4}},
-        "external": {"kind": "csv", "path": str(root / "target.csv"), "items": {"external-b": 2}, "sealed": 0.5},
+        "external": {"kind": "csv", "path": str(root / "target.csv"), "items": {"external-b": 2}, "sealed": 0.5}
+        if target
+        else None,
         "engine": {"kind": "megatron", "version": "0.1.0"},
         "secret": SECRET,
     }
     freeze(spec, root / "judge")
     folder, one = CampaignFolder(root / "campaign"), candidate(substrate.digest, preset.default())
     save_json(folder.candidate(1, one.id) / "candidate.json", one)
-    held = sorted(read_excluded(root / "judge" / "withheld.txt"))
-    told = {"excluded": digest_of(held) if withhold else None}
+    held = sorted(read_excluded(root / "judge" / "withheld.txt")) if target else []
+    told = {"excluded": digest_of(held) if withhold and target else None}
     (folder.run(1, one.id, SEED) / "train").mkdir(parents=True)
     write_json(folder.run(1, one.id, SEED) / "train" / "result.json", told)
     ledger = Ledger(folder.root)
@@ -111,7 +116,31 @@ def test_a_run_that_trained_on_the_target_is_found_and_one_that_left_it_out_is_n
     assert "WRONG leakage campaign: 3 of 36 training rows are among 25 items" in "\n".join(leaks.words(found))
     found = leaks.leaks(campaign(tmp_path / "sound", rows))
     assert found["ok"] and found["trained"]["campaign"]["rows"] == 36
-    assert leaks.words(found)[2].startswith("ok    leakage campaign: 0 of 36")
+    told = leaks.words(found)
+    assert "ok    leakage campaign: 0 of 36 training rows are among 25 items of dev and the target" in told
+    assert "leakage origin: unknown, its judge was frozen without the origin's runs" in told
+    assert not any("0 of 0" in line or line.startswith("leakage target") for line in told)
+
+
+def test_a_target_that_shows_no_item_is_not_said_to_have_been_compared(tmp_path):
+    found = leaks.leaks(campaign(tmp_path / "told", target=False))
+    assert found["ok"] and found["compared"] == ["dev"] and found["items"] == 3 * 4
+    told = leaks.words(found)
+    assert "ok    leakage campaign: 0 of 36 training rows are among 12 items of dev" in told
+    assert told[-1].startswith("leakage target: unknown, this judge holds none of its items")
+
+
+@pytest.mark.parametrize("leaky", [True, False])
+def test_verify_eval_fails_where_an_item_was_trained_on(tmp_path, monkeypatch, leaky):
+    """The command over the judge's own processes; of the campaign's record it only needs where the judge lies."""
+    root = campaign(tmp_path / "asked", drawn()[:3], withhold=not leaky)
+    record = SimpleNamespace(opened={"judge_folder": str(tmp_path / "asked" / "judge")})
+    monkeypatch.setattr(probing, "open_record", lambda folder: record)
+    done = CliRunner().invoke(app, ["verify-eval", str(root)])
+    assert "ok    gold           1.000, must be 1.000" in done.stdout, done.stderr
+    assert done.exit_code == leaky
+    assert ("items of the judge were trained on" in done.stdout) == leaky
+    assert ("WRONG leakage campaign: 3 of 36 training rows" in done.stdout) == leaky
 
 
 def test_what_the_weights_were_built_on_counts_too(tmp_path):

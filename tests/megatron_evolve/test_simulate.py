@@ -233,12 +233,18 @@ def test_more_than_can_be_simulated_is_refused(words):
     assert done.exit_code == 2 and isinstance(done.exception, SystemExit) and words[-2] in done.stderr
 
 
+def timeless(one):
+    return {**one, "seconds": 0}
+
+
 def test_simulate_command():
     runner = CliRunner()
     done = runner.invoke(app, ["simulate", "null", "inverse", "--campaigns", "20", "--json"])
     assert done.exit_code == 0, done.output
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [one["scenario"] for one in found] == ["null", "inverse"]
+    named = runner.invoke(app, ["simulate", "--scenario", "inverse", "--campaigns", "20", "--json"])
+    assert timeless(json.loads(named.stdout)) == timeless(found[1])
     for one in found:
         assert {"campaigns", "seconds", "power_by_round", "rounds_to_detect", "external_reached"} <= set(one)
     assert found[0]["false_alarm_per_campaign"] == {"rate": 0.0, "low": 0.0, "high": pytest.approx(0.161, abs=1e-3)}

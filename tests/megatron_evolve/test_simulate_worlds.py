@@ -9,10 +9,11 @@ from typer.testing import CliRunner
 from megatron_evolve.cli import app
 from megatron_evolve.eval.reported import ReportedScores
 from megatron_evolve.eval.seeds import RunReplicates
-from megatron_evolve.gap import decide, looks_at, rule_of
+from megatron_evolve.gap import OVERALL, decide, looks_at, rule_of
+from megatron_evolve.simulate.campaigns import Told
 from megatron_evolve.simulate.draw import Draw, Plan, State
 from megatron_evolve.simulate.noise import MEASURED
-from megatron_evolve.simulate.worlds import matrix, simulate_worlds
+from megatron_evolve.simulate.worlds import first_right, matrix, page, simulate_worlds
 from megatron_evolve.substrate.puzzles import families
 from megatron_evolve.verdict import judge
 from megatron_evolve.window import RoundItems
@@ -95,6 +96,18 @@ def reported_pool(pool, campaign):
     return pool_alone(type(pool)(tuple(flat(group) for group in pool.groups)), campaign)
 
 
+def test_the_first_right_alarm_is_of_what_parts():
+    """By hand: a wrong name in round 1 is no right one, and a campaign without a right one is not counted."""
+    looks = (("mean", OVERALL), ("mean", "cued"), ("mean", "honest"))
+    alarms = np.zeros((4, 4, 3), dtype=bool)
+    alarms[0, 0, 2] = alarms[0, 2, 1] = True  # a wrong family in round 1, the cued one in round 3
+    alarms[1, 1, 0] = alarms[1, 3, 1] = True  # dev as a whole in round 2, the cued family in round 4
+    alarms[2, 0, 2] = True  # a wrong family alone
+    told = Told(looks, alarms, np.zeros((4, 4), dtype=bool), np.zeros(4), np.zeros(4), 64, {})
+    assert first_right(told, (OVERALL, "cued")) == 2.5
+    assert first_right(told, ()) is None and first_right(told, ("elsewhere",)) is None
+
+
 @pytest.mark.slow
 def test_worlds_without_a_cue_alarm_in_at_most_5_per_cent():
     """Measured 0, 8 and 0 of 500; a judge that alarmed in 10 % of one world would pass it with probability .008.
@@ -112,4 +125,20 @@ def test_worlds_without_a_cue_alarm_in_at_most_5_per_cent():
 def test_worlds_command():
     done = CliRunner().invoke(app, ["simulate", "--worlds", "--campaigns", "2", "--json"])
     assert done.exit_code == 0, done.output
-    assert [json.loads(line)["world"] for line in done.stdout.splitlines()] == [world.name for world in WORLDS]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["world"] for one in found] == [world.name for world in WORLDS]
+    assert "*First right alarm*: mean round" in page(found)
+
+
+@pytest.mark.parametrize(
+    "idle", ["null", "--items 100", "--anchors 3", "--origin 8", "--rounds 4", "--shared .3", "--cumulative"]
+)
+def test_worlds_refuse_what_they_do_not_read(idle):
+    done = CliRunner().invoke(app, ["simulate", "--worlds", "--campaigns", "2", *idle.split()])
+    name = idle.split()[0] if idle.startswith("--") else "scenario"
+    assert done.exit_code == 1 and f"expected no {name} with --worlds" in done.stderr and "leave one" in done.stderr
+
+
+def test_worlds_name_the_noises_there_are():
+    done = CliRunner().invoke(app, ["simulate", "--worlds", "--campaigns", "2", "--noise", "nosuch"])
+    assert done.exit_code == 1 and "expected one of the noises measured, specified, got 'nosuch'" in done.stderr
