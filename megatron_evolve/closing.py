@@ -26,6 +26,7 @@ from megatron_evolve.review import pooled_rounds
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
 from megatron_evolve.survey import affordable, closing_folder, survey, survey_stages
+from megatron_evolve.target import check_target
 
 
 def close_campaign(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
@@ -154,7 +155,8 @@ def finish(desk: Desk, ground: Ground, runs: Sequence[Run], stage: Stage) -> lis
 
 
 def _pay(desk: Desk, policy: SearchPolicy, split: Stage, names: Sequence[str], runs: Sequence[Run]) -> None:
-    """Enters the look at a split of the target that is asked once, at the end."""
+    """Enters the look at a split of the target that is asked once, at the end. Raises Paused for a changed file."""
+    check_target(desk.campaign, desk.ground)
     desk.looks.pay(
         Look(
             candidates=tuple(names),

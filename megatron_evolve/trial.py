@@ -35,6 +35,7 @@ from megatron_evolve.site import kept_site
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.manifest import public_view
 from megatron_evolve.substrate.settings import Settings
+from megatron_evolve.target import check_target
 from megatron_evolve.workers.validate import check_styles
 
 # Rounds of trials lie far above any campaign's, so their items are drawn by nobody else.
@@ -126,6 +127,8 @@ def run_both(trial: Trial, root: Path, ask_external: bool) -> list[str]:
         write_candidate(trial.ground.folder, trial.round, side)
     rules = trial.record.campaign.constitution
     account = Looks(CampaignFolder(root).looks, external_budget=rules.external_looks)
+    if ask_external:
+        check_target(trial.record.campaign, trial.ground)
     pay(trial, account, (*DEV_SPLITS, *(EXTERNAL_SPLITS if ask_external else ())))
     stages: tuple[Stage, ...] = ("train", "dev", *(EXTERNAL_SPLITS if ask_external else ()))
     following = dict(itertools.pairwise(stages))
