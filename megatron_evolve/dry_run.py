@@ -41,6 +41,7 @@ from megatron_evolve.prepare import (
 )
 from megatron_evolve.proposals import DEFAULT_WORKER
 from megatron_evolve.readiness import first_job, left_open
+from megatron_evolve.rows import check_rows
 from megatron_evolve.site import Site, chosen_site, placed
 from megatron_evolve.survey import survey_stages
 from megatron_evolve.workers.seam import BRIEF, PROPOSAL
@@ -63,6 +64,7 @@ def dry_run(campaign: Campaign, folder: Path, site: Site, store: Path) -> dict[s
     """Everything that would run, as JSON. Raises ValueError in one sentence for what cannot run on the site."""
     campaign = placed(campaign, site)
     found = preflight(campaign, site, store)
+    check_rows(campaign)
     use, frozen = estimate(found), found.expected.frozen
     return {
         "campaign": campaign.name,

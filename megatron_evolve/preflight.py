@@ -18,6 +18,7 @@ from megatron_evolve.launch.job import Job as LaunchJob
 from megatron_evolve.placement import Placement, cores_here
 from megatron_evolve.prepare import IMPORTED, require_import, require_own_pool, require_target, substrate_folder
 from megatron_evolve.readiness import check_fits, check_ready, pattern_of
+from megatron_evolve.rows import check_rows
 from megatron_evolve.site import Site, kubernetes_launcher
 from megatron_evolve.substrate.build import PRESETS as BUILT
 from megatron_evolve.substrate.exchange import imported_default
@@ -137,6 +138,7 @@ def check_campaign(campaign: Campaign, site: Site, store: Path, *, new: bool) ->
     else:
         _check_machine(campaign, site, placement)
     if new:
+        check_rows(campaign)
         require_import(campaign.substrate, store)
         check_ready(campaign, site, found.expected, resumes=False)
     return found
