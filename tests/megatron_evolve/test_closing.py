@@ -63,7 +63,7 @@ def test_the_smallest_visible_difference_has_80_per_cent_power_by_another_comput
     assert power.power(size, N, 0.05, alternative="two-sided") == pytest.approx(0.8, abs=0.003)
 
 
-def test_it_grows_with_the_luck_of_seeds_and_is_unknown_where_no_item_tells_apart() -> None:
+def test_it_grows_with_the_luck_of_seeds_and_where_no_item_tells_apart_there_is_no_number() -> None:
     theirs = rolled(0.5)
     mine = [run("standing", seed, one.correct) for seed, one in enumerate(rolled(0.6)[:3])]
     steady = compare(mine, theirs, origin_of(theirs), WEIGHTS, [])["gain"]["minimum_detectable_effect"]
@@ -71,8 +71,9 @@ def test_it_grows_with_the_luck_of_seeds_and_is_unknown_where_no_item_tells_apar
     assert compare(mine, theirs, origin_of(lucky), WEIGHTS, [])["gain"]["minimum_detectable_effect"] > 1.5 * steady
     same = [run("standing", seed, np.ones(N, bool)) for seed in range(3)]
     all_right = [run("origin", seed, np.ones(N, bool)) for seed in range(8)]
-    nothing = compare(same, all_right, origin_of(theirs), WEIGHTS, [])["gain"]
-    assert nothing["minimum_detectable_effect"] is None
+    nothing = compare(same, all_right, origin_of(theirs), WEIGHTS, [])
+    assert "gain" not in nothing and nothing["accuracy"] == {"standing": 1.0, "origin": 1.0}
+    assert "no item of 300 tells the two sides apart" in final_table(nothing)
 
 
 def test_report_and_status_print_it_beside_the_gain(tmp_path) -> None:
