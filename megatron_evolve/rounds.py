@@ -68,13 +68,13 @@ class RoundRuns:
         """Runs whose stage finished, in order."""
         return [run for runs in self.runs.values() for run in runs if self.finished(run, stage)]
 
-    def drive(self, stages: Iterable[tuple[Run, Stage]], follow: bool) -> list[StageEnd]:
+    def drive(self, stages: Iterable[tuple[Run, Stage]], follow: bool) -> int:
         """Runs stages to their end. With `follow`, a trained run is scored on dev and a failed explorer is repaired.
 
-        Returns how those ended that had not before. Raises Stopped, Paused. A repair that a stop put off comes before
-        whatever the round decides next.
+        Returns how many ended now. Raises Stopped, Paused. A repair that a stop put off comes before whatever the round
+        decides next.
         """
-        todo, ended = [], []
+        todo, ended = [], 0
         for run, stage in stages:
             if known := self._known(run, stage):
                 todo.extend(self._after(known) if follow else ())
@@ -83,7 +83,7 @@ class RoundRuns:
         after = self._after if follow else lambda end: ()
         for end in self.desk.drive(todo, after):
             self.ends[end.run.key, end.stage] = end
-            ended.append(end)
+            ended += 1
         if self.put_off:  # where all else had ended before this start, the desk was asked for nothing and says nothing
             raise Stopped(STOPPED)
         return ended
@@ -208,7 +208,8 @@ def ask_external(runs: RoundRuns, stage: Stage) -> None:
     if told:
         ask_scores(desk, told, stages)
         return
-    check_scored(runs.drive(stages, follow=False))
+    if runs.drive(stages, follow=False):
+        check_scored([runs.ends[run.key, stage] for run, stage in stages if (run.key, stage) in runs.ends])
 
 
 def asked_explorers(runs: RoundRuns, stage: Stage) -> list[str]:

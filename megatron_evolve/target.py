@@ -25,8 +25,8 @@ def check_target(campaign: Campaign, ground: Ground) -> None:
 
 
 def check_scored(ends: Sequence[StageEnd]) -> None:
-    """Raises Paused where every job of a stage crashed: that is no run's fault, and the looks that follow cost too."""
-    if ends and all(end.outcome == OutcomeKind.CRASHED.value for end in ends):
+    """Raises Paused where every job of a stage crashed, of two or more: no run's fault, and more looks follow."""
+    if len(ends) > 1 and all(end.outcome == OutcomeKind.CRASHED.value for end in ends):
         raise Paused(
             f"all {len(ends)} jobs that scored {ends[0].stage} crashed, the first with: {ends[0].reason}; their looks "
             "are spent, and the round goes on without these scores",

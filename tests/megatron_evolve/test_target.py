@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_evolve.contest.surface import ORIGIN
+from megatron_evolve.desk import ENDED
 from megatron_evolve.jobs import StageEnd
 from megatron_evolve.meta import initial_policy
 from megatron_evolve.retries import Paused
@@ -61,3 +62,12 @@ def test_a_stage_of_which_every_job_crashed_pauses_once_and_then_the_round_goes_
         again.ends[run.key, "dev"] = scored.ends[run.key, "dev"]
     ask_external(again, "external-a")
     assert scored.desk.looks.spent == 1 and not again.scored("external-a")
+
+
+def test_one_that_crashed_beside_one_that_finished_before_is_a_run_like_any(scored: RoundRuns) -> None:
+    """The controller started anew between the two, so this start saw one end, and that a crash."""
+    first = scored.runs[scored.anchor.id][0]
+    end = StageEnd(first, "external-a", "finished", "", 1.0, 1.0, 1)
+    scored.desk.ledger.append("ended", f"{first.key}/external-a", {"end": {n: getattr(end, n) for n in ENDED}})
+    ask_external(scored, "external-a")
+    assert scored.scored("external-a") == [first]
