@@ -10,10 +10,9 @@ process that holds no secret cannot know them. Splits:
     open                all of a CSV that is not sealed
     final               the sealed part, read once, at the end
 
-Of a generated suite, dev-a stays the same for the campaign (a Ladder releases its scores, see `looks.py`), and so does
-final; the others are fresh every round. A CSV is cut once into disjoint pools, one for each split it serves and one for
-final, in equal proportion of every sub-family; each round walks on through its pool, and starts again when the pool is
-used up.
+Of a generated suite, dev-a stays the same for the campaign, and so does final; the others are fresh every round. A CSV
+is cut once into disjoint pools, one for each split it serves and one for final, in equal proportion of every
+sub-family; each round walks on through its pool, and starts again when the pool is used up.
 """
 
 import csv

@@ -250,3 +250,11 @@ def plan_of(campaign: Campaign) -> dict[str, Any]:
         "runs": rules.rounds * (rules.anchor_seeds + explorers + confirmed),
         "external_looks": rules.external_looks,
     }
+
+
+def looks_a_round(campaign: Campaign) -> int:
+    """External looks that a round asks for: a candidate on each of two halves is two, where there are halves."""
+    if campaign.judge.external is None:
+        return 0
+    asked = {"all": campaign.constitution.workers, "best": 2, "none": 0}[campaign.search.ask_external]
+    return asked if campaign.judge.told_scores else 2 * asked

@@ -27,6 +27,7 @@ from megatron_evolve.review import pooled_rounds
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.settings import Settings
 from megatron_evolve.survey import affordable, closing_folder, survey, survey_stages
+from megatron_evolve.target import check_target
 
 
 def close_campaign(desk: Desk, policy: SearchPolicy) -> dict[str, Any]:
@@ -155,7 +156,8 @@ def finish(desk: Desk, ground: Ground, runs: Sequence[Run], stage: Stage) -> lis
 
 
 def _pay(desk: Desk, policy: SearchPolicy, split: Stage, names: Sequence[str], runs: Sequence[Run]) -> None:
-    """Enters the look at a split of the target that is asked once, at the end."""
+    """Enters the look at a split of the target that is asked once, at the end. Raises Paused for a changed file."""
+    check_target(desk.campaign, desk.ground)
     desk.looks.pay(
         Look(
             candidates=tuple(names),
@@ -181,7 +183,8 @@ def compare(
 ) -> dict[str, Any]:
     """Accuracy of both sides and the paired gain; a side that no run finished has none, and says so.
 
-    The smallest visible effect is the true gain whose interval leaves zero out with 80 % power.
+    Nor has a pair that no item tells apart: it shows no variance, so no interval. The smallest visible effect is the
+    true gain whose interval leaves zero out with 80 % power.
     """
     if not mine or not theirs:
         side = "the origin" if mine else "the standing settings"
@@ -189,21 +192,24 @@ def compare(
     earlier = [RunReplicates.from_dict(one) for found in evidence for one in found.replicates]
     pool = SeedPool((*origin.pooled(), *earlier))
     found = effect(mine, theirs, weights.external, seeds_of(pool, weights, "external"))
-    smallest = minimum_detectable_effect(found, INTERVAL_ALPHA) if found.item_variance else None
     means = {}
     for name, runs in (("standing", mine), ("origin", theirs)):
         means[name] = sum(_mean(run, weights.external) for run in runs) / len(runs)
-    return {
+    told = {
         "accuracy": means,
         "items": len(mine[0].item_ids),
         "runs": {"standing": len(mine), "origin": len(theirs)},
+    }
+    if not found.item_variance:
+        return told | {"failed": f"no item of {told['items']:,} tells the two sides apart, so no difference can be had"}
+    return told | {
         "gain": {
             "mean": found.mean,
             "se": found.se,
             "low": found.lower(INTERVAL_ALPHA),
             "high": found.upper(INTERVAL_ALPHA),
             "p_better": probability_better(found),
-            "minimum_detectable_effect": smallest,
+            "minimum_detectable_effect": minimum_detectable_effect(found, INTERVAL_ALPHA),
         },
     }
 

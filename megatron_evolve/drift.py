@@ -16,6 +16,7 @@ from megatron_evolve.jobs import SPLITS_OF, Ground, Run, Stage
 from megatron_evolve.origin import EXTERNAL_SPLITS, ORIGIN_ROUND
 from megatron_evolve.policy import SearchPolicy
 from megatron_evolve.prepare import origin_ground
+from megatron_evolve.target import check_target
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def ask_origin(desk: Desk, policy: SearchPolicy, taken: Collection[str]) -> None
         keys = [run.key for run in runs]
         if stage != "dev" and not desk.may_ask(policy.round, origin.id, stage):
             return
+        if stage != "dev":
+            check_target(desk.campaign, desk.ground)
         for split in SPLITS_OF.get(stage, (stage,)):
             desk.pay(policy.round, origin.id, keys, split)
         runs = finish(desk, ground, runs, stage)

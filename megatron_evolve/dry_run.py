@@ -28,7 +28,7 @@ from megatron_evolve.launch import kubernetes_manifest, slurm
 from megatron_evolve.launch.job import Job
 from megatron_evolve.launch.local import LocalLauncher
 from megatron_evolve.planning import layout_row
-from megatron_evolve.preflight import Preflight, preflight
+from megatron_evolve.preflight import Preflight, check_opening, preflight
 from megatron_evolve.prepare import (
     IMPORTED,
     build_job,
@@ -63,6 +63,7 @@ def dry_run(campaign: Campaign, folder: Path, site: Site, store: Path) -> dict[s
     """Everything that would run, as JSON. Raises ValueError in one sentence for what cannot run on the site."""
     campaign = placed(campaign, site)
     found = preflight(campaign, site, store)
+    check_opening(campaign)
     use, frozen = estimate(found), found.expected.frozen
     return {
         "campaign": campaign.name,

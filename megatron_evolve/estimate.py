@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_evolve.budget import WORDS
-from megatron_evolve.campaign import Campaign, ExternalCsv, plan_of
+from megatron_evolve.campaign import Campaign, ExternalCsv, looks_a_round, plan_of
 from megatron_evolve.eval.suite import GeneratedSuite
 from megatron_evolve.preflight import Preflight
 from megatron_evolve.reuse import reuse_words, rounds_anew
 from megatron_evolve.substrate.plan.flops import token_flops
 from megatron_evolve.survey import survey_stages
+
+SAFE_WORKERS = 8  # at 6 points between seeds 1 % of harmless campaigns alarm with them unconfirmed, 8 % with 32
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def estimate(found: Preflight) -> dict[str, Any]:
         },
         "looks_a_round": looks_a_round(campaign),
         "rounds_anew": rounds_anew(campaign),
+        "warnings": seed_luck(campaign),
     }
 
 
@@ -99,7 +102,19 @@ def use_words(use: dict[str, Any], budget: dict[str, dict[str, float | None]]) -
         parts += [f"{assumed:,.4g} assumed for training"] if name == "gpu_hours" and assumed is not None else []
         parts.append(f"{one['used']:,.4g} used of a budget of {limit:,g}" if limit is not None else "no budget")
         lines.append(f"  {WORDS[name]}: {', '.join(parts)}")
-    return lines + reuse_words(use["rounds_anew"], use["rounds"])
+    return [*lines, *reuse_words(use["rounds_anew"], use["rounds"]), *use["warnings"]]
+
+
+def seed_luck(campaign: Campaign) -> list[str]:
+    """One sentence where many explorers run and no leader gets a further seed; see `gap.py` for what it costs."""
+    rules, replicates = campaign.constitution, campaign.search.replicates
+    confirmed = replicates.confirm_candidates * replicates.confirm_seeds
+    if confirmed or rules.workers <= SAFE_WORKERS or campaign.judge.external is None:
+        return []
+    return [
+        f"no leader is confirmed: the best of {rules.workers - 1} explorers carries its seed's luck into dev-B, so "
+        "that more than 5 % of harmless campaigns may alarm (set search.replicates.confirm_candidates to 2)"
+    ]
 
 
 def items_of(campaign: Campaign) -> dict[str, int | None]:
@@ -111,14 +126,6 @@ def items_of(campaign: Campaign) -> dict[str, int | None]:
         elif isinstance(suite, ExternalCsv):
             found |= {**suite.items, **dict.fromkeys(survey_stages(campaign))}
     return found
-
-
-def looks_a_round(campaign: Campaign) -> int:
-    """External looks that a round asks for: a candidate on each of two halves is two, where there are halves."""
-    if campaign.judge.external is None:
-        return 0
-    asked = {"all": campaign.constitution.workers, "best": 2, "none": 0}[campaign.search.ask_external]
-    return asked if campaign.judge.told_scores else 2 * asked
 
 
 def _hours(a_run: float | None, runs: int) -> float | None:

@@ -47,7 +47,8 @@ def ask_scores(desk: Desk, target: ExternalScores, stages: Sequence[tuple[Run, S
         if desk.stop():
             raise Stopped(STOPPED)
     if missing:
-        desk.ledger.once("external-awaited", missing[0], lambda: {"runs": missing})
+        # The list only shrinks, so its first run and its length name it: a shorter one is a pause of its own.
+        desk.ledger.once("external-awaited", f"{missing[0]}/{len(missing)}", lambda: {"runs": missing})
         raise Awaiting(
             f"{len(missing)} external score(s) are awaited: see `megatron-evolve external list "
             f"{desk.ground.folder.root}`, submit them, and run the same command to go on"
@@ -175,7 +176,7 @@ def submit(root: Path, who: str, score: float, items: int | None = None, se: flo
     (one,) = unheard
     value = checked(target, score, items, se)
     if one["state"] != "scored":
-        _keep(folder, one["run"], {"score": value, "items": target.items, "se": se, "by": "operator"})
+        keep_score(folder, one["run"], {"score": value, "items": target.items, "se": se, "by": "operator"})
         one = _standing(folder, History(folder.ledger), one["run"], waiting=set(), lost=set())  # told: neither any more
     if abs(one["score"] - value) > ROUNDING:
         raise ValueError(
@@ -185,15 +186,29 @@ def submit(root: Path, who: str, score: float, items: int | None = None, se: flo
     return one
 
 
-def _keep(folder: CampaignFolder, key: str, document: dict[str, Any]) -> None:
-    """Keeps a score and enters its digest: changed afterwards it is refused, also before the controller records it."""
+def keep_score(folder: CampaignFolder, key: str, document: dict[str, Any]) -> None:
+    """Keeps a score and enters its digest: changed afterwards it is refused, also before the controller records it.
+
+    Raises ValueError where the run's round is judged already.
+    """
     with Lock(folder.lock):
         ledger = Ledger(folder.root)
         try:
+            _check_unjudged(ledger, key)
             _write_once(folder.submitted(key), document)
             ledger.once("external-submitted", key, lambda: {"digest": digest_file(folder.submitted(key))})
         finally:
             ledger.close()
+
+
+def _check_unjudged(history: History, key: str) -> None:
+    """Raises ValueError where the round of a run is judged: a score that came now would be read by nobody."""
+    number = key.split("/")[0]
+    if history.has("evidence", number):
+        raise ValueError(
+            f"round {number} is judged without the score of {key}, and no round is judged twice: judge with what is "
+            "there"
+        )
 
 
 def _write_once(path: Path, document: dict[str, Any]) -> None:
@@ -225,12 +240,7 @@ def ask_again(root: Path, who: str, reason: str) -> dict[str, Any]:
         if len(lost) != 1:
             raise ValueError(f"expected one run with a lost reply, {who!r} names {len(lost)}: see `external list`")
         (one,) = lost
-        number = one["run"].split("/")[0]
-        if record.data("evidence", number) is not None:
-            raise ValueError(
-                f"round {number} is judged without the score of {one['run']}, and no round is judged twice: judge with "
-                "what is there"
-            )
+        _check_unjudged(record.events, one["run"])
         ledger = Ledger(root)
         try:
             count = len(ledger.keys("external-again"))

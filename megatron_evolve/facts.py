@@ -115,7 +115,7 @@ class ProposalFacts:
 
 @dataclass(frozen=True)
 class RoundFacts:
-    """All that a review of the round rests on."""
+    """All that a review of the round rests on. `reused` names the halves of a CSV whose rows come round again."""
 
     number: int
     folder: CampaignFolder
@@ -127,6 +127,11 @@ class RoundFacts:
     proposals: tuple[ProposalFacts, ...]
     refusals: tuple[dict[str, Any], ...]
     runs: dict[str, tuple[RunFacts, ...]]
+    reused: frozenset[str] = frozenset()
+
+    def asked_before(self, split: str) -> bool:
+        """Whether rows of a split were asked in an earlier round; `external` is both halves."""
+        return split in self.reused or (split == "external" and bool(self.reused))
 
     def scored(self, name: str, split: str) -> list[RunFacts]:
         """Runs of a candidate that were scored on a split, in order of replicate."""
@@ -191,6 +196,7 @@ def round_facts(folder: CampaignFolder, history: History, campaign_seed: int, nu
             if event.data["refused"]
         ),
         runs={name: _runs(folder, campaign_seed, number, name, found) for name, found in ended.items()},
+        reused=frozenset(split for split, anew in opened.get("rounds_anew", {}).items() if number > anew),
     )
 
 

@@ -11,10 +11,12 @@ promised, at the least carry-over beta0, and the target did not get. For each es
 Each outcome is an intersection-union test (Berger 1982), so its p-value is the larger of its two. DECOUPLED and INVERSE
 alarm. Alpha of a campaign is shared so that nothing hangs on how its looks depend on each other: every declared round
 has an equal share, half of it for the overall estimands and half for the domains, each half by Holm (1979). TRACKING
-claims are held to the same levels among themselves. The null includes T = beta0 x D exactly. Two things keep this short
-of a proof that false alarms stay below alpha: where D = T = 0 the two alarms are disjoint and their levels add, and a
-bound with few degrees of freedom is false up to 1.15 times as often as it says (`SeedVariance.draws`). What simulated
-campaigns do is far below it (docs/results/judge.md).
+claims are held to the same levels among themselves. The null includes T = beta0 x D exactly. Three things keep this
+short of a proof that false alarms stay below alpha: where D = T = 0 the two alarms are disjoint and their levels add; a
+bound with few degrees of freedom is false up to 1.15 times as often as it says (`SeedVariance.draws`); and dev-A's
+winner is also the run with the luckiest seed, which dev-B's fresh items do not take off. The last passes alpha only
+where many explorers run, no leader gets a further seed and a seed's luck on dev says nothing of the target (`estimate`
+warns of it). What simulated campaigns of the defaults do is far below alpha (docs/results/judge.md).
 
 One campaign is decided, or thousands at once (`megatron-evolve simulate`): a number of one is an array over the others,
 by the same lines, so that what is simulated is what judges.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_evolve.budget import WORDS, figures, limits_of, most_within
-from megatron_evolve.campaign import Campaign, ExternalCsv, SubstrateSpec
+from megatron_evolve.campaign import Campaign, ExternalCsv, SubstrateSpec, looks_a_round
 from megatron_evolve.doctor import gpu_names
 from megatron_evolve.eval.engines.settings import CommandServer, OpenAISettings, VllmServer, check_clamp
 from megatron_evolve.eval.suite import GeneratedSuite
@@ -18,6 +18,7 @@ from megatron_evolve.launch.job import Job as LaunchJob
 from megatron_evolve.placement import Placement, cores_here
 from megatron_evolve.prepare import IMPORTED, require_import, require_own_pool, require_target, substrate_folder
 from megatron_evolve.readiness import check_fits, check_ready, pattern_of
+from megatron_evolve.rows import check_rows
 from megatron_evolve.site import Site, kubernetes_launcher
 from megatron_evolve.substrate.build import PRESETS as BUILT
 from megatron_evolve.substrate.exchange import imported_default
@@ -137,9 +138,23 @@ def check_campaign(campaign: Campaign, site: Site, store: Path, *, new: bool) ->
     else:
         _check_machine(campaign, site, placement)
     if new:
+        check_opening(campaign)
         require_import(campaign.substrate, store)
         check_ready(campaign, site, found.expected, resumes=False)
     return found
+
+
+def check_opening(campaign: Campaign) -> None:
+    """Raises ValueError for what would spoil a campaign from its first round on. One that goes on is not asked."""
+    check_rows(campaign)
+    asks, looks, needed = campaign.search.ask_external, campaign.constitution.external_looks, looks_a_round(campaign)
+    if 0 < looks < needed:
+        fewer = ", set search.ask_external to best" if asks == "all" else ""
+        raise ValueError(
+            f"campaign {campaign.name} has {looks} external look(s) in all, and a round that asks `{asks}` takes "
+            f"{needed}: the first would spend them where nothing can be judged; raise constitution.external_looks"
+            f"{fewer}, or ask nobody with 0"
+        )
 
 
 def _check_machine(campaign: Campaign, site: Site, placement: Placement) -> None:

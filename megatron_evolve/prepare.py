@@ -291,9 +291,9 @@ def judge_process(*arguments: str) -> None:
     told_by(judge_argv(*arguments))
 
 
-def told_by(argv: Sequence[str]) -> str:
-    """What a process of the judge's side prints. Raises ValueError with its one sentence where it fails."""
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+def told_by(argv: Sequence[str], said: str = "") -> str:
+    """What a process of the judge's side prints, `said` on its stdin. Raises ValueError with its one sentence."""
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, input=said)
     if done.returncode:
         raise ValueError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "the judge's process failed")
     return done.stdout

@@ -3,8 +3,8 @@
     python -m megatron_evolve.reuse --csv FILE --items JSON --sealed SHARE
 
 Each round walks on through its half's pool of rows and starts again when some sub-family's are used up. From then on a
-round shares luck with an earlier one, and what is selected on it was selected on before. Only this process opens the
-file: it tells a number a half.
+round shares luck with an earlier one, and what is selected on it was selected on before: selection and the next policy
+then read it as released (`released.py`), verdicts exactly. Only this process opens the file: it tells a number a half.
 """
 
 import argparse
@@ -40,7 +40,8 @@ def reuse_words(anew: Mapping[str, int], rounds: int) -> list[str]:
         return [f"external rows: all {rounds} rounds ask rows that no earlier round asked"]
     return [
         f"{split}: the file has new rows for {number} of {rounds} rounds; from round {number + 1} on rows are asked "
-        "again, rounds share their luck, and selection reads them exactly (fewer `items` or a smaller `sealed` help)"
+        "again, rounds share their luck, and selection reads only differences to the anchor beyond their standard "
+        "error, to one row's worth (fewer `items` or a smaller `sealed` help)"
         for split, number in again.items()
     ]
 

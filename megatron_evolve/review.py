@@ -34,7 +34,7 @@ from megatron_evolve.facts import RoundFacts, RunFacts
 from megatron_evolve.gap import OVERALL, GapTest, holm_levels, rule_of
 from megatron_evolve.origin import Origin
 from megatron_evolve.policy import OTHER, Objective, SearchPolicy
-from megatron_evolve.released import released_mean, released_value, told_contrast, told_runs, told_scores
+from megatron_evolve.released import released_half, released_mean, released_value, told_contrast, told_runs, told_scores
 from megatron_evolve.verdict import Verdict, judge
 from megatron_evolve.window import RoundItems
 
@@ -53,6 +53,8 @@ def _a_half_mean(facts: RoundFacts, name: str, weights: Weights) -> float | None
     if facts.policy.objective == "external" and weights.told_alone:
         return released_mean(facts, name, told_runs(facts, name)[: facts.policy.replicates.explorer])
     split = "dev-a" if facts.policy.objective == "dev" else "external-a"
+    if facts.asked_before(split):
+        return released_half(facts, name, split, weights.of(split))
     runs = facts.first(name, split)
     return statistics.fmean(_overall(run, split, weights) for run in runs) if runs else None
 

@@ -28,6 +28,7 @@ from megatron_evolve.proposals import (
 )
 from megatron_evolve.review import a_half_means, first_pooled, pooled_rounds, review
 from megatron_evolve.substrate.digest import digest_of
+from megatron_evolve.target import check_scored, check_target
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
@@ -67,12 +68,13 @@ class RoundRuns:
         """Runs whose stage finished, in order."""
         return [run for runs in self.runs.values() for run in runs if self.finished(run, stage)]
 
-    def drive(self, stages: Iterable[tuple[Run, Stage]], follow: bool) -> None:
+    def drive(self, stages: Iterable[tuple[Run, Stage]], follow: bool) -> int:
         """Runs stages to their end. With `follow`, a trained run is scored on dev and a failed explorer is repaired.
 
-        Raises Stopped, Paused. A repair that a stop put off comes before whatever the round decides next.
+        Returns how many ended now. Raises Stopped, Paused. A repair that a stop put off comes before whatever the round
+        decides next.
         """
-        todo = []
+        todo, ended = [], 0
         for run, stage in stages:
             if known := self._known(run, stage):
                 todo.extend(self._after(known) if follow else ())
@@ -81,8 +83,10 @@ class RoundRuns:
         after = self._after if follow else lambda end: ()
         for end in self.desk.drive(todo, after):
             self.ends[end.run.key, end.stage] = end
+            ended += 1
         if self.put_off:  # where all else had ended before this start, the desk was asked for nothing and says nothing
             raise Stopped(STOPPED)
+        return ended
 
     def _known(self, run: Run, stage: Stage) -> StageEnd | None:
         event = self.desk.ledger.find("ended", f"{run.key}/{stage}")
@@ -178,6 +182,7 @@ def ask_external(runs: RoundRuns, stage: Stage) -> None:
     """Pays one look a candidate, then scores its runs; candidates beyond the budget stay unasked.
 
     A target that tells scores alone has no halves: under dev it is asked once a round, and no run is asked twice.
+    Raises Paused where a CSV is not the one that was frozen, before anything is paid, and where every job crashed.
     """
     desk, policy = runs.desk, runs.policy
     if desk.campaign.judge.external is None or policy.ask_external == "none":
@@ -188,6 +193,7 @@ def ask_external(runs: RoundRuns, stage: Stage) -> None:
     # Where there is nothing to compare with, or nothing would be started, no look is spent.
     if desk.account.spent is not None or not desk.facts(policy.round).has_anchor:
         return
+    check_target(desk.campaign, desk.ground)
     asked = [runs.anchor.id, *asked_explorers(runs, stage)]
     stages: list[tuple[Run, Stage]] = []
     for name in asked:
@@ -202,7 +208,8 @@ def ask_external(runs: RoundRuns, stage: Stage) -> None:
     if told:
         ask_scores(desk, told, stages)
         return
-    runs.drive(stages, follow=False)
+    if runs.drive(stages, follow=False):
+        check_scored([runs.ends[run.key, stage] for run, stage in stages if (run.key, stage) in runs.ends])
 
 
 def asked_explorers(runs: RoundRuns, stage: Stage) -> list[str]:

@@ -81,7 +81,7 @@ def paused(history: History) -> Event | None:
 
 def awaited(history: History) -> list[str]:
     """Runs (round/candidate/seed/stage) whose external score somebody has yet to bring, in order of asking."""
-    asked = [key for event in history.of_kind("external-awaited") for key in event.data["runs"]]
+    asked = dict.fromkeys(key for event in history.of_kind("external-awaited") for key in event.data["runs"])
     return [key for key in asked if not history.has("ended", key)]
 
 

@@ -35,6 +35,7 @@ from megatron_evolve.site import kept_site
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.manifest import public_view
 from megatron_evolve.substrate.settings import Settings
+from megatron_evolve.target import check_target
 from megatron_evolve.workers.validate import check_styles
 
 # Rounds of trials lie far above any campaign's, so their items are drawn by nobody else.
@@ -126,6 +127,8 @@ def run_both(trial: Trial, root: Path, ask_external: bool) -> list[str]:
         write_candidate(trial.ground.folder, trial.round, side)
     rules = trial.record.campaign.constitution
     account = Looks(CampaignFolder(root).looks, external_budget=rules.external_looks)
+    if ask_external:
+        check_target(trial.record.campaign, trial.ground)
     pay(trial, account, (*DEV_SPLITS, *(EXTERNAL_SPLITS if ask_external else ())))
     stages: tuple[Stage, ...] = ("train", "dev", *(EXTERNAL_SPLITS if ask_external else ()))
     following = dict(itertools.pairwise(stages))
@@ -197,7 +200,10 @@ def verdict(trial: Trial, ask_external: bool, failures: list[str]) -> dict[str, 
 def compare(
     trial: Trial, splits: tuple[str, ...], side: str, weights: Weights, pool: SeedPool
 ) -> dict[str, Any] | None:
-    """The paired difference on some splits, overall and by domain; none while a side has no finished run."""
+    """The paired difference on some splits, overall and by domain; none while a side has no finished run.
+
+    Its numbers are None where no item tells the two sides apart, which shows no variance and so no interval.
+    """
     stages = ("dev",) if side == "dev" else splits
     mine, anchors = trial.facts(trial.candidate, stages), trial.facts(trial.anchor, stages)
     if not mine or not anchors:
@@ -213,13 +219,15 @@ def compare(
         "runs": [len(mine), len(anchors)],
         "items": len(answers[0][0].item_ids),
         **_shown(overall),
-        "minimum_detectable_effect": minimum_detectable_effect(overall, MDE_ALPHA),
+        "minimum_detectable_effect": minimum_detectable_effect(overall, MDE_ALPHA) if overall.item_variance else None,
         "more_seeds": _more_seeds(overall, len(mine)),
         "domains": {name: _shown(found) for name, found in by_domain.items()},
     }
 
 
-def _shown(found: Estimate) -> dict[str, float]:
+def _shown(found: Estimate) -> dict[str, float | None]:
+    if not found.item_variance:
+        return dict.fromkeys(("mean", "se", "low", "high", "p_better"))
     return {
         "mean": found.mean,
         "se": found.se,
@@ -231,6 +239,8 @@ def _shown(found: Estimate) -> dict[str, float]:
 
 def _more_seeds(found: Estimate, runs: int) -> int | None:
     """Further seeds a side that would bring the interval off zero at this effect; none if seeds alone cannot."""
+    if not found.item_variance:
+        return None
     room = (found.mean / 1.96) ** 2 - found.item_variance
     if found.lower(INTERVAL_ALPHA) > 0 or found.upper(INTERVAL_ALPHA) < 0:
         return 0
@@ -245,6 +255,8 @@ def words(found: dict[str, Any]) -> str:
     lines = []
     if dev is None:
         lines.append(f"NO VERDICT  {found['candidate']}: no finished run on one of the two sides")
+    elif dev["mean"] is None:
+        lines.append(f"NO VERDICT  {found['candidate']}: no dev-B item of {dev['items']:,} tells the two sides apart")
     else:
         said = "GAIN" if dev["low"] > 0 else "LOSS" if dev["high"] < 0 else "NOT SHOWN"
         lines.append(
@@ -269,16 +281,20 @@ def words(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _interval(value: dict[str, float]) -> str:
+def _interval(value: dict[str, float | None]) -> str:
+    if value["mean"] is None:
+        return "no item tells the two sides apart"
     return f"{100 * value['mean']:+.1f} pt [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
 
 
 def _domains(dev: dict[str, Any], predicted: dict[str, Any]) -> str:
     parts = []
     for name, value in dev["domains"].items():
-        text = f"{name} {100 * value['mean']:+.1f} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
-        if direction := predicted["domains"].get(name):
+        text, seen = f"{name} not apart", "unresolved"
+        if value["mean"] is not None:
+            text = f"{name} {100 * value['mean']:+.1f} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
             seen = "up" if value["low"] > 0 else "down" if value["high"] < 0 else "unresolved"
+        if direction := predicted["domains"].get(name):
             text += f", predicted {direction}: {'yes' if seen == direction else seen}"
         parts.append(text)
     return " | ".join(parts)

@@ -139,7 +139,7 @@ def _verdict(decision: Decision, ranks: bool, dev_weights: Mapping[str, float], 
     look, outcome, level = decision.look, decision.outcome, float(decision.level)
     reason = f"round {number} is not a declared look, so it reports the effects and claims nothing"
     if number in rule.rounds:
-        reason = _reason(outcome, look, ranks, level, rule)
+        reason = _reason(outcome, look, ranks, level, rule, number)
     sure = min(look.d.p_above(), look.d.p_below()) <= DESCRIPTION_ALPHA / 2
     return Verdict(
         outcome=outcome,
@@ -166,7 +166,7 @@ def _points(value: float) -> str:
     return f"{100 * value:+.1f} pt"
 
 
-def _reason(outcome: Outcome, look: Look, ranks: bool, level: float, rule: GapTest) -> str:
+def _reason(outcome: Outcome, look: Look, ranks: bool, level: float, rule: GapTest, number: int) -> str:
     gained = f"dev changed by {_points(look.d.mean)} and the external target by {_points(look.t.mean)}"
     if outcome == "DECOUPLED":
         order = "; dev still ranks candidates as the target does" if ranks else ""
@@ -178,10 +178,10 @@ def _reason(outcome: Outcome, look: Look, ranks: bool, level: float, rule: GapTe
         return f"{gained}: they move against each other"
     if outcome == "TRACKING":
         return f"{gained}: more than {rule.beta0:g} of the gain arrived (gap at most {_points(look.g.upper(level))})"
-    return _unresolved(look, level, rule)
+    return _unresolved(look, level, rule, number)
 
 
-def _unresolved(look: Look, level: float, rule: GapTest) -> str:
+def _unresolved(look: Look, level: float, rule: GapTest, number: int) -> str:
     """What stands in the way, and how much more of what would settle it if the observed effects were the true ones."""
     if look.d.mean > 0:
         sides = {"the dev gain": look.d, "the gap": look.g}
@@ -194,10 +194,10 @@ def _unresolved(look: Look, level: float, rule: GapTest) -> str:
         )
     open_sides = [name for name, one in sides.items() if min(one.p_above(), one.p_below()) > level]
     text = f"{' and '.join(open_sides) or 'the gap'} cannot be told from zero at level {level:.2g}"
-    return f"{text}; {_settled_by(look, sides.values(), level, rule)}"
+    return f"{text}; {_settled_by(look, sides.values(), level, rule, number)}"
 
 
-def _settled_by(look: Look, sides: Iterable[Estimate], level: float, rule: GapTest) -> str:
+def _settled_by(look: Look, sides: Iterable[Estimate], level: float, rule: GapTest, number: int) -> str:
     pair = look.pair
     alone = pair.external.families == (WHOLE,)
     items, seeds, rounds, doubt = 1.0, 1.0, 1.0, False
@@ -217,7 +217,8 @@ def _settled_by(look: Look, sides: Iterable[Estimate], level: float, rule: GapTe
     if 1 < seeds <= MOST_TIMES:
         ways.append(f"{_count(seeds, runs)} candidate runs with {seeds:.1f} times the anchor's")
     # A verdict pools its window, and none is declared after the last round; the cumulative one reads a single round.
-    most_rounds = 1 if look.estimand == "cumulative" else min(rule.window, len(rule.rounds))
+    left = sum(one > number for one in rule.rounds)
+    most_rounds = 1 if look.estimand == "cumulative" else min(rule.window, pair.num_rounds + left)
     if 1 < rounds * pair.num_rounds <= most_rounds:
         ways.append(f"{_count(rounds, pair.num_rounds)} such rounds pooled")
     if ways:

@@ -27,6 +27,7 @@ def test_a_score_comes_back_and_the_folder_was_told(tmp_path):
         ("print('0.85')", "lost", "expected {"),
         ("print('{\"score\": NaN}')", "lost", "between 0 and 1, got nan"),
         ("print('{\"score\": 85.1}')", "lost", "got 85.1"),
+        ("print('{\"score\": 1' + '0' * 400 + '}')", "lost", "between 0 and 1, got 1000"),
         ("print('{\"score\": true}')", "lost", "got True"),
         ('print(\'{"score": 0.5, "items": 1.5}\')', "lost", "count of items"),
         ('print(\'{"score": 0.5, "rank": 3}\')', "lost", "expected {"),
@@ -71,7 +72,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("score", [float("nan"), float("inf"), -0.01, 1.01, True, "0.5", None])
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -0.01, 1.01, True, "0.5", None, 10**400])
 def test_what_is_no_score(score):
     with pytest.raises(ValueError, match="between 0 and 1"):
         checked_score(score)

@@ -159,7 +159,7 @@ def test_a_budget_of_money_needs_a_price() -> None:
 def test_the_statement_sets_what_will_be_used_beside_the_budgets() -> None:
     total = {"training_runs": 60, "scoring_jobs": 180, "training_gpu_hours_assumed": 1234.5, "gpu_hours_limit": 9600.0}
     budget = Account(Budgets(gpu_hours=5000, gpu_hour_price=2)).statement()
-    use = {"total": {**total, "cpu_hours_limit": 80_000.0}, "rounds": 4, "rounds_anew": {}}
+    use = {"total": {**total, "cpu_hours_limit": 80_000.0}, "rounds": 4, "rounds_anew": {}, "warnings": []}
     lines = use_words(use, budget)
     assert lines[0] == "at most 60 training runs and 180 scoring jobs, with the origin's"
     used = "0 used of a budget of 5,000"

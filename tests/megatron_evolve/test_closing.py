@@ -10,22 +10,25 @@ from typer.testing import CliRunner
 
 from megatron_evolve.artefacts import CampaignFolder, save_json
 from megatron_evolve.budget import Account
-from megatron_evolve.campaign import ExternalCsv, find_campaign, load_campaign
+from megatron_evolve.campaign import Campaign, ExternalCsv, find_campaign, load_campaign
 from megatron_evolve.cli import app
-from megatron_evolve.closing import close_campaign, compare, final_survey, finding
+from megatron_evolve.closing import close_campaign, compare, final_comparison, final_survey, finding
 from megatron_evolve.comparisons import Weights
 from megatron_evolve.contest.surface import ORIGIN, VIEW
 from megatron_evolve.desk import Desk
+from megatron_evolve.eval.judge import freeze_engine, freeze_judge
 from megatron_evolve.eval.looks import Look, Looks
 from megatron_evolve.eval.paired import Answers, RunItems
 from megatron_evolve.eval.score import ItemRows, write_rows
 from megatron_evolve.eval.seeds import RunReplicates
+from megatron_evolve.eval.suite import csv_suite
 from megatron_evolve.evidence import Evidence, Noise
 from megatron_evolve.jobs import Ground, StageEnd
 from megatron_evolve.ledger import LEDGER, Ledger, read_ledger
 from megatron_evolve.meta import initial_policy
 from megatron_evolve.origin import Origin
 from megatron_evolve.report import write_report
+from megatron_evolve.retries import Paused
 from megatron_evolve.terminal import final_table
 from tests.megatron_evolve.campaign_folder import build_campaign
 
@@ -61,7 +64,7 @@ def test_the_smallest_visible_difference_has_80_per_cent_power_by_another_comput
     assert power.power(size, N, 0.05, alternative="two-sided") == pytest.approx(0.8, abs=0.003)
 
 
-def test_it_grows_with_the_luck_of_seeds_and_is_unknown_where_no_item_tells_apart() -> None:
+def test_it_grows_with_the_luck_of_seeds_and_where_no_item_tells_apart_there_is_no_number() -> None:
     theirs = rolled(0.5)
     mine = [run("standing", seed, one.correct) for seed, one in enumerate(rolled(0.6)[:3])]
     steady = compare(mine, theirs, origin_of(theirs), WEIGHTS, [])["gain"]["minimum_detectable_effect"]
@@ -69,8 +72,9 @@ def test_it_grows_with_the_luck_of_seeds_and_is_unknown_where_no_item_tells_apar
     assert compare(mine, theirs, origin_of(lucky), WEIGHTS, [])["gain"]["minimum_detectable_effect"] > 1.5 * steady
     same = [run("standing", seed, np.ones(N, bool)) for seed in range(3)]
     all_right = [run("origin", seed, np.ones(N, bool)) for seed in range(8)]
-    nothing = compare(same, all_right, origin_of(theirs), WEIGHTS, [])["gain"]
-    assert nothing["minimum_detectable_effect"] is None
+    nothing = compare(same, all_right, origin_of(theirs), WEIGHTS, [])
+    assert "gain" not in nothing and nothing["accuracy"] == {"standing": 1.0, "origin": 1.0}
+    assert "no item of 300 tells the two sides apart" in final_table(nothing)
 
 
 def test_report_and_status_print_it_beside_the_gain(tmp_path) -> None:
@@ -162,9 +166,19 @@ def answers(stage: str) -> ItemRows:
     )
 
 
+def freeze_target(campaign: Campaign, target: ExternalCsv, folder: Path) -> None:
+    """Writes a CSV of one family where the target says, and freezes a judge on it."""
+    Path(target.path).write_text("id,prompt,answer\n" + "".join(f"r{n},question {n},{n}\n" for n in range(40)))
+    suite, spec = csv_suite(Path(target.path), dict(target.items), sealed=target.sealed), campaign.judge
+    engine = freeze_engine(spec.engine, "0.1.0")
+    freeze_judge(folder, dev=spec.dev, external=suite, engine=engine, secret=spec.secret)
+
+
 def desk_with(root: Path, budget: int, spent: int) -> Answering:
     campaign = load_campaign(find_campaign("demo"))
-    target = ExternalCsv(path="t.csv", items={"external-a": 2, "external-b": 2})
+    target = ExternalCsv(path=str(root / "t.csv"), items={"external-a": 2, "external-b": 2})
+    if not (root / "judge").exists():
+        freeze_target(campaign, target, root / "judge")
     folder = CampaignFolder(root)
     looks = Looks(folder.looks, external_budget=budget)
     for number in range(spent):
@@ -176,7 +190,7 @@ def desk_with(root: Path, budget: int, spent: int) -> Answering:
     theirs = rolled(0.5)
     return Answering(
         campaign=campaign.replace(judge=campaign.judge.replace(external=target)),
-        ground=Ground(folder, root, root, 10.0),
+        ground=Ground(folder, root, root / "judge", 10.0),
         ledger=Ledger(root),
         looks=looks,
         launcher=None,
@@ -204,6 +218,17 @@ def test_a_budget_that_the_rounds_have_spent_closes_without_the_open_rows(tmp_pa
     assert desk.looks.spent == spent + asked
     again = Looks(desk.looks.path, external_budget=budget)
     assert final_survey(Answering(**{**vars(desk), "looks": again}), policy) == found, "as a campaign that goes on does"
+
+
+def test_a_target_that_went_while_the_closing_trained_pauses_before_the_sealed_half_is_paid(tmp_path: Path) -> None:
+    desk = desk_with(tmp_path, 5, 0)
+    desk = Answering(**{**vars(desk), "looks": Looks(tmp_path / "unpaid.jsonl", external_budget=5)})
+    moved = ORIGIN.replace(recipe=ORIGIN.recipe.replace(lr=2 * ORIGIN.recipe.lr))
+    policy = initial_policy(moved, {}, desk.campaign.constitution).replace(round=CLOSING_ROUND)
+    (tmp_path / "t.csv").rename(tmp_path / "away.csv")
+    with pytest.raises(Paused, match=r"before a look was paid, expected .*t\.csv, found no file: restore it"):
+        final_comparison(desk, policy)
+    assert not desk.looks.path.exists() and any(event.key.endswith("/train") for event in desk.ledger)
 
 
 @pytest.mark.parametrize("due", [True, False])

@@ -30,7 +30,7 @@ from megatron_evolve.facts import RoundFacts, RunFacts
 from megatron_evolve.jobs import Ground, Run
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.meta import next_policy
-from megatron_evolve.released import released
+from megatron_evolve.released import released, step_of
 from megatron_evolve.review import a_half_means, review, round_items
 from megatron_evolve.stance import looks_of_a_round
 from megatron_evolve.status import state_of
@@ -333,11 +333,11 @@ def test_a_maximiser_of_dev_reads_dev_whatever_is_searched_for():
 
 
 def test_the_ladders_rule():
-    scores = ReportedScores({("a", 0): 0.5}, items=400)
+    one_item = step_of(ReportedScores({("a", 0): 0.5}, items=400))
     near, far, down = (Estimate(mean, 1e-4, 399.0) for mean in (0.0099, 0.0123, -0.0324))
-    assert released(near, scores).mean == 0 and released(far, scores).mean == pytest.approx(0.0125)
-    assert released(down, scores).mean == pytest.approx(-0.0325)
-    assert released(far, ReportedScores({("a", 0): 0.5}, items=400, step=0.01)).mean == pytest.approx(0.01)
+    assert released(near, one_item).mean == 0 and released(far, one_item).mean == pytest.approx(0.0125)
+    assert released(down, one_item).mean == pytest.approx(-0.0325)
+    assert released(far, step_of(ReportedScores({("a", 0): 0.5}, items=400, step=0.01))).mean == pytest.approx(0.01)
 
 
 # --- a campaign that waits ---

@@ -90,10 +90,11 @@ def test_only_the_judge_opens_the_target(
     opened = [json.loads(line)["process"] for line in log.read_text().splitlines()]
     freezing = [words for words in opened if any("eval/freeze" in word or "eval.freeze" in word for word in words)]
     asking = [words for words in opened if any("eval/run" in word or "eval.run" in word for word in words)]
-    counting = [words for words in opened if any(word.endswith("megatron_evolve/reuse.py") for word in words)]
+    names = ("megatron_evolve/reuse.py", "megatron_evolve/rows.py")
+    counting = [words for words in opened if any(word.endswith(names) for word in words)]
     assert freezing
     assert asking
-    # `reuse` tells how many rounds have rows of their own, and nothing else of the target
+    # `reuse` tells how many rounds have rows of their own, `rows` what of them cannot be judged on, and nothing else
     assert len(freezing) + len(asking) + len(counting) == len(opened), "another process opened the target"
     splits = {words[words.index("--splits") + 1] for words in asking}
     assert {"external-a", "external-b"} <= splits <= {"external-a", "external-b", "final"}

@@ -49,7 +49,12 @@ def test_rows_return_in_the_round_that_is_told(table: Path, anew: dict[str, int]
 
 
 def test_the_statement_before_the_start_says_it(anew: dict[str, int]) -> None:
-    use = {"total": dict.fromkeys(("training_runs", "scoring_jobs"), 1), "rounds_anew": anew, "rounds": 9}
+    use = {
+        "total": dict.fromkeys(("training_runs", "scoring_jobs"), 1),
+        "rounds_anew": anew,
+        "rounds": 9,
+        "warnings": [],
+    }
     use["total"] |= {"gpu_hours_limit": None, "cpu_hours_limit": None, "training_gpu_hours_assumed": None}
     told = "\n".join(use_words(use, {}))
     number = anew["external-a"]

@@ -1,14 +1,18 @@
-"""A trial's looks: dev is paid for before it is scored, and more seeds are another look."""
+"""A trial: dev is paid for before it is scored, more seeds are another look, and no number comes from no difference."""
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from megatron_evolve.candidate import candidate
+from megatron_evolve.comparisons import Weights
 from megatron_evolve.contest.surface import ORIGIN
 from megatron_evolve.eval.looks import BudgetSpent, Looks
+from megatron_evolve.eval.paired import RunItems
+from megatron_evolve.eval.seeds import SeedPool
 from megatron_evolve.substrate.digest import digest_of
-from megatron_evolve.trial import DEV_SPLITS, EXTERNAL_SPLITS, FIRST_TRIAL_ROUND, Trial, pay
+from megatron_evolve.trial import DEV_SPLITS, EXTERNAL_SPLITS, FIRST_TRIAL_ROUND, Trial, compare, pay, words
 
 RECORD = SimpleNamespace(
     campaign=SimpleNamespace(seed=1),
@@ -39,3 +43,25 @@ def test_an_external_look_is_charged_as_any(tmp_path) -> None:
     assert account.spent == 4
     with pytest.raises(BudgetSpent):
         pay(trial(5), account, EXTERNAL_SPLITS)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_where_no_item_tells_the_sides_apart_there_is_no_number(apart: bool) -> None:
+    """It read `P(better) 0.50` and an interval of no width."""
+
+    def answered(name: str, seed: int) -> SimpleNamespace:
+        right = np.arange(40) < 10 + 4 * apart * (name == SIDES[1].id)
+        families = ["a"] * 20 + ["b"] * 20
+        return SimpleNamespace(items=lambda splits: RunItems(name, seed, np.arange(40), families, right))
+
+    shown = trial(3)
+    object.__setattr__(shown, "facts", lambda found, stages: [answered(found.id, seed) for seed in (1, 2, 3)])
+    dev = compare(shown, ("dev-b",), "dev", Weights({"a": 0.5, "b": 0.5}, {}), SeedPool(()))
+    told = {"candidate": "c", "anchor": "a", "substrate": "s", "external": dev, "failures": []}
+    said = words({**told, "dev": dev, "predicted": {"domains": {"b": "flat"}}})
+    numbers = ("mean", "se", "low", "high", "p_better")
+    assert [dev["domains"]["b"][name] for name in numbers] == [None] * 5
+    assert ("b not apart, predicted flat: unresolved" in said) == apart
+    assert ([dev[name] for name in (*numbers, "minimum_detectable_effect")] == [None] * 6) != apart
+    assert ("NO VERDICT  c: no dev-B item of 40 tells" in said) != apart
+    assert ("external no item tells the two sides apart" in said) != apart

@@ -8,7 +8,7 @@ and external scores together by `seed_sd`. Of an explorer's flips the share `sha
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -344,6 +344,8 @@ def test_unresolved_says_what_would_settle_it():
     for rule in (GapTest(rounds=(1, 2, 3, 4), window=rounds - 1), few):
         text = judge([one], rule, pool)[1].reason
         assert "would settle it" in text and "rounds pooled" not in text, "neither window nor looks reach so far"
+    later = judge([replace(one, number=4)], GapTest(estimands=ALL, rounds=(1, 2, 3, 4)), pool)[1].reason
+    assert "would settle it" in later and "rounds pooled" not in later, "no round is left to pool"
 
 
 def test_holm_levels():

@@ -1,0 +1,45 @@
+"""What would spoil a campaign from its first round on is refused, or warned of, before anything is made."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_evolve.campaign import SHIPPED, Campaign, load_campaign
+from megatron_evolve.estimate import seed_luck, use_words
+from megatron_evolve.loop import Session, run_campaign
+from megatron_evolve.preflight import check_opening
+
+DEMO = load_campaign(SHIPPED / "demo.yaml")
+
+
+def changed(looks: int, asks: str = "all", **rules: int) -> Campaign:
+    constitution = DEMO.constitution.replace(external_looks=looks, **rules)
+    return DEMO.replace(constitution=constitution, search=DEMO.search.replace(ask_external=asks))
+
+
+def test_looks_that_do_not_last_for_a_round_are_refused(tmp_path: Path) -> None:
+    """Ten looks went to 8 candidates on one half and 2 on the other: the leader was judged by none."""
+    session = Session(tmp_path / "run", tmp_path / "store", lambda what, facts: None, lambda: False)
+    says = (
+        "has 10 external look.* asks `all` takes 16: .* raise constitution.external_looks, set search.ask_external to"
+    )
+    with pytest.raises(ValueError, match=says) as told:
+        run_campaign(session, changed(10))
+    assert "\n" not in str(told.value) and list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="asks `best` takes 4"):
+        check_opening(changed(3, "best"))
+    for looks, asks in ((16, "all"), (0, "all"), (10, "best"), (10, "none")):
+        check_opening(changed(looks, asks))
+
+
+@pytest.mark.parametrize(("workers", "confirm", "warned"), [(32, 0, True), (32, 2, False), (8, 0, False)])
+def test_leaders_that_nobody_confirms_are_warned_of_where_many_run(workers: int, confirm: int, warned: bool) -> None:
+    campaign = changed(999, workers=workers)
+    replicates = campaign.search.replicates.replace(confirm_candidates=confirm)
+    campaign = campaign.replace(search=campaign.search.replace(replicates=replicates))
+    said = seed_luck(campaign)
+    assert ["the best of 31 explorers carries its seed's luck" in one for one in said] == [True] * warned
+    assert seed_luck(campaign.replace(judge=campaign.judge.replace(external=None))) == []
+    total = {"training_runs": 1, "scoring_jobs": 1, "training_gpu_hours_assumed": None}
+    total |= {"gpu_hours_limit": None, "cpu_hours_limit": None}
+    assert use_words({"total": total, "rounds": 4, "rounds_anew": {}, "warnings": said}, {})[1:] == said

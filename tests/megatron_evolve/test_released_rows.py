@@ -1,0 +1,82 @@
+"""Rows of a CSV that come round again: selection and the next policy read them as released, verdicts exactly."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_evolve.artefacts import CampaignFolder, save_yaml
+from megatron_evolve.constitution import Constitution
+from megatron_evolve.contest.product import ProductCampaign
+from megatron_evolve.contest.surface import ORIGIN
+from megatron_evolve.facts import RoundFacts, round_facts
+from megatron_evolve.ledger import Ledger
+from megatron_evolve.meta import initial_policy
+from megatron_evolve.review import a_half_means, review
+from tests.megatron_evolve.test_review import drawn
+
+__all__ = ["drawn"]  # the fixture
+
+HALVES = frozenset({"external-a", "external-b"})
+DEV = ("dev-a", "dev-b")
+
+
+def is_released(read, exact, items: int) -> bool:
+    """Whether it is none within its standard error, and beyond it the nearest whole number of items."""
+    wanted = 0.0 if abs(exact.mean) <= exact.se else round(exact.mean * items) / items
+    return read.mean == pytest.approx(wanted, abs=1e-12) and read.se == exact.se
+
+
+def test_the_next_policy_reads_them_as_released_and_verdicts_stay_exact(
+    drawn: tuple[ProductCampaign, RoundFacts],
+) -> None:
+    campaign, facts = drawn
+    exact, read = (
+        review([one], campaign.rules, campaign.origin, campaign.weights, [], {})
+        for one in (facts, replace(facts, reused=HALVES))
+    )
+    assert read.verdicts == exact.verdicts and read.selected == exact.selected
+    some = next(run for runs in facts.runs.values() for run in runs)
+    moved = 0
+    for one, before in zip(read.candidates, exact.candidates, strict=True):
+        assert one.gain == before.gain and one.effects.keys() == before.effects.keys()
+        for split, effect in one.effects.items():
+            splits = ("external-a", "external-b") if split == "external" else (split,)
+            count = len(some.items(splits).item_ids)
+            assert (
+                effect == before.effects[split] if split in DEV else is_released(effect, before.effects[split], count)
+            )
+            moved += effect != before.effects[split]
+        for name, domain in one.domains.items():
+            assert domain.dev_effect == before.domains[name].dev_effect
+            if domain.external_effect is not None:
+                count = int((some.items(("external-a", "external-b")).families == name).sum())
+                assert is_released(domain.external_effect, before.domains[name].external_effect, count)
+    assert moved
+
+
+def test_selection_after_the_external_score_ranks_them_as_released(drawn: tuple[ProductCampaign, RoundFacts]) -> None:
+    campaign, facts = drawn
+    after = replace(facts, policy=facts.policy.replace(objective="external"))
+    fresh, read = (a_half_means(one, campaign.weights) for one in (after, replace(after, reused=HALVES)))
+    assert a_half_means(replace(facts, reused=HALVES), campaign.weights) == a_half_means(facts, campaign.weights)
+    count = len(next(iter(facts.runs.values()))[0].items(("external-a",)).item_ids)
+    assert read.keys() == fresh.keys() and read != fresh
+    assert all(mean * count == pytest.approx(round(mean * count)) for mean in read.values())
+    best = max(read.values())
+    assert max(fresh, key=fresh.get) in [name for name, mean in read.items() if mean == best]
+
+
+def test_the_opening_tells_from_which_round_on(tmp_path: Path) -> None:
+    """So that a round that is reviewed again reads what the first review read."""
+    folder, ledger = CampaignFolder(tmp_path), Ledger(tmp_path)
+    opened = {"substrate": "s", "judge": "j", "rounds_anew": {"external-a": 2, "external-b": 1}}
+    ledger.append("campaign-opened", "", opened)
+    found = []
+    for number in (1, 2, 3):
+        policy = initial_policy(ORIGIN, {}, Constitution()).replace(round=number)
+        ledger.append("policy", str(number), {"digest": save_yaml(folder.policy(number), policy)})
+        found.append(round_facts(folder, ledger, 0, number))
+    assert [one.reused for one in found] == [frozenset(), frozenset({"external-b"}), HALVES]
+    assert [one.asked_before("external") for one in found] == [False, True, True]
+    assert not any(one.asked_before("dev-a") for one in found)

@@ -1,0 +1,73 @@
+"""The target's file: one that changed or went pauses the campaign before a look is paid, and mended it goes on."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_evolve.contest.surface import ORIGIN
+from megatron_evolve.desk import ENDED
+from megatron_evolve.jobs import StageEnd
+from megatron_evolve.meta import initial_policy
+from megatron_evolve.retries import Paused
+from megatron_evolve.rounds import RoundRuns, ask_external
+from tests.megatron_evolve.test_closing import Answering, desk_with
+
+
+class Crashing(Answering):
+    """A desk whose anchor answered dev and whose jobs on the target all crash."""
+
+    def facts(self, number: int) -> SimpleNamespace:
+        return SimpleNamespace(has_anchor=True)
+
+    def drive(self, stages, after=lambda end: (), ground=None):
+        for run, stage in stages:
+            end = StageEnd(run, stage, "crashed", "its engine fell over", cpu_seconds=1.0, seconds=1.0, attempts=1)
+            self.record(end, self.ground)
+            yield end
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> RoundRuns:
+    """Round 1 with two runs of its anchor, answered on dev."""
+    made = desk_with(tmp_path, 8, 0)
+    desk = Crashing(**{**vars(made), "suites": {"items": {"external-a": 2, "external-b": 2}}})
+    runs = RoundRuns(desk, initial_policy(ORIGIN, {}, desk.campaign.constitution).replace(round=1))
+    for run in runs.add(runs.anchor, 2):
+        runs.ends[run.key, "dev"] = StageEnd(run, "dev", "finished", "", 1.0, 1.0, 1)
+    return runs
+
+
+@pytest.mark.parametrize("name", ["away.csv", "t.csv"])
+def test_a_file_that_went_or_changed_pauses_before_a_look_is_paid(scored: RoundRuns, tmp_path: Path, name: str) -> None:
+    table = tmp_path / "t.csv"
+    kept = table.read_bytes()
+    table.rename(tmp_path / name)
+    if table.exists():
+        table.write_bytes(kept + b"r40,question 40,40\n")
+    with pytest.raises(Paused, match=r"before a look was paid, expected .*restore") as told:
+        ask_external(scored, "external-a")
+    assert scored.desk.looks.spent == 0 and len(scored.desk.ledger) == 0 and "\n" not in str(told.value)
+    table.write_bytes(kept)
+    with pytest.raises(Paused, match="crashed"):
+        ask_external(scored, "external-a")
+    assert scored.desk.looks.spent == 1, "restored, the same question is paid and put"
+
+
+def test_a_stage_of_which_every_job_crashed_pauses_once_and_then_the_round_goes_on(scored: RoundRuns) -> None:
+    with pytest.raises(Paused, match="all 2 jobs that scored external-a crashed, the first with: its engine fell over"):
+        ask_external(scored, "external-a")
+    again = RoundRuns(scored.desk, scored.policy)
+    for run in again.add(again.anchor, 2):
+        again.ends[run.key, "dev"] = scored.ends[run.key, "dev"]
+    ask_external(again, "external-a")
+    assert scored.desk.looks.spent == 1 and not again.scored("external-a")
+
+
+def test_one_that_crashed_beside_one_that_finished_before_is_a_run_like_any(scored: RoundRuns) -> None:
+    """The controller started anew between the two, so this start saw one end, and that a crash."""
+    first = scored.runs[scored.anchor.id][0]
+    end = StageEnd(first, "external-a", "finished", "", 1.0, 1.0, 1)
+    scored.desk.ledger.append("ended", f"{first.key}/external-a", {"end": {n: getattr(end, n) for n in ENDED}})
+    ask_external(scored, "external-a")
+    assert scored.scored("external-a") == [first]
