@@ -110,7 +110,8 @@ class Answers:
         counts = np.bincount(codes)
         if counts.min() < 2:
             raise ValueError(
-                f"expected at least 2 items of family {names[counts.argmin()]}, got 1: no variance comes from one item"
+                f"expected at least 2 items of family {names[counts.argmin()]}, got 1, from which no variance comes: "
+                "ask more items, or leave the family out"
             )
         rows = np.stack([_in_order_of(first, run) for run in runs])
         return cls(keys, tuple(str(name) for name in names), first.item_ids, codes, counts, rows)

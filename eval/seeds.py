@@ -193,8 +193,8 @@ class RunReplicates:
 class SeedPool:
     """Replicates that tell how much one seed is worth: the origin's frozen ones and those of all rounds so far.
 
-    A run that comes twice (an unmoved anchor keeps its seeds) counts at its first coming only: it is one draw of the
-    seed, however often it is scored. So put the origin first.
+    A run that comes twice (the origin's come again where the cumulative estimand asks it) counts at its first coming
+    only: it is one draw of the seed, however often it is scored. So put the origin first.
     """
 
     groups: tuple[RunReplicates, ...]

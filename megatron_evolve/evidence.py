@@ -1,7 +1,8 @@
 """Evidence: the one artefact of a round that meta reads, in one fixed schema.
 
 Every effect is a paired difference to the same-round anchor on the same items. Failures keep their kind; a run without
-a score has none. Of a target that tells scores alone, effects and scores are the released values (Ladder, rounded).
+a score has none. Of a target that tells scores alone, effects and scores are the released values (Ladder, rounded);
+of a CSV whose rows come round again the effects are, and the anchor's accuracies by domain are to one row's worth.
 Verdicts and replicates hold exact ones: verdicts are computed on raw values, and later rounds pool the replicates. The
 next policy is made from the verdicts' outcomes, and the reasons that its edits cite quote the exact changes; it reads
 no other number of theirs.

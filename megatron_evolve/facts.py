@@ -138,18 +138,23 @@ class RoundFacts:
         return [run for run in self.runs.get(name, ()) if run.has(split)]
 
     def first(self, name: str, split: str) -> list[RunFacts]:
-        """The scored runs that selection reads: all of the anchor, and of an explorer those before any confirmation.
+        """The scored runs that selection reads: all of the anchor, and of an explorer those before any confirmation."""
+        runs = self.scored(name, split)
+        return runs if name == self.anchor else [run for run in runs if run in self.before_confirmation(name)]
+
+    def before_confirmation(self, name: str) -> tuple[RunFacts, ...]:
+        """An explorer's runs that were planned for selection.
 
         Every worker that opens with a candidate adds runs of it; a repair adds some only where there were none.
         """
-        runs = self.scored(name, split)
-        if name == self.anchor:
-            return runs
         opened = {one.worker: one.candidate for one in reversed(self.proposals)}  # each worker's first
         repaired = any(one.candidate == name for one in self.proposals)
         workers = sum(found == name for found in opened.values()) or int(repaired)
-        planned = self.runs.get(name, ())[: workers * self.policy.replicates.explorer]
-        return [run for run in runs if run in planned]
+        return self.runs.get(name, ())[: workers * self.policy.replicates.explorer]
+
+    def further(self, name: str) -> tuple[RunFacts, ...]:
+        """An explorer's runs on further seeds, which confirm: nothing was selected on them."""
+        return self.runs.get(name, ())[len(self.before_confirmation(name)) :]
 
     @property
     def has_anchor(self) -> bool:

@@ -19,7 +19,9 @@ from megatron_evolve.comparisons import (
     seeds_of,
 )
 from megatron_evolve.constitution import Constitution
-from megatron_evolve.eval.paired import RunItems, effect, minimum_detectable_effect
+from megatron_evolve.eval.looks import round_to
+from megatron_evolve.eval.paired import effect, estimate, minimum_detectable_effect
+from megatron_evolve.eval.reported import WHOLE_WEIGHT
 from megatron_evolve.eval.score import ItemRows, Score, overall_score
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.evidence import (
@@ -34,7 +36,16 @@ from megatron_evolve.facts import RoundFacts, RunFacts
 from megatron_evolve.gap import OVERALL, GapTest, holm_levels, rule_of
 from megatron_evolve.origin import Origin
 from megatron_evolve.policy import OTHER, Objective, SearchPolicy
-from megatron_evolve.released import released_half, released_mean, released_value, told_contrast, told_runs, told_scores
+from megatron_evolve.released import (
+    released,
+    released_half,
+    released_mean,
+    released_value,
+    step_of,
+    told_contrast,
+    told_runs,
+    told_scores,
+)
 from megatron_evolve.verdict import Verdict, judge
 from megatron_evolve.window import RoundItems
 
@@ -51,7 +62,9 @@ def a_half_means(facts: RoundFacts, weights: Weights) -> dict[str, float]:
 
 def _a_half_mean(facts: RoundFacts, name: str, weights: Weights) -> float | None:
     if facts.policy.objective == "external" and weights.told_alone:
-        return released_mean(facts, name, told_runs(facts, name)[: facts.policy.replicates.explorer])
+        return released_mean(
+            facts, name, [run for run in told_runs(facts, name) if run in facts.before_confirmation(name)]
+        )
     split = "dev-a" if facts.policy.objective == "dev" else "external-a"
     if facts.asked_before(split):
         return released_half(facts, name, split, weights.of(split))
@@ -254,16 +267,19 @@ def _joined_score(run: RunFacts, splits: Sequence[str], weights: Mapping[str, fl
 
 
 def _confirmed(facts: RoundFacts, name: str, weights: Weights, objective: Objective) -> bool:
-    """Whether the later seeds alone, without the run that was selected on, are above the anchor on a score's B half."""
+    """Whether the further seeds alone, none that was selected on, are above the anchor on a score's B half, as read."""
+    further = facts.further(name)
     if objective == "external" and weights.told_alone:
-        later = told_contrast(facts, name, told_runs(facts, name)[facts.policy.replicates.explorer :])
-        return later is not None and float(later.means_F[0]) > 0
+        contrast = told_contrast(facts, name, [run for run in further if run.reported is not None])
+        found = contrast and estimate([(1.0, contrast, WHOLE_WEIGHT)])
+        return found is not None and released(found, step_of(told_scores(facts, (name,)))).mean > 0
     split = "dev-b" if objective == "dev" else "external-b"
-    later, anchors = facts.scored(name, split)[facts.policy.replicates.explorer :], facts.scored(facts.anchor, split)
-    if not later or not anchors:
+    mine = [run.items((split,)) for run in further if run.has(split)]
+    anchors = [run.items((split,)) for run in facts.scored(facts.anchor, split)]
+    if not mine or not anchors:
         return False
-    items: list[RunItems] = [run.items((split,)) for run in later]
-    return effect(items, [run.items((split,)) for run in anchors], weights.of(split)).mean > 0
+    found = effect(mine, anchors, weights.of(split))
+    return (released(found, 1.0 / len(anchors[0].item_ids)) if facts.asked_before(split) else found).mean > 0
 
 
 def _domain(compared: Comparisons, name: str, domain: str) -> DomainEffect:
@@ -288,6 +304,8 @@ def _domain_score(facts: RoundFacts, name: str, split: str, domain: str) -> Scor
     if not shares:
         return None
     mean = statistics.fmean(shares)
+    if facts.asked_before(split):
+        mean = round_to(mean, 1.0 / count)
     return ScoreValue(mean=mean, se=math.sqrt(mean * (1 - mean) / count), n=count)
 
 

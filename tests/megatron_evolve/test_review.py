@@ -63,10 +63,22 @@ def test_what_a_repair_proposed_again_makes_no_confirming_run_select(drawn) -> N
     assert len(repair.first(name, "dev-a")) == 1
     twice = replace(facts, proposals=(*facts.proposals, replace(mine, worker=99)))
     assert len(twice.first(name, "dev-a")) == 2
+    assert [len(one.further(name)) for one in (facts, repair, twice)] == [1, 1, 0]
     moved = tuple(replace(one, worker=other.worker) if one is mine else one for one in facts.proposals)
     alone = replace(facts, proposals=(other, *(one for one in moved if one is not other)))
     assert len(alone.first(name, "dev-a")) == 1, "it came by a repair alone"
     assert facts.first("nobody", "dev-a") == []
+
+
+def test_a_run_that_selected_confirms_nothing(drawn) -> None:
+    """Of two workers that open with one candidate the second run was planned before anything was ranked."""
+    campaign, facts = drawn
+    ground = (campaign.rules, campaign.origin, campaign.weights, [], {})
+    name = next(one.id for one in review([facts], *ground).candidates if one.confirmed or one.confirmed_off_objective)
+    mine = next(one for one in facts.proposals if one.candidate == name)
+    twice = replace(facts, proposals=(*facts.proposals, replace(mine, worker=99)))
+    found = next(one for one in review([twice], *ground).candidates if one.id == name)
+    assert len(found.runs) == 2 and not (found.confirmed or found.confirmed_off_objective)
 
 
 def test_further_seeds_confirm_on_each_score_by_itself() -> None:
