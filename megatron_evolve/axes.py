@@ -24,8 +24,8 @@ GROWTH = 1.5  # of the step after a gain, while gains on dev are being exploited
 
 STEPS = ("direction", "magnitude", "misses_up", "misses_down", "retired")  # what an axis learns
 
-# Best first: the reading that an axis is judged by when its worker had to repair.
-_ORDER = ("gain", "promising", "flat", "loss", "failed", "refused", "unscored")
+# Best first: the reading that an axis is judged by when its worker had to repair, or several had it.
+_ORDER = ("gain", "promising", "flat", "loss", "failed", "unscored", "refused")
 
 
 def generic_axes() -> tuple[Axis, ...]:
@@ -43,7 +43,9 @@ def edit_axes(draft: Draft, policy: SearchPolicy, found: Sequence[Reading], move
         by_axis.setdefault(reading.candidate.axis, reading)
     worked = [axis for axis in policy.open_axes() if axis.name in by_axis and axis.operator != "stack"]
     after = {axis.name: _adapted(policy, axis, by_axis[axis.name]) for axis in worked}
-    still_open = [axis.name for axis in policy.open_axes() if axis.name not in after or not after[axis.name].retired]
+    # The stack is shut as soon as nothing waits, so it keeps no search going.
+    rest = [axis.name for axis in policy.open_axes() if axis.operator != "stack"]
+    still_open = [name for name in rest if name not in after or not after[name].retired]
     for axis in worked:
         adapted, reading = after[axis.name], by_axis[axis.name]
         if adapted.retired and moved is not None:

@@ -9,6 +9,8 @@ When a change that surely helped moves the standing settings, its inverse is a d
 proposals of real campaigns 24 undid, whole or in part, what the round before had shown to pay; 21 lost, none gained.
 """
 
+from typing import Any
+
 from megatron_evolve.delta import canonical_change, same_settings
 from megatron_evolve.evidence import CandidateEvidence, Evidence
 from megatron_evolve.policy import DeadEnd, Objective, SearchPolicy
@@ -37,9 +39,16 @@ def dead_end_of(policy: SearchPolicy, resolved: Settings) -> DeadEnd | None:
             # Of a way back a part is ruled out as well: the leaves that these settings change, as far as it has them.
             moved = canonical_change(policy.standing, resolved) if one.way_back else one.change
             back = {path: one.change[path]["to"] for path in moved if path in one.change}
-            if same_settings(write_all(policy.standing, back), resolved):
+            if _makes(policy.standing, back, resolved):
                 return one
     return None
+
+
+def _makes(standing: Settings, change: dict[str, Any], resolved: Settings) -> bool:
+    try:
+        return same_settings(write_all(standing, change), resolved)
+    except ValueError:  # a part of a way back need not be settings: nobody repeats it
+        return False
 
 
 def way_back(policy: SearchPolicy, objective: Objective, moved: Reading | None) -> tuple[DeadEnd, ...]:

@@ -85,7 +85,7 @@ class CandidateEvidence(Frozen):
     )
     domains: dict[str, DomainEffect] = Field(default_factory=dict)
     refused: str = Field(default="", description="why the worker ended without a candidate that could run")
-    nothing: bool = Field(default=False, description="its last answer was that there is no move left, no proposal")
+    nothing: bool = Field(default=False, description="every answer of its worker was that there is no move left")
 
 
 class Noise(Frozen):

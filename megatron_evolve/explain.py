@@ -159,15 +159,19 @@ def _quoted(value: object) -> str:
     return f'"{value.rstrip(".")}"' if isinstance(value, str) and " " in value and value.endswith(".") else ""
 
 
+def _is_void(value: object) -> bool:
+    return value is None or value is False or value == "" or value == [] or value == {}
+
+
 def _short(value: object) -> str:
     """A value of the policy in words."""
-    if value is None or value == "" or value == [] or value == {}:
+    if _is_void(value):
         return "nothing"
     if isinstance(value, dict):
         if value.keys() == {"from", "to"}:
             return f"from {_short(value['from'])} to {_short(value['to'])}"
-        known = {name: inner for name, inner in value.items() if name not in UNSAID and inner not in (None, "", [], {})}
-        return f"({', '.join(f'{name} {_short(inner)}' for name, inner in known.items())})"
+        told = [name for name, inner in value.items() if name not in UNSAID and not _is_void(inner)]
+        return f"({', '.join(f'{name} {_short(value[name])}' for name in told)})"
     if isinstance(value, list | tuple):
         return " and ".join(map(_short, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -108,7 +108,7 @@ def review(
         objective=facts.policy.objective,
         anchor=facts.anchor,
         selected=min(means, key=lambda name: (-means[name], name)) if means else None,
-        candidates=(*reviewed, *_refused(facts)),
+        candidates=(*reviewed, *refused(facts)),
         noise=_noise(facts, reviewed, weights, pool),
         minimum_detectable_effect=_detectable(compared),
         verdicts=tuple(verdict.to_dict() for verdict in verdicts),
@@ -203,7 +203,7 @@ def _candidate(compared: Comparisons, name: str) -> CandidateEvidence:
     )
 
 
-def _refused(facts: RoundFacts) -> list[CandidateEvidence]:
+def refused(facts: RoundFacts) -> list[CandidateEvidence]:
     """Workers that ended without a candidate, one entry each with the last reason."""
     accepted = {one.worker for one in facts.proposals}
     last = {one["worker"]: one for one in facts.refusals if one["worker"] not in accepted}
@@ -215,7 +215,7 @@ def _refused(facts: RoundFacts) -> list[CandidateEvidence]:
             change={},
             runs=(),
             refused=one["reason"],
-            nothing=one["nothing"],
+            nothing=all(said["nothing"] for said in facts.refusals if said["worker"] == worker),
         )
         for worker, one in sorted(last.items())
     ]

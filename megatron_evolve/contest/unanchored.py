@@ -18,7 +18,7 @@ from megatron_evolve.evidence import CandidateEvidence, DomainEffect, Evidence, 
 from megatron_evolve.facts import RoundFacts, RunFacts
 from megatron_evolve.gap import OVERALL, decide, look_at, rule_of, scope_of
 from megatron_evolve.policy import OTHER, Objective
-from megatron_evolve.review import a_half_means
+from megatron_evolve.review import a_half_means, refused
 from megatron_evolve.verdict import Verdict
 from megatron_evolve.window import Pair
 
@@ -86,7 +86,11 @@ class UnanchoredCampaign(ProductCampaign):
             objective=facts.policy.objective,
             anchor=facts.anchor,
             selected=winner,
-            candidates=(self._standing(facts), *(self._explorer(compared, one) for one in facts.proposals)),
+            candidates=(
+                self._standing(facts),
+                *(self._explorer(compared, one) for one in facts.proposals),
+                *refused(facts),
+            ),
             noise=Noise(),
             verdicts=tuple(one.to_dict() for one in self._verdicts(compared, winner)),
             looks=dict(looks),
@@ -132,7 +136,7 @@ class UnanchoredCampaign(ProductCampaign):
 
     def _confirmed(self, compared: Unanchored, name: str, objective: Objective) -> bool:
         split = "dev-b" if objective == "dev" else "external-b"
-        later = _scored(compared.facts.runs[name], (split,))[compared.facts.policy.replicates.explorer :]
+        later = _scored(compared.facts.further(name), (split,))
         theirs = _scored(self.baseline, (split,))
         if not later or not theirs:
             return False

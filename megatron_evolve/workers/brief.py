@@ -66,7 +66,11 @@ class Proposal(Frozen):
     schema_: Literal["proposal/1"] = Field(default="proposal/1", alias="schema")
     brief: str = Field(description="digest of the brief that is answered")
     delta: Delta | None = None
-    nothing: str = Field(default="", description="why there is no delta; empty if there is one")
+    nothing: str = Field(
+        default="",
+        description="why the axis has no move left, which retires it until the standing settings or the objective "
+        "move; empty if there is a delta. A program that could not answer exits non-zero instead",
+    )
     usage: Usage | None = Field(default=None, description="none from a program that costs only its CPU time")
 
     @model_validator(mode="after")

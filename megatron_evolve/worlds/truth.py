@@ -70,7 +70,8 @@ def true_effects(
 ) -> tuple[TrueEffect, ...]:
     """The truth behind every verdict of these rounds, in order. An estimand without runs on both sides has none.
 
-    `moves` are the rounds from which another objective was searched for: no verdict pools across one.
+    `moves` are the rounds from which another objective was searched for, or before which a further premise fell: no
+    verdict pools across one.
     """
     shared = set(rounds[0].dev_weights) & set(rounds[0].external_weights)
     domains = [] if overall_alone else sorted(shared)

@@ -85,6 +85,16 @@ def test_the_way_back_from_a_sure_gain_is_a_dead_end_whole_or_in_part() -> None:
     assert moved.standing == following.standing and moved.dead_ends == ()
 
 
+def test_a_part_of_a_way_back_that_is_no_settings_is_repeated_by_none() -> None:
+    """A long warm-up was shortened with its run, and cannot come back without it."""
+    policy = start()
+    policy = policy.replace(standing=write_all(policy.standing, {"recipe.warmup_steps": 100}))
+    both = {"recipe.steps": 70, "recipe.warmup_steps": 50}
+    moved = follow(policy, round_of(policy, explorer(policy, "steps", UP, change=both)))
+    assert moved.dead_ends[0].way_back
+    assert dead_end_of(moved, write_all(moved.standing, {"recipe.warmup_steps": 25})) is None
+
+
 def test_an_axis_without_a_move_gives_its_worker_away_until_the_ground_moves() -> None:
     policy = start()
     told = CandidateEvidence(id="none-3", axis="style", role="explorer", change={}, runs=(), refused="No move.")
@@ -181,3 +191,28 @@ def test_the_last_open_axis_is_never_retired() -> None:
     )
     following = follow(policy.replace(axes=only), round_of(policy, explorer(policy, "lr", FLAT)))
     assert len(following.open_axes()) == 1
+
+
+def test_a_stack_that_shuts_keeps_no_search_going() -> None:
+    policy = start()
+    waited = follow(policy, round_of(policy, explorer(policy, "schedule", 0.05), explorer(policy, "lr", UP)))
+    worn = waited.replace(
+        axes=tuple(
+            axis.replace(misses_up=2, misses_down=1, direction="down")
+            for axis in waited.axes
+            if axis.name in ("lr", "stack")
+        )
+    )
+    lost = explorer(worn, "stack", FLAT, change={"recipe.lr": 2e-3})
+    following = follow(worn, round_of(worn, explorer(worn, "lr", FLAT, change={"recipe.lr": 5e-4}), lost))
+    assert [axis.name for axis in following.open_axes()] == ["lr"]
+
+
+def test_an_axis_is_not_retired_while_another_worker_of_it_had_a_move() -> None:
+    policy = start()
+    lost = explorer(policy, "lr", None, outcome="lost")
+    stuck = CandidateEvidence(
+        id="none-7", axis="lr", role="explorer", change={}, runs=(), refused="No move.", nothing=True
+    )
+    for found in ((lost, stuck), (stuck, lost)):
+        assert "lr" in {axis.name for axis in follow(policy, round_of(policy, *found)).open_axes()}

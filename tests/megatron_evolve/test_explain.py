@@ -67,6 +67,7 @@ def test_a_value_that_is_a_sentence_is_quoted() -> None:
     again = argument(stacked, round_of(stacked, explorer(stacked, "stack", DOWN)))
     assert any(line.endswith('axes.stack.retired now reads "No change waits to be combined".') for line in again)
     assert again[0].endswith("with 1 change waiting.")
+    assert not any("way_back" in line for line in again), "of an ordinary dead end"
     assert any("dead_ends.1 is new (axis stack, change (recipe.lr from 0.001 to 0.002), " in line for line in again)
 
 

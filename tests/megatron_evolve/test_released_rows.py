@@ -9,11 +9,16 @@ from megatron_evolve.artefacts import CampaignFolder, save_yaml
 from megatron_evolve.constitution import Constitution
 from megatron_evolve.contest.product import ProductCampaign
 from megatron_evolve.contest.surface import ORIGIN
+from megatron_evolve.eval.paired import effect as effect_of
+from megatron_evolve.eval.paired import estimate
+from megatron_evolve.eval.reported import WHOLE_WEIGHT
 from megatron_evolve.facts import RoundFacts, round_facts
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.meta import initial_policy
+from megatron_evolve.released import told_contrast
 from megatron_evolve.review import a_half_means, review
-from tests.megatron_evolve.test_review import drawn
+from tests.megatron_evolve.test_external import told_round
+from tests.megatron_evolve.test_review import a_round, drawn
 
 __all__ = ["drawn"]  # the fixture
 
@@ -65,6 +70,35 @@ def test_selection_after_the_external_score_ranks_them_as_released(drawn: tuple[
     assert all(mean * count == pytest.approx(round(mean * count)) for mean in read.values())
     best = max(read.values())
     assert max(fresh, key=fresh.get) in [name for name, mean in read.items() if mean == best]
+
+
+def test_further_seeds_confirm_on_what_is_released() -> None:
+    """A further run that is above the anchor by less than the standard error confirms on fresh rows alone."""
+    campaign, facts = a_round(seed=5, confirm_candidates=5)
+    exact, read = (
+        {one.id: one for one in review([given], campaign.rules, campaign.origin, campaign.weights, [], {}).candidates}
+        for given in (facts, replace(facts, reused=HALVES))
+    )
+    anchors = [run.items(("external-b",)) for run in facts.scored(facts.anchor, "external-b")]
+    seen = set()
+    for name in facts.explorers:
+        further = [run.items(("external-b",)) for run in facts.further(name)]
+        if further:
+            found = effect_of(further, anchors, campaign.weights.external)
+            assert exact[name].confirmed_off_objective == (found.mean > 0)
+            assert read[name].confirmed_off_objective == (found.mean > found.se)
+            seen.add((exact[name].confirmed_off_objective, read[name].confirmed_off_objective))
+    assert (True, False) in seen, "one that is above by less is among them"
+
+
+def test_further_seeds_confirm_on_what_a_target_that_shows_no_item_released() -> None:
+    campaign, facts, _ = told_round("dev")
+    found = review([facts], campaign.rules, campaign.origin, campaign.weights, [], {})
+    told = {one.id: one.confirmed_off_objective for one in found.candidates}
+    exact = {name: told_contrast(facts, name, facts.further(name)) for name in facts.explorers if facts.further(name)}
+    gains = {name: estimate([(1.0, one, WHOLE_WEIGHT)]) for name, one in exact.items()}
+    assert all(told[name] == (gain.mean > gain.se) for name, gain in gains.items())
+    assert sum(told[name] != (gain.mean > 0) for name, gain in gains.items()) == 1, "one is above by less"
 
 
 def test_the_opening_tells_from_which_round_on(tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ def test_a_worker_without_a_move_is_told_from_one_that_was_refused(tmp_path) -> 
     for worker, (ending, delta) in enumerate(endings, start=1):
         told = {"round": 1, "worker": worker, "axis": f"axis-{worker}", "candidate": "", "refused": "Why not."}
         ledger.append("proposed", f"1/{worker}/0", {**told, "delta": delta, "call": {"ending": ending}})
+    told = {"round": 1, "worker": 3, "axis": "axis-3", "candidate": "", "refused": "I could not mend it."}
+    ledger.append("proposed", "1/3/1", {**told, "delta": None, "call": {"ending": "ok"}})
     facts = round_facts(folder, ledger, 4, 1)
     evidence = review([facts], campaign.rules, campaign.origin, campaign.weights, [], {})
     assert [one.nothing for one in evidence.candidates if one.refused] == [True, False, False]
