@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_evolve.contest.surface import ORIGIN
-from megatron_evolve.desk import ENDED
+from megatron_evolve.desk import ENDED, STOPPED, Stopped
 from megatron_evolve.jobs import StageEnd
 from megatron_evolve.meta import initial_policy
 from megatron_evolve.retries import Paused
@@ -25,6 +25,16 @@ class Crashing(Answering):
             end = StageEnd(run, stage, "crashed", "its engine fell over", cpu_seconds=1.0, seconds=1.0, attempts=1)
             self.record(end, self.ground)
             yield end
+
+
+class Stopping(Crashing):
+    """One that is asked to stop while they do."""
+
+    def drive(self, stages, after=lambda end: (), ground=None):
+        asked = list(stages)
+        yield from super().drive(asked, after, ground)
+        if asked:
+            raise Stopped(STOPPED)
 
 
 @pytest.fixture
@@ -54,14 +64,35 @@ def test_a_file_that_went_or_changed_pauses_before_a_look_is_paid(scored: RoundR
     assert scored.desk.looks.spent == 1, "restored, the same question is paid and put"
 
 
-def test_a_stage_of_which_every_job_crashed_pauses_once_and_then_the_round_goes_on(scored: RoundRuns) -> None:
-    with pytest.raises(Paused, match="all 2 jobs that scored external-a crashed, the first with: its engine fell over"):
-        ask_external(scored, "external-a")
-    again = RoundRuns(scored.desk, scored.policy)
+ALL_CRASHED = "all 2 jobs that scored external-a crashed, the first with: its engine fell over"
+
+
+def started_again(before: RoundRuns) -> RoundRuns:
+    """The round as the next controller finds it."""
+    again = RoundRuns(before.desk, before.policy)
     for run in again.add(again.anchor, 2):
-        again.ends[run.key, "dev"] = scored.ends[run.key, "dev"]
+        again.ends[run.key, "dev"] = before.ends[run.key, "dev"]
+    return again
+
+
+def test_a_stage_of_which_every_job_crashed_pauses_once_and_then_the_round_goes_on(scored: RoundRuns) -> None:
+    with pytest.raises(Paused, match=ALL_CRASHED):
+        ask_external(scored, "external-a")
+    again = started_again(scored)
     ask_external(again, "external-a")
     assert scored.desk.looks.spent == 1 and not again.scored("external-a")
+
+
+def test_a_stop_while_the_jobs_crash_does_not_lose_the_pause(scored: RoundRuns) -> None:
+    """The controller that was stopped saw them crash; the next one saw no job end and paid the other half."""
+    scored.desk = Stopping(**vars(scored.desk))
+    with pytest.raises(Stopped):
+        ask_external(scored, "external-a")
+    again = started_again(scored)
+    with pytest.raises(Paused, match=ALL_CRASHED):
+        ask_external(again, "external-a")
+    assert scored.desk.looks.spent == 1
+    ask_external(started_again(scored), "external-a")
 
 
 def test_one_that_crashed_beside_one_that_finished_before_is_a_run_like_any(scored: RoundRuns) -> None:
