@@ -1,12 +1,14 @@
 """The target's file: one that changed or went pauses the campaign before a look is paid, and mended it goes on."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_evolve.contest.surface import ORIGIN
-from megatron_evolve.desk import ENDED, STOPPED, Stopped
+from megatron_evolve.desk import ENDED, STOPPED, Desk, Stopped
+from megatron_evolve.drift import ask_origin
 from megatron_evolve.jobs import StageEnd
 from megatron_evolve.meta import initial_policy
 from megatron_evolve.retries import Paused
@@ -35,6 +37,25 @@ class Stopping(Crashing):
         yield from super().drive(asked, after, ground)
         if asked:
             raise Stopped(STOPPED)
+
+
+@dataclass(frozen=True)
+class Drifting(Desk):
+    """A desk whose jobs finish and leave nothing, in a round whose anchor was scored on the splits named."""
+
+    answered: tuple[str, ...] = ()
+
+    def facts(self, number: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            anchor="a", has_anchor=True, scored=lambda name, split: [name] * (split in self.answered)
+        )
+
+    def drive(self, stages, after=lambda end: (), ground=None):
+        for run, stage in stages:
+            end = StageEnd(run, stage, "finished", "", 1.0, 1.0, 1)
+            facts = {name: getattr(end, name) for name in ENDED}
+            self.ledger.append("ended", f"{run.key}/{stage}", {"end": facts, "files": {}})
+            yield end
 
 
 @pytest.fixture
@@ -81,6 +102,8 @@ def test_a_stage_of_which_every_job_crashed_pauses_once_and_then_the_round_goes_
     again = started_again(scored)
     ask_external(again, "external-a")
     assert scored.desk.looks.spent == 1 and not again.scored("external-a")
+    ask_external(again, "external-b")
+    assert scored.desk.looks.spent == 1, "a verdict reads runs with both halves, and the anchor has none"
 
 
 def test_a_stop_while_the_jobs_crash_does_not_lose_the_pause(scored: RoundRuns) -> None:
@@ -102,3 +125,22 @@ def test_one_that_crashed_beside_one_that_finished_before_is_a_run_like_any(scor
     scored.desk.ledger.append("ended", f"{first.key}/external-a", {"end": {n: getattr(end, n) for n in ENDED}})
     ask_external(scored, "external-a")
     assert scored.scored("external-a") == [first]
+
+
+def drifting(runs: RoundRuns, *answered: str) -> Drifting:
+    """The round's desk, where the cumulative estimand is declared and the anchor has these scores."""
+    rules, items = runs.desk.campaign.constitution, runs.desk.suites["items"]
+    rules = rules.replace(gap=rules.gap.replace(estimands=("selected", "mean", "cumulative")))
+    changed = {"campaign": runs.desk.campaign.replace(constitution=rules), "answered": answered}
+    return Drifting(**{**vars(runs.desk), **changed, "suites": {"items": {**items, "dev-a": 2, "dev-b": 2}}})
+
+
+def asked(desk: Desk) -> list[str]:
+    return [look.split for look in desk.looks.entries if look.round == 1]
+
+
+@pytest.mark.parametrize("answered", [(), ("external-a",)])
+def test_the_origin_is_not_asked_the_target_where_the_anchor_has_no_score_of_it(scored: RoundRuns, answered) -> None:
+    desk = drifting(scored, *answered)
+    ask_origin(desk, scored.policy, ())
+    assert asked(desk) == ["dev-a", "dev-b"]
