@@ -21,7 +21,8 @@ def test_looks_that_do_not_last_for_a_round_are_refused(tmp_path: Path) -> None:
     """Ten looks went to 8 candidates on one half and 2 on the other: the leader was judged by none."""
     session = Session(tmp_path / "run", tmp_path / "store", lambda what, facts: None, lambda: False)
     says = (
-        "has 10 external look.* asks `all` takes 16: .* raise constitution.external_looks, set search.ask_external to"
+        "has 10 external look.* asks `all` takes 16: the first would leave candidates without a score of the target, "
+        "the leader perhaps; raise constitution.external_looks, set search.ask_external to best"
     )
     with pytest.raises(ValueError, match=says) as told:
         run_campaign(session, changed(10))
