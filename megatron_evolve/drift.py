@@ -51,9 +51,9 @@ def ask_origin(desk: Desk, policy: SearchPolicy, taken: Collection[str]) -> None
     external = policy.ask_external != "none" and bool(facts.scored(facts.anchor, halves[-1]))
     for stage in ("dev", *(halves if external else ())):
         keys = [run.key for run in runs]
-        if stage != "dev" and not desk.may_ask(policy.round, origin.id, stage):
-            return
         if stage != "dev":
+            if not desk.may_ask(policy.round, origin.id, stage):
+                return
             check_target(desk.campaign, desk.ground)
         for split in SPLITS_OF.get(stage, (stage,)):
             desk.pay(policy.round, origin.id, keys, split)

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_evolve.artefacts import CampaignFolder
+from megatron_evolve.candidate import candidate
 from megatron_evolve.contest.surface import ORIGIN
 from megatron_evolve.desk import ENDED, STOPPED, Desk, Stopped
 from megatron_evolve.drift import ask_origin
@@ -13,6 +15,7 @@ from megatron_evolve.jobs import StageEnd
 from megatron_evolve.meta import initial_policy
 from megatron_evolve.retries import Paused
 from megatron_evolve.rounds import RoundRuns, ask_external
+from megatron_evolve.trial import FIRST_TRIAL_ROUND, Trial, run_both
 from tests.megatron_evolve.test_closing import Answering, desk_with
 
 
@@ -144,3 +147,22 @@ def test_the_origin_is_not_asked_the_target_where_the_anchor_has_no_score_of_it(
     desk = drifting(scored, *answered)
     ask_origin(desk, scored.policy, ())
     assert asked(desk) == ["dev-a", "dev-b"]
+
+
+def test_a_file_that_went_pauses_before_the_origin_is_paid_for(scored: RoundRuns, tmp_path: Path) -> None:
+    desk = drifting(scored, "external-a", "external-b")
+    (tmp_path / "t.csv").rename(tmp_path / "away.csv")
+    with pytest.raises(Paused, match=r"before a look was paid, expected .*t\.csv, found no file"):
+        ask_origin(desk, scored.policy, ())
+    assert asked(desk) == ["dev-a", "dev-b"] and desk.looks.spent == 0
+
+
+def test_a_file_that_went_pauses_a_trial_before_it_pays_for_anything(scored: RoundRuns, tmp_path: Path) -> None:
+    desk, root = scored.desk, tmp_path / "tried"
+    side = candidate(desk.substrate_digest, ORIGIN)
+    record = SimpleNamespace(campaign=desk.campaign)
+    trial = Trial(record, None, ORIGIN, side, side, desk.ground, FIRST_TRIAL_ROUND, seeds=1)
+    (tmp_path / "t.csv").rename(tmp_path / "away.csv")
+    with pytest.raises(Paused, match=r"before a look was paid, expected .*t\.csv, found no file"):
+        run_both(trial, root, ask_external=True)
+    assert not CampaignFolder(root).looks.exists()
