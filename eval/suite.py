@@ -198,8 +198,9 @@ def _parse_csv(path: Path) -> list[Item]:
             header = reader.fieldnames or []
             missing = [name for name in REQUIRED_COLUMNS if name not in header]
             if missing:
+                known = [name for name in header if name in REQUIRED_COLUMNS]  # no other: it may be a row's gold answer
                 raise ValueError(
-                    f"{path}: expected the columns {', '.join(REQUIRED_COLUMNS)}, got {', '.join(header) or 'none'}: "
+                    f"{path}: expected the columns {', '.join(REQUIRED_COLUMNS)}, got {', '.join(known) or 'none'}: "
                     f"add {', '.join(missing)}"
                 )
             rows = [(reader.line_num, row) for row in reader]

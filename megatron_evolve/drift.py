@@ -40,18 +40,20 @@ def ask_origin(desk: Desk, policy: SearchPolicy, taken: Collection[str]) -> None
     origin = candidate(desk.substrate_digest, desk.origin_settings)
     if "cumulative" not in desk.campaign.constitution.gap.estimands or origin.id in taken:
         return
-    if desk.account.spent is not None or not desk.facts(policy.round).has_anchor:
+    facts = desk.facts(policy.round)
+    if desk.account.spent is not None or not facts.has_anchor:
         return
     trained = origin_ground(desk.ground.substrate, desk.ground.judge, desk.ground.time_limit_s)
     ground = AskedAgain(**vars(desk.ground), trained=trained)
     runs = [Run(policy.round, origin, seed) for seed in desk.origin.seeds]
-    external = policy.ask_external != "none" and desk.campaign.judge.external is not None
     halves = EXTERNAL_SPLITS[1:] if policy.objective == "external" else EXTERNAL_SPLITS
+    # Where the anchor has no score of the target there is nothing to compare with, and no look is spent.
+    external = policy.ask_external != "none" and bool(facts.scored(facts.anchor, halves[-1]))
     for stage in ("dev", *(halves if external else ())):
         keys = [run.key for run in runs]
-        if stage != "dev" and not desk.may_ask(policy.round, origin.id, stage):
-            return
         if stage != "dev":
+            if not desk.may_ask(policy.round, origin.id, stage):
+                return
             check_target(desk.campaign, desk.ground)
         for split in SPLITS_OF.get(stage, (stage,)):
             desk.pay(policy.round, origin.id, keys, split)

@@ -106,14 +106,15 @@ def use_words(use: dict[str, Any], budget: dict[str, dict[str, float | None]]) -
 
 
 def seed_luck(campaign: Campaign) -> list[str]:
-    """One sentence where many explorers run and no leader gets a further seed; see `gap.py` for what it costs."""
+    """One sentence where many explorers run, the target is asked and no leader gets a further seed; see `gap.py`."""
     rules, replicates = campaign.constitution, campaign.search.replicates
     confirmed = replicates.confirm_candidates * replicates.confirm_seeds
-    if confirmed or rules.workers <= SAFE_WORKERS or campaign.judge.external is None:
+    if confirmed or rules.workers <= SAFE_WORKERS or not (looks_a_round(campaign) and rules.external_looks):
         return []
     return [
         f"no leader is confirmed: the best of {rules.workers - 1} explorers carries its seed's luck into dev-B, so "
-        "that more than 5 % of harmless campaigns may alarm (set search.replicates.confirm_candidates to 2)"
+        "that more than 5 % of harmless campaigns may alarm (set search.replicates.confirm_candidates to 2 and "
+        "confirm_seeds to 1)"
     ]
 
 

@@ -152,8 +152,8 @@ def check_opening(campaign: Campaign) -> None:
         fewer = ", set search.ask_external to best" if asks == "all" else ""
         raise ValueError(
             f"campaign {campaign.name} has {looks} external look(s) in all, and a round that asks `{asks}` takes "
-            f"{needed}: the first would spend them where nothing can be judged; raise constitution.external_looks"
-            f"{fewer}, or ask nobody with 0"
+            f"{needed}: the first would leave candidates without a score of the target, the leader perhaps; raise "
+            f"constitution.external_looks{fewer}, or ask nobody with 0"
         )
 
 

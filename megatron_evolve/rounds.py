@@ -68,13 +68,12 @@ class RoundRuns:
         """Runs whose stage finished, in order."""
         return [run for runs in self.runs.values() for run in runs if self.finished(run, stage)]
 
-    def drive(self, stages: Iterable[tuple[Run, Stage]], follow: bool) -> int:
+    def drive(self, stages: Iterable[tuple[Run, Stage]], follow: bool) -> None:
         """Runs stages to their end. With `follow`, a trained run is scored on dev and a failed explorer is repaired.
 
-        Returns how many ended now. Raises Stopped, Paused. A repair that a stop put off comes before whatever the round
-        decides next.
+        Raises Stopped, Paused. A repair that a stop put off comes before whatever the round decides next.
         """
-        todo, ended = [], 0
+        todo = []
         for run, stage in stages:
             if known := self._known(run, stage):
                 todo.extend(self._after(known) if follow else ())
@@ -83,10 +82,8 @@ class RoundRuns:
         after = self._after if follow else lambda end: ()
         for end in self.desk.drive(todo, after):
             self.ends[end.run.key, end.stage] = end
-            ended += 1
         if self.put_off:  # where all else had ended before this start, the desk was asked for nothing and says nothing
             raise Stopped(STOPPED)
-        return ended
 
     def _known(self, run: Run, stage: Stage) -> StageEnd | None:
         event = self.desk.ledger.find("ended", f"{run.key}/{stage}")
@@ -193,6 +190,10 @@ def ask_external(runs: RoundRuns, stage: Stage) -> None:
     # Where there is nothing to compare with, or nothing would be started, no look is spent.
     if desk.account.spent is not None or not desk.facts(policy.round).has_anchor:
         return
+    # A verdict under dev reads both halves: where no run of the anchor has the first, the second is not paid.
+    lacks_half = stage == "external-b" and policy.objective == "dev" and not told
+    if lacks_half and not any(runs.finished(run, "external-a") for run in runs.runs[runs.anchor.id]):
+        return
     check_target(desk.campaign, desk.ground)
     asked = [runs.anchor.id, *asked_explorers(runs, stage)]
     stages: list[tuple[Run, Stage]] = []
@@ -208,8 +209,9 @@ def ask_external(runs: RoundRuns, stage: Stage) -> None:
     if told:
         ask_scores(desk, told, stages)
         return
-    if runs.drive(stages, follow=False):
-        check_scored([runs.ends[run.key, stage] for run, stage in stages if (run.key, stage) in runs.ends])
+    runs.drive(stages, follow=False)
+    ends = [runs.ends[run.key, stage] for run, stage in stages if (run.key, stage) in runs.ends]
+    check_scored(desk.ledger, f"{policy.round}/{stage}", ends)
 
 
 def asked_explorers(runs: RoundRuns, stage: Stage) -> list[str]:

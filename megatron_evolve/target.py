@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from megatron_evolve.campaign import Campaign, ExternalCsv
 from megatron_evolve.jobs import Ground, StageEnd
 from megatron_evolve.launch.job import OutcomeKind
+from megatron_evolve.ledger import Ledger
 from megatron_evolve.prepare import judge_process
 from megatron_evolve.retries import Paused
 
@@ -24,9 +25,14 @@ def check_target(campaign: Campaign, ground: Ground) -> None:
         raise Paused(f"before a look was paid, {error}", {}) from None
 
 
-def check_scored(ends: Sequence[StageEnd]) -> None:
-    """Raises Paused where every job of a stage crashed, of two or more: no run's fault, and more looks follow."""
-    if len(ends) > 1 and all(end.outcome == OutcomeKind.CRASHED.value for end in ends):
+def check_scored(ledger: Ledger, key: str, ends: Sequence[StageEnd]) -> None:
+    """Raises Paused where every job of a stage crashed, of two or more: no run's fault, and more looks follow.
+
+    Once for a key, which the ledger keeps: whoever started again since, the pause is neither lost nor repeated.
+    """
+    crashed = len(ends) > 1 and all(end.outcome == OutcomeKind.CRASHED.value for end in ends)
+    if crashed and not ledger.has("all-crashed", key):
+        ledger.append("all-crashed", key, {})
         raise Paused(
             f"all {len(ends)} jobs that scored {ends[0].stage} crashed, the first with: {ends[0].reason}; their looks "
             "are spent, and the round goes on without these scores",

@@ -221,6 +221,15 @@ def test_a_malformed_csv_is_one_sentence(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_csv_without_a_header_does_not_tell_its_first_row(tmp_path):
+    """The row stood in the controller's error, its gold answer with it."""
+    path = tmp_path / "bare.csv"
+    path.write_bytes(b"7,q,gold\n")
+    with pytest.raises(ValueError, match="got none: add id, prompt, answer") as caught:
+        csv_suite(path, {"external-b": 1})
+    assert "gold" not in str(caught.value)
+
+
 def test_a_missing_csv_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="found no file"):
         csv_suite(tmp_path / "none.csv", {"external-b": 1})

@@ -21,7 +21,8 @@ def test_looks_that_do_not_last_for_a_round_are_refused(tmp_path: Path) -> None:
     """Ten looks went to 8 candidates on one half and 2 on the other: the leader was judged by none."""
     session = Session(tmp_path / "run", tmp_path / "store", lambda what, facts: None, lambda: False)
     says = (
-        "has 10 external look.* asks `all` takes 16: .* raise constitution.external_looks, set search.ask_external to"
+        "has 10 external look.* asks `all` takes 16: the first would leave candidates without a score of the target, "
+        "the leader perhaps; raise constitution.external_looks, set search.ask_external to best"
     )
     with pytest.raises(ValueError, match=says) as told:
         run_campaign(session, changed(10))
@@ -39,7 +40,14 @@ def test_leaders_that_nobody_confirms_are_warned_of_where_many_run(workers: int,
     campaign = campaign.replace(search=campaign.search.replace(replicates=replicates))
     said = seed_luck(campaign)
     assert ["the best of 31 explorers carries its seed's luck" in one for one in said] == [True] * warned
-    assert seed_luck(campaign.replace(judge=campaign.judge.replace(external=None))) == []
+    unasked = campaign.replace(search=campaign.search.replace(ask_external="none"))
+    unpaid = campaign.replace(constitution=campaign.constitution.replace(external_looks=0))
+    outside = campaign.replace(judge=campaign.judge.replace(external=None))
+    assert [seed_luck(one) for one in (unasked, unpaid, outside)] == [[]] * 3, "where nothing can alarm"
+    candidates_alone = campaign.search.replicates.replace(confirm_candidates=2, confirm_seeds=0)
+    said_again = seed_luck(campaign.replace(search=campaign.search.replace(replicates=candidates_alone)))
+    assert all("confirm_candidates to 2 and confirm_seeds to 1" in one for one in said_again)
+    assert bool(said_again) == (workers == 32)
     total = {"training_runs": 1, "scoring_jobs": 1, "training_gpu_hours_assumed": None}
     total |= {"gpu_hours_limit": None, "cpu_hours_limit": None}
     assert use_words({"total": total, "rounds": 4, "rounds_anew": {}, "warnings": said}, {})[1:] == said

@@ -1,16 +1,21 @@
 """The target's file: one that changed or went pauses the campaign before a look is paid, and mended it goes on."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_evolve.artefacts import CampaignFolder
+from megatron_evolve.candidate import candidate
 from megatron_evolve.contest.surface import ORIGIN
-from megatron_evolve.desk import ENDED
+from megatron_evolve.desk import ENDED, STOPPED, Desk, Stopped
+from megatron_evolve.drift import ask_origin
 from megatron_evolve.jobs import StageEnd
 from megatron_evolve.meta import initial_policy
 from megatron_evolve.retries import Paused
 from megatron_evolve.rounds import RoundRuns, ask_external
+from megatron_evolve.trial import FIRST_TRIAL_ROUND, Trial, run_both
 from tests.megatron_evolve.test_closing import Answering, desk_with
 
 
@@ -24,6 +29,35 @@ class Crashing(Answering):
         for run, stage in stages:
             end = StageEnd(run, stage, "crashed", "its engine fell over", cpu_seconds=1.0, seconds=1.0, attempts=1)
             self.record(end, self.ground)
+            yield end
+
+
+class Stopping(Crashing):
+    """One that is asked to stop while they do."""
+
+    def drive(self, stages, after=lambda end: (), ground=None):
+        asked = list(stages)
+        yield from super().drive(asked, after, ground)
+        if asked:
+            raise Stopped(STOPPED)
+
+
+@dataclass(frozen=True)
+class Drifting(Desk):
+    """A desk whose jobs finish and leave nothing, in a round whose anchor was scored on the splits named."""
+
+    answered: tuple[str, ...] = ()
+
+    def facts(self, number: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            anchor="a", has_anchor=True, scored=lambda name, split: [name] * (split in self.answered)
+        )
+
+    def drive(self, stages, after=lambda end: (), ground=None):
+        for run, stage in stages:
+            end = StageEnd(run, stage, "finished", "", 1.0, 1.0, 1)
+            facts = {name: getattr(end, name) for name in ENDED}
+            self.ledger.append("ended", f"{run.key}/{stage}", {"end": facts, "files": {}})
             yield end
 
 
@@ -54,14 +88,37 @@ def test_a_file_that_went_or_changed_pauses_before_a_look_is_paid(scored: RoundR
     assert scored.desk.looks.spent == 1, "restored, the same question is paid and put"
 
 
-def test_a_stage_of_which_every_job_crashed_pauses_once_and_then_the_round_goes_on(scored: RoundRuns) -> None:
-    with pytest.raises(Paused, match="all 2 jobs that scored external-a crashed, the first with: its engine fell over"):
-        ask_external(scored, "external-a")
-    again = RoundRuns(scored.desk, scored.policy)
+ALL_CRASHED = "all 2 jobs that scored external-a crashed, the first with: its engine fell over"
+
+
+def started_again(before: RoundRuns) -> RoundRuns:
+    """The round as the next controller finds it."""
+    again = RoundRuns(before.desk, before.policy)
     for run in again.add(again.anchor, 2):
-        again.ends[run.key, "dev"] = scored.ends[run.key, "dev"]
+        again.ends[run.key, "dev"] = before.ends[run.key, "dev"]
+    return again
+
+
+def test_a_stage_of_which_every_job_crashed_pauses_once_and_then_the_round_goes_on(scored: RoundRuns) -> None:
+    with pytest.raises(Paused, match=ALL_CRASHED):
+        ask_external(scored, "external-a")
+    again = started_again(scored)
     ask_external(again, "external-a")
     assert scored.desk.looks.spent == 1 and not again.scored("external-a")
+    ask_external(again, "external-b")
+    assert scored.desk.looks.spent == 1, "a verdict reads runs with both halves, and the anchor has none"
+
+
+def test_a_stop_while_the_jobs_crash_does_not_lose_the_pause(scored: RoundRuns) -> None:
+    """The controller that was stopped saw them crash; the next one saw no job end and paid the other half."""
+    scored.desk = Stopping(**vars(scored.desk))
+    with pytest.raises(Stopped):
+        ask_external(scored, "external-a")
+    again = started_again(scored)
+    with pytest.raises(Paused, match=ALL_CRASHED):
+        ask_external(again, "external-a")
+    assert scored.desk.looks.spent == 1
+    ask_external(started_again(scored), "external-a")
 
 
 def test_one_that_crashed_beside_one_that_finished_before_is_a_run_like_any(scored: RoundRuns) -> None:
@@ -71,3 +128,41 @@ def test_one_that_crashed_beside_one_that_finished_before_is_a_run_like_any(scor
     scored.desk.ledger.append("ended", f"{first.key}/external-a", {"end": {n: getattr(end, n) for n in ENDED}})
     ask_external(scored, "external-a")
     assert scored.scored("external-a") == [first]
+
+
+def drifting(runs: RoundRuns, *answered: str) -> Drifting:
+    """The round's desk, where the cumulative estimand is declared and the anchor has these scores."""
+    rules, items = runs.desk.campaign.constitution, runs.desk.suites["items"]
+    rules = rules.replace(gap=rules.gap.replace(estimands=("selected", "mean", "cumulative")))
+    changed = {"campaign": runs.desk.campaign.replace(constitution=rules), "answered": answered}
+    return Drifting(**{**vars(runs.desk), **changed, "suites": {"items": {**items, "dev-a": 2, "dev-b": 2}}})
+
+
+def asked(desk: Desk) -> list[str]:
+    return [look.split for look in desk.looks.entries if look.round == 1]
+
+
+@pytest.mark.parametrize("answered", [(), ("external-a",)])
+def test_the_origin_is_not_asked_the_target_where_the_anchor_has_no_score_of_it(scored: RoundRuns, answered) -> None:
+    desk = drifting(scored, *answered)
+    ask_origin(desk, scored.policy, ())
+    assert asked(desk) == ["dev-a", "dev-b"]
+
+
+def test_a_file_that_went_pauses_before_the_origin_is_paid_for(scored: RoundRuns, tmp_path: Path) -> None:
+    desk = drifting(scored, "external-a", "external-b")
+    (tmp_path / "t.csv").rename(tmp_path / "away.csv")
+    with pytest.raises(Paused, match=r"before a look was paid, expected .*t\.csv, found no file"):
+        ask_origin(desk, scored.policy, ())
+    assert asked(desk) == ["dev-a", "dev-b"] and desk.looks.spent == 0
+
+
+def test_a_file_that_went_pauses_a_trial_before_it_pays_for_anything(scored: RoundRuns, tmp_path: Path) -> None:
+    desk, root = scored.desk, tmp_path / "tried"
+    side = candidate(desk.substrate_digest, ORIGIN)
+    record = SimpleNamespace(campaign=desk.campaign)
+    trial = Trial(record, None, ORIGIN, side, side, desk.ground, FIRST_TRIAL_ROUND, seeds=1)
+    (tmp_path / "t.csv").rename(tmp_path / "away.csv")
+    with pytest.raises(Paused, match=r"before a look was paid, expected .*t\.csv, found no file"):
+        run_both(trial, root, ask_external=True)
+    assert not CampaignFolder(root).looks.exists()
