@@ -26,9 +26,7 @@ def rounds_anew(campaign: Campaign) -> dict[str, int]:
     target = campaign.judge.external
     if not isinstance(target, ExternalCsv) or not Path(target.path or "").is_file():
         return {}
-    argv = (sys.executable, "-m", "megatron_evolve.reuse", "--csv", target.path, "--items", json.dumps(target.items))
-    argv += ("--sealed", str(target.sealed))
-    return json.loads(told_by(argv))
+    return json.loads(told_by(target_argv("megatron_evolve.reuse", target)))
 
 
 def reuse_words(anew: Mapping[str, int], rounds: int) -> list[str]:
@@ -46,12 +44,24 @@ def reuse_words(anew: Mapping[str, int], rounds: int) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry of the process. Status 0 once it has told the numbers; otherwise one sentence on stderr."""
-    parser = argparse.ArgumentParser(prog="megatron_evolve.reuse", description=__doc__.splitlines()[0])
+def target_parser(prog: str, told: str) -> argparse.ArgumentParser:
+    """The arguments by which a process of the judge's side is told of a CSV target; see `target_argv`."""
+    parser = argparse.ArgumentParser(prog=prog, description=told.splitlines()[0])
     parser.add_argument("--csv", type=Path, required=True, help="the target")
     parser.add_argument("--items", type=json.loads, required=True, help="JSON: rows of each half asked in one round")
     parser.add_argument("--sealed", type=float, required=True, help="share of the rows kept for the end")
+    return parser
+
+
+def target_argv(module: str, target: ExternalCsv) -> tuple[str, ...]:
+    """The command of such a process."""
+    told = ("--csv", target.path, "--items", json.dumps(target.items), "--sealed", str(target.sealed))
+    return (sys.executable, "-m", module, *told)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of the process. Status 0 once it has told the numbers; otherwise one sentence on stderr."""
+    parser = target_parser("megatron_evolve.reuse", __doc__)
     arguments = parser.parse_args(argv)
     try:
         suite = csv_suite(arguments.csv, arguments.items, sealed=arguments.sealed)

@@ -8,16 +8,14 @@ fail with the sealed half open. A prompt that stands there twice may be open and
 the file: it tells what is wrong, and no row.
 """
 
-import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_evolve.campaign import Campaign, ExternalCsv
 from megatron_evolve.eval.suite import CsvSuite, Item, csv_suite, draw, read_csv
 from megatron_evolve.prepare import told_by
+from megatron_evolve.reuse import target_argv, target_parser
 
 LEAST = 2  # rows of a family in a split: no variance comes from one
 
@@ -26,8 +24,7 @@ def check_rows(campaign: Campaign) -> None:
     """Raises ValueError in one sentence for a CSV target whose rows cannot be judged on; a dry run may name none."""
     target, rounds = campaign.judge.external, campaign.constitution.rounds
     if isinstance(target, ExternalCsv) and target.path is not None:
-        argv = (sys.executable, "-m", "megatron_evolve.rows", "--csv", target.path, "--items", json.dumps(target.items))
-        argv += ("--sealed", str(target.sealed), "--rounds", str(rounds))
+        argv = (*target_argv("megatron_evolve.rows", target), "--rounds", str(rounds))
         told_by(argv, campaign.judge.secret)
 
 
@@ -61,10 +58,7 @@ def check_families(suite: CsvSuite, rows: Sequence[Item], rounds: int, secret: s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of the process. Status 0 for rows that can be judged on; otherwise one sentence on stderr."""
-    parser = argparse.ArgumentParser(prog="megatron_evolve.rows", description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=Path, required=True, help="the target")
-    parser.add_argument("--items", type=json.loads, required=True, help="JSON: rows of each half asked in one round")
-    parser.add_argument("--sealed", type=float, required=True, help="share of the rows kept for the end")
+    parser = target_parser("megatron_evolve.rows", __doc__)
     parser.add_argument("--rounds", type=int, required=True, help="declared rounds")
     arguments = parser.parse_args(argv)
     try:

@@ -318,15 +318,16 @@ def test_intervals_are_over_surfaces():
     assert "half the width of the interval against this policy" in told
 
 
-def test_what_is_published_of_attempt_1_is_what_its_rows_give():
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_is_published_of_an_attempt_is_what_its_rows_give(number):
     """Figures to nine digits, both tables and the plot, by the present code: 11 methods, 200 campaigns of each."""
-    found = figures([json.loads(line) for line in (RESULTS / "contest-1-rows.jsonl").open()])
+    found = figures([json.loads(line) for line in (RESULTS / f"contest-{number}-rows.jsonl").open()])
     assert [one["campaigns"] for one in found] == [200] * len(METHODS)
     nine = {"parse_float": lambda text: f"{float(text):.9g}"}
-    told = [json.loads(line, **nine) for line in (RESULTS / "contest-1.jsonl").open()]
+    told = [json.loads(line, **nine) for line in (RESULTS / f"contest-{number}.jsonl").open()]
     assert json.loads(json.dumps(found), **nine) == told
     assert set(page(found).splitlines()) <= {*(RESULTS / "judge.md").read_text().splitlines()}
-    assert plot(found) == (RESULTS / "contest-1.svg").read_text()
+    assert plot(found) == (RESULTS / f"contest-{number}.svg").read_text()
 
 
 def test_compare_command(tmp_path):
