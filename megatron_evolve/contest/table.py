@@ -22,43 +22,42 @@ Rows = Sequence[dict[str, Any]]
 def figures(rows: Rows) -> list[dict[str, Any]]:
     """One entry a method, best first. Accuracy units: 0.01 is one point."""
     names = [name for name in METHODS if any(row["method"] == name for row in rows)]
-    product = _by_surface(rows, PRODUCT, "gain")
-    found = [_of(rows, name, product) for name in names]
+    product = [row for row in rows if row["method"] == PRODUCT]
+    found = [_of([row for row in rows if row["method"] == name], name, product) for name in names]
     return sorted(found, key=lambda one: -one["gain"]["mean"])
 
 
-def _of(rows: Rows, name: str, product: dict[int, float]) -> dict[str, Any]:
-    mine = [row for row in rows if row["method"] == name]
-    gain = _by_surface(rows, name, "gain")
-    shared = sorted(gain.keys() & product.keys())
-    against = np.array([gain[place] - product[place] for place in shared])
+def _of(mine: Rows, name: str, product: Rows) -> dict[str, Any]:
+    gain, its_gain = (_by_surface(rows, "gain") for rows in (mine, product))
+    shared = sorted(gain.keys() & its_gain.keys())
+    against = np.array([gain[place] - its_gain[place] for place in shared])
     return {
         "method": name,
         "campaigns": len(mine),
         "surfaces": len(gain),
         "gain": interval(np.array(list(gain.values()))),
         "against": None if name == PRODUCT or len(shared) < 2 else interval(against),
-        "again": interval(np.array(list(_by_surface(rows, name, "again").values()))),
-        "dev_gain": interval(np.array(list(_by_surface(rows, name, "dev_gain").values()))),
+        "again": interval(np.array(list(_by_surface(mine, "again").values()))),
+        "dev_gain": interval(np.array(list(_by_surface(mine, "dev_gain").values()))),
         "spread": _spread(mine),
         "by_kind": {
             kind: interval(np.array(values))
             for kind in KINDS
-            if len(values := list(_by_surface([row for row in mine if row["kind"] == kind], name, "gain").values())) > 1
+            if len(values := list(_by_surface([row for row in mine if row["kind"] == kind], "gain").values())) > 1
         },
         "runs": float(np.mean([row["runs"] for row in mine])),
         "looks": float(np.mean([row["looks"] for row in mine])),
         "cpu_seconds": float(np.mean([row["cpu_seconds"] for row in mine])),
         "gain_per_look": _ratio(mine, "looks"),
         "gain_per_cpu_second": _ratio(mine, "cpu_seconds"),
+        "rate_against": None if name == PRODUCT else _rate_against(mine, product, shared),
     }
 
 
-def _by_surface(rows: Rows, name: str, field: str) -> dict[int, float]:
+def _by_surface(rows: Rows, field: str) -> dict[int, float]:
     found: dict[int, list[float]] = {}
     for row in rows:
-        if row["method"] == name:
-            found.setdefault(row["surface"], []).append(row[field])
+        found.setdefault(row["surface"], []).append(row[field])
     return {surface: float(np.mean(values)) for surface, values in found.items()}
 
 
@@ -80,22 +79,39 @@ def _spread(mine: Rows) -> float | None:
 
 def _ratio(mine: Rows, cost: str) -> dict[str, float] | None:
     """Gain over cost, both summed over all campaigns, with the delta method's interval over surfaces; none if free."""
-    surfaces = sorted({row["surface"] for row in mine})
+    return _with_interval(*_linear(mine, cost, sorted({row["surface"] for row in mine})))
+
+
+def _rate_against(mine: Rows, product: Rows, shared: Sequence[int]) -> dict[str, float] | None:
+    """Gain per CPU-second minus this policy's, surface by surface; none where they share fewer than two."""
+    (ours, spread), (theirs, its_spread) = (_linear(rows, "cpu_seconds", shared) for rows in (mine, product))
+    return _with_interval(ours - theirs, spread - its_spread)
+
+
+def _linear(rows: Rows, cost: str, surfaces: Sequence[int]) -> tuple[float, np.ndarray]:
+    """Ratio of the sums of gain and cost over these surfaces, and what each surface adds to its error; nan if free."""
     gains, costs = (
-        np.array([sum(row[field] for row in mine if row["surface"] == place) for place in surfaces])
+        np.array([sum(row[field] for row in rows if row["surface"] == place) for place in surfaces], dtype=float)
         for field in ("gain", cost)
     )
     if not costs.sum():
-        return None
+        return math.nan, np.zeros(len(surfaces))
     ratio = float(gains.sum() / costs.sum())
-    error = float((gains - ratio * costs).std(ddof=1) * math.sqrt(len(surfaces)) / costs.sum())
-    return {"mean": ratio, "low": ratio - Z * error, "high": ratio + Z * error}
+    return ratio, (gains - ratio * costs) / costs.mean()
+
+
+def _with_interval(middle: float, parts: np.ndarray) -> dict[str, float] | None:
+    if math.isnan(middle) or len(parts) < 2:
+        return None
+    half = Z * float(parts.std(ddof=1)) / math.sqrt(len(parts))
+    return {"mean": middle, "low": middle - half, "high": middle + half}
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------
 
 HEADER = ("method", "external gain, pt", "against this policy, pt", "smallest visible, pt", "trained again, pt")
-HEADER += ("dev gain, pt", "spread, pt", "looks", "pt a look", "CPU-s", "pt per 1,000 CPU-s")
+HEADER += ("dev gain, pt", "spread, pt", "runs", "looks", "pt a look", "CPU-s", "pt per 1,000 CPU-s")
+HEADER += ("that against this policy",)
 VISIBLE = "*Smallest visible* is half the width of the interval against this policy: any smaller one leaves zero in."
 
 
@@ -119,10 +135,12 @@ def _row(one: dict[str, Any]) -> list[str]:
         f"{100 * one['again']['mean']:+.1f}",
         f"{100 * one['dev_gain']['mean']:+.1f}",
         "-" if one["spread"] is None else f"{100 * one['spread']:.1f}",
+        f"{one['runs']:.1f}",
         f"{one['looks']:.0f}",
         interval_text(one["gain_per_look"], 100, 2),
         f"{one['cpu_seconds']:.0f}",
         interval_text(one["gain_per_cpu_second"], 1e5, 1),
+        interval_text(one["rate_against"], 1e5, 1),
     ]
 
 

@@ -299,7 +299,7 @@ def test_intervals_are_over_surfaces():
             "dev_gain": 0.0,
             "runs": 48,
             "looks": looks,
-            "cpu_seconds": 1000.0,
+            "cpu_seconds": 1000.0 + 100 * surface,
         }
         for name, gain, looks in ((PRODUCT, 0.05, 64), ("greedy on dev", 0.03, 0))
         for surface in range(4)
@@ -312,6 +312,12 @@ def test_intervals_are_over_surfaces():
     assert other["against"] == pytest.approx({"mean": -0.02, "low": -0.02, "high": -0.02})
     assert other["gain_per_look"] is None
     assert best["gain_per_look"]["mean"] == pytest.approx(0.065 / 64)
+    # Of the two rates what each surface adds cancels, but for .02 of gain that costs vary against.
+    assert other["rate_against"]["mean"] == pytest.approx(-0.02 / 1150) and best["rate_against"] is None
+    parts = [(0.02 / 1150) * (1000 + 100 * surface) / 1150 for surface in range(4)]
+    half = 1.96 * np.std(parts, ddof=1) / 2
+    assert other["rate_against"]["high"] - other["rate_against"]["mean"] == pytest.approx(half)
+    assert half < (other["gain_per_cpu_second"]["high"] - other["gain_per_cpu_second"]["mean"]) / 3
     told = page([best, other])
     assert "greedy on dev" in told and plot([best, other]).startswith("<svg")
     assert "| -2.0 [-2.0, -2.0] | 0.0 |" in told and "| - | - |" in told, "a method, and this policy itself"
