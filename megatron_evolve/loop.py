@@ -133,7 +133,7 @@ def pauses(ledger: Ledger) -> Iterator[None]:
     try:
         yield
     except Paused as pause:
-        facts = {"why": pause.why, "attempts": pause.attempts}
+        facts = {"why": pause.why, "attempts": pause.attempts, "once": pause.once}
         ledger.append("paused", str(1 + len(ledger.keys("paused"))), facts)
         raise
 
