@@ -118,6 +118,8 @@ def read_json(path: Path) -> Any:
         found = "an empty file" if not text else f"text that goes wrong at byte {error.pos} of {len(text.encode())}"
         why = "truncated" if not text.endswith("\n") else "not JSON"
         raise DamagedFile(f"expected JSON in {path}; got {found} ({why}): restore it from a copy") from error
+    except RecursionError:
+        raise DamagedFile(f"expected JSON in {path}; got thousands of brackets in brackets: restore it") from None
 
 
 def make_folder(path: Path) -> None:
@@ -321,7 +323,7 @@ def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_bytes())
         return f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return "another process"
 
 

@@ -25,7 +25,13 @@ def test_a_file_is_replaced_and_nothing_else_remains(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "empty file"), (b'{"a": 1, "b', "truncated"), (b"nonsense\n", "not JSON"), (b"\xff\xfe", "UTF-8")],
+    [
+        (b"", "empty file"),
+        (b'{"a": 1, "b', "truncated"),
+        (b"nonsense\n", "not JSON"),
+        (b"\xff\xfe", "UTF-8"),
+        (b"[" * 100_000, "brackets in brackets"),
+    ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "a.json").write_bytes(content)
