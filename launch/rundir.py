@@ -67,7 +67,12 @@ class LockHeld(RunDirError):
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file so that a reader sees all of it or none, even after a power cut. Raises RunDirError."""
+    """Write a file so that a reader sees all of it or none, even after a power cut. Raises RunDirError.
+
+    What stands there and is no regular file (a folder, a device, a pipe) is not replaced: a rename would take it away.
+    """
+    if path.exists() and not path.is_file():
+        raise RunDirError(f"expected to write a file at {path}, found something else there: name a file")
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:

@@ -40,6 +40,22 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes, words: str) -> 
     assert "a.json" in str(caught.value) and "restore" in str(caught.value)
 
 
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    """A pipe stands for a device: the rename would take either away from whoever has it open."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "kept").write_text("old")
+    for name, target in (("to-pipe", "pipe"), ("to-file", "kept"), ("to-none", "none")):
+        (tmp_path / name).symlink_to(target)
+    before = sorted(os.listdir(tmp_path))
+    for path in (tmp_path / "pipe", tmp_path / "to-pipe", tmp_path, Path(""), Path("/")):
+        with pytest.raises(rundir.RunDirError, match=r"write a file at .*, found something else there: name"):
+            rundir.write_whole(path, "new")
+    assert (tmp_path / "pipe").is_fifo() and sorted(os.listdir(tmp_path)) == before
+    for name in ("kept", "to-file", "to-none"):
+        rundir.write_whole(tmp_path / name, "new")
+        assert (tmp_path / name).read_text() == "new"
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(rundir.RunDirError, match="missing"):
         rundir.read_json(tmp_path / "a.json")
