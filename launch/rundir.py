@@ -127,6 +127,14 @@ def read_json(path: Path) -> Any:
         raise DamagedFile(f"expected JSON in {path}; got thousands of brackets in brackets: restore it") from None
 
 
+def resolved(path: Path) -> Path:
+    """The whole path, links followed. Raises RunDirError where they lead round in a circle."""
+    try:
+        return path.resolve()
+    except RuntimeError:  # until Python 3.13, which leaves such a path as it is
+        raise RunDirError(f"cannot follow {path}: its links lead round in a circle; choose another path") from None
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and its parents, unless they exist; a new one is on disk in its parent. Raises RunDirError."""
     try:

@@ -14,6 +14,7 @@ from megatron_evolve.constitution import Constitution
 from megatron_evolve.document import find_yaml, load_yaml
 from megatron_evolve.eval.engines.settings import EngineSettings, MegatronSettings
 from megatron_evolve.eval.suite import GeneratedSuite
+from megatron_evolve.launch.rundir import resolved
 from megatron_evolve.policy import OPENED_BY_EVIDENCE, Axis, Replicates, check_names
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.substrate.layout import Layout
@@ -249,7 +250,7 @@ def with_external(campaign: Campaign, external: Path | None) -> Campaign:
         raise ValueError(
             f"campaign {campaign.name} has no CSV as external target: leave --external out, or declare one"
         )
-    return campaign.replace(judge=campaign.judge.replace(external=target.replace(path=str(external.resolve()))))
+    return campaign.replace(judge=campaign.judge.replace(external=target.replace(path=str(resolved(external)))))
 
 
 def plan_of(campaign: Campaign) -> dict[str, Any]:

@@ -56,6 +56,15 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
         assert (tmp_path / name).read_text() == "new"
 
 
+def test_links_that_lead_round_in_a_circle_are_named(tmp_path: Path) -> None:
+    (tmp_path / "here").symlink_to(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    assert rundir.resolved(tmp_path / "here" / "none") == tmp_path.resolve() / "none"
+    if sys.version_info < (3, 13):
+        with pytest.raises(rundir.RunDirError, match=r"cannot follow .*loop/x: its links lead round in a circle"):
+            rundir.resolved(tmp_path / "loop" / "x")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(rundir.RunDirError, match="missing"):
         rundir.read_json(tmp_path / "a.json")

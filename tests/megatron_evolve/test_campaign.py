@@ -1,6 +1,7 @@
 """Campaign files: the shipped ones hold, a wrong one is one sentence."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,17 @@ def test_axes_of_an_operators_own_names_are_taken() -> None:
     axes = [LR | {"name": "lr-fast_2"}, {"name": "stack", "operator": "stack"}]
     document = yaml.safe_load((SHIPPED / "demo.yaml").read_text()) | {"search": {"axes": axes}}
     assert [axis.name for axis in Campaign.parse(document, where="c").search.axes] == ["lr-fast_2", "stack"]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="pathlib leaves such a path as it is")
+@pytest.mark.parametrize("option", ["--dir", "--store", "--external"])
+def test_links_that_lead_round_in_a_circle_are_one_sentence(option: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    words = {"--dir": tmp_path / "run", "--store": tmp_path / "store", option: tmp_path / "loop"}
+    name = "challenge-cpu" if option == "--external" else "demo"
+    done = CliRunner().invoke(app, ["run", name, "--dry-run", *(str(part) for pair in words.items() for part in pair)])
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1, done.exception
+    assert f"cannot follow {tmp_path / 'loop'}" in done.stderr
 
 
 def test_a_folder_without_a_campaign_is_told_in_one_sentence(tmp_path: Path) -> None:
