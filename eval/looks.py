@@ -149,7 +149,7 @@ class Looks:
             where = f"{self.path}, line {number}"
             try:
                 document = json.loads(line)
-            except ValueError:  # not JSON, or not UTF-8
+            except (ValueError, RecursionError):  # not JSON, not UTF-8, or brackets without end
                 raise ValueError(f"{where}: expected a look in JSON, got {line[:40]!r}: restore the account") from None
             look = Look.parse(document, where=where)
             if look.key in self._paid:

@@ -67,7 +67,12 @@ class LockHeld(RunDirError):
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file so that a reader sees all of it or none, even after a power cut. Raises RunDirError."""
+    """Write a file so that a reader sees all of it or none, even after a power cut. Raises RunDirError.
+
+    What stands there and is no regular file (a folder, a device, a pipe) is not replaced: a rename would take it away.
+    """
+    if path.exists() and not path.is_file():
+        raise RunDirError(f"expected to write a file at {path}, found something else there: name a file")
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -118,6 +123,16 @@ def read_json(path: Path) -> Any:
         found = "an empty file" if not text else f"text that goes wrong at byte {error.pos} of {len(text.encode())}"
         why = "truncated" if not text.endswith("\n") else "not JSON"
         raise DamagedFile(f"expected JSON in {path}; got {found} ({why}): restore it from a copy") from error
+    except RecursionError:
+        raise DamagedFile(f"expected JSON in {path}; got thousands of brackets in brackets: restore it") from None
+
+
+def resolved(path: Path) -> Path:
+    """The whole path, links followed. Raises RunDirError where they lead round in a circle."""
+    try:
+        return path.resolve()
+    except RuntimeError:  # until Python 3.13, which leaves such a path as it is
+        raise RunDirError(f"cannot follow {path}: its links lead round in a circle; choose another path") from None
 
 
 def make_folder(path: Path) -> None:
@@ -321,7 +336,7 @@ def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_bytes())
         return f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return "another process"
 
 

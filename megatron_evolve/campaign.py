@@ -8,13 +8,14 @@ that counts.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_evolve.constitution import Constitution
 from megatron_evolve.document import find_yaml, load_yaml
 from megatron_evolve.eval.engines.settings import EngineSettings, MegatronSettings
 from megatron_evolve.eval.suite import GeneratedSuite
-from megatron_evolve.policy import Axis, Replicates
+from megatron_evolve.launch.rundir import resolved
+from megatron_evolve.policy import OPENED_BY_EVIDENCE, Axis, Replicates, check_names
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.substrate.layout import Layout
 
@@ -111,6 +112,21 @@ class SearchSpec(Frozen):
     axes: tuple[Axis, ...] | None = Field(default=None, description="none: the generic axes")
     replicates: Replicates = Field(default=Replicates())
     ask_external: Literal["all", "best", "none"] = Field(default="all", description="whose external score is asked")
+
+    @field_validator("axes")
+    @classmethod
+    def _search_goes_on(cls, axes: tuple[Axis, ...] | None) -> tuple[Axis, ...] | None:
+        """Refuses axes of which none would be sure of a worker: findings open and shut two, and a retired one waits."""
+        if axes is None:
+            return None
+        check_names(axes)
+        if not any(axis.operator not in OPENED_BY_EVIDENCE and not axis.retired for axis in axes):
+            given = ", ".join(f"{axis.name} (retired)" if axis.retired else axis.name for axis in axes)
+            raise ValueError(
+                f"the search needs an open axis beside {' and '.join(OPENED_BY_EVIDENCE)}, which findings open and "
+                f"shut, got {given or 'no axis'}; add one, or leave axes out for the generic ones"
+            )
+        return axes
 
 
 class Training(Frozen):
@@ -234,7 +250,7 @@ def with_external(campaign: Campaign, external: Path | None) -> Campaign:
         raise ValueError(
             f"campaign {campaign.name} has no CSV as external target: leave --external out, or declare one"
         )
-    return campaign.replace(judge=campaign.judge.replace(external=target.replace(path=str(external.resolve()))))
+    return campaign.replace(judge=campaign.judge.replace(external=target.replace(path=str(resolved(external)))))
 
 
 def plan_of(campaign: Campaign) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def open_sealed_half(
         from megatron_evolve.external import open_final
 
         found = open_final(dir, by)
-        typer.echo(json.dumps(found) if as_json else "the sealed half is opened when the campaign goes on")
+        before = "" if found["by"] == by else f"{found['by']} said so before, and that word stands: "
+        typer.echo(json.dumps(found) if as_json else f"{before}the sealed half is opened when the campaign goes on")
 
     guarded(answer, as_json)
 

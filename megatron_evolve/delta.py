@@ -77,7 +77,7 @@ def resolve(base: Settings, delta: Delta, mutation_space: tuple[str, ...] = ("mi
     """The settings after the delta. Mix weights are scaled against the base's and renormalised once, together.
 
     Raises ValueError for an unknown path (with the nearest), one outside `mutation_space`, a value out of range, a
-    `scale` of something that is no number, and a delta that changes nothing.
+    `scale` of something that is no number, a number written as text or as true, and a delta that changes nothing.
     """
     values: dict[str, Any] = {}
     for path, change in delta.change.items():
@@ -88,6 +88,8 @@ def resolve(base: Settings, delta: Delta, mutation_space: tuple[str, ...] = ("mi
             )
         values[path] = _changed(path, current, change)
     resolved = write_all(base, values)
+    for path, value in values.items():
+        _check_numbers(path, value, read(resolved, path))
     if same_settings(resolved, base):
         raise ValueError(
             f"the delta changes nothing: {', '.join(delta.change)} already stand(s) there; propose another value"
@@ -102,6 +104,15 @@ def _changed(path: str, current: Any, change: Change) -> Any:
         raise ValueError(f"{path} can't be scaled: expected a number there, got {current!r}; use `set`")
     scaled = current * change.scale
     return max(1, round(scaled)) if isinstance(current, int) else scaled
+
+
+def _check_numbers(path: str, given: Any, taken: Any) -> None:
+    """Raises ValueError where true or "0.001" was taken for a number: whoever wrote that meant something else."""
+    if isinstance(taken, dict) and isinstance(given, dict):
+        for key in taken.keys() & given.keys():
+            _check_numbers(f"{path}.{key}", given[key], taken[key])
+    elif isinstance(taken, int | float) and isinstance(given, bool | str):
+        raise ValueError(f"{path}: expected a number, got {given!r:.40}; write it as a number, without quotes")
 
 
 def same_settings(first: Settings, second: Settings) -> bool:

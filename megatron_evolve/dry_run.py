@@ -27,6 +27,7 @@ from megatron_evolve.jobs import Run, Stage
 from megatron_evolve.launch import kubernetes_manifest, slurm
 from megatron_evolve.launch.job import Job
 from megatron_evolve.launch.local import LocalLauncher
+from megatron_evolve.launch.rundir import resolved
 from megatron_evolve.planning import layout_row
 from megatron_evolve.preflight import Preflight, check_opening, preflight
 from megatron_evolve.prepare import (
@@ -78,7 +79,7 @@ def dry_run(campaign: Campaign, folder: Path, site: Site, store: Path) -> dict[s
         "layout": layout_row(found.plan) if found.plan else None,
         "use": use,
         "budget": Account(campaign.constitution.budgets).statement(),
-        "steps": [asdict(step) for step in steps(found, CampaignFolder(folder.resolve()), store, use)],
+        "steps": [asdict(step) for step in steps(found, CampaignFolder(resolved(folder)), store, use)],
         "notes": notes(found),
     }
 
@@ -155,7 +156,7 @@ def _judge(found: Preflight, store: Path) -> Path:
     """Where the judge lies, or will, as far as that is known: its name follows from the substrate and the target."""
     target, frozen = found.campaign.judge.external, found.expected.frozen
     if frozen is None or (isinstance(target, ExternalCsv) and target.path is None):
-        return (store / "judges" / UNKNOWN_JUDGE / "judge").resolve()
+        return resolved(store / "judges" / UNKNOWN_JUDGE / "judge")
     packed = found.campaign.launch.training.packed
     return judge_folder(found.campaign.judge, frozen, store, packed=packed)
 

@@ -26,6 +26,7 @@ from megatron_evolve.launch.rundir import Lock, make_folder, read_json, write_js
 from megatron_evolve.ledger import History, Ledger
 from megatron_evolve.status import awaited
 from megatron_evolve.substrate.digest import digest_file
+from megatron_evolve.written import open_written
 
 ROUNDING = 1e-9
 
@@ -251,16 +252,25 @@ def ask_again(root: Path, who: str, reason: str) -> dict[str, Any]:
 
 
 def open_final(root: Path, who: str) -> dict[str, Any]:
-    """Keeps an operator's word that the sealed half be opened. Raises ValueError before the last round is closed."""
-    record = open_record(root)
-    if record.data("final-awaited") is None:
+    """Keeps an operator's word that the sealed half be opened, and returns the word that stands: the first one's.
+
+    Raises ValueError for nobody's word, before the last round is closed, and once the half was opened.
+    """
+    if not who.strip():
+        raise ValueError("expected who says that the sealed half be opened, got a blank: name somebody with --by")
+    written = open_written(root)
+    if (opened := written.data("final-opened")) is not None:
+        raise ValueError(
+            f"the sealed half of the campaign in {root} was opened on the word of {opened['by']}, and opens once: read "
+            "what it told with `megatron-evolve status`"
+        )
+    if written.data("final-awaited") is None:
         raise ValueError(
             f"the campaign in {root} does not wait for its sealed half: it opens once, after the last round, where the "
             "campaign says `open_final: by-operator`"
         )
-    order = {"by": who}
-    _write_once(record.folder.open_final, order)
-    return order
+    _write_once(written.folder.open_final, {"by": who})
+    return read_json(written.folder.open_final)
 
 
 def _target(target: ExternalScores | None, root: Path) -> ExternalScores:

@@ -109,7 +109,7 @@ class LooksCount:
     def _take_line(self, line: bytes) -> None:
         try:
             split = json.loads(line)["split"]
-        except (ValueError, KeyError, TypeError):
+            self.dev += split.startswith("dev")
+            self.external += is_budgeted(split)
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{self._path}: expected a look in JSON, got {line[:40]!r}: restore the account") from None
-        self.dev += split.startswith("dev")
-        self.external += is_budgeted(split)

@@ -138,14 +138,16 @@ class History:
 def parsed_event(path: Path, line: bytes, number: int) -> Event:
     """The event in a line, its own hash checked. Raises ValueError in one sentence, with the line's place."""
     where = f"{path} line {number + 1}"
+    corrupt = f"{where} is corrupt: expected one JSON event, got {line[:40]!r}; restore it from a copy"
     try:
         fields = json.loads(line)
-    except ValueError:
-        raise ValueError(
-            f"{where} is corrupt: expected one JSON event, got {line[:40]!r}; restore it from a copy"
-        ) from None
+    except (ValueError, RecursionError):
+        raise ValueError(corrupt) from None
     event = Event.parse(fields, where=where)
-    expected = event_hash(number, event.time, event.kind, event.key, event.data, event.previous)
+    try:
+        expected = event_hash(number, event.time, event.kind, event.key, event.data, event.previous)
+    except (ValueError, RecursionError):  # half a surrogate pair, or brackets without end: JSON of no event
+        raise ValueError(corrupt) from None
     if event.number != number or event.hash != expected:
         raise _broken(where, expected, event.hash)
     return event

@@ -165,7 +165,7 @@ def _alive(identity: ProcessIdentity) -> bool | None:
 
 def _read(path: Path) -> Any:
     """A JSON document, None if there is none to read now: a writer may be between two of its steps."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         return json.loads(path.read_bytes())
     return None
 

@@ -24,7 +24,7 @@ from megatron_evolve.eval.freeze import SUITES_FILE
 from megatron_evolve.eval.looks import Looks
 from megatron_evolve.launch.job import Launcher
 from megatron_evolve.launch.local import DEVICES_VARIABLE, LocalLauncher, WarmSettings
-from megatron_evolve.launch.rundir import Lock, make_folder, read_json
+from megatron_evolve.launch.rundir import Lock, make_folder, read_json, resolved
 from megatron_evolve.launch.slurm_launcher import SlurmLauncher
 from megatron_evolve.ledger import Ledger
 from megatron_evolve.meta import initial_policy
@@ -73,7 +73,7 @@ def run_campaign(session: Session, campaign: Campaign) -> dict[str, Any]:
     Raises ValueError in one sentence for anything that does not fit (another campaign in the folder, a changed
     substrate or judge, a second controller, a layout that does not fit the site), before any job starts.
     """
-    campaign, folder = placed(campaign, session.site), CampaignFolder(session.root.resolve())
+    campaign, folder = placed(campaign, session.site), CampaignFolder(resolved(session.root))
     new = not folder.ledger.exists() or folder.ledger.stat().st_size == 0  # an earlier start may have opened nothing
     found = check_campaign(campaign, session.site, session.store, new=new)
     make_folder(folder.root)
@@ -133,7 +133,7 @@ def pauses(ledger: Ledger) -> Iterator[None]:
     try:
         yield
     except Paused as pause:
-        facts = {"why": pause.why, "attempts": pause.attempts}
+        facts = {"why": pause.why, "attempts": pause.attempts, "once": pause.once}
         ledger.append("paused", str(1 + len(ledger.keys("paused"))), facts)
         raise
 

@@ -5,11 +5,12 @@ replicates, and what has been ruled out. Meta writes the next one as typed edits
 """
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from megatron_evolve.artefacts import load_yaml_checked
 from megatron_evolve.substrate.digest import digest_of
@@ -28,7 +29,10 @@ OPENED_BY_EVIDENCE: tuple[Operator, ...] = ("stack", "selection")
 class Axis(Frozen):
     """One direction of search, given to one worker a round."""
 
-    name: str = Field(min_length=1, description="label in reports; equal names would make two workers one")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="label in reports and in the paths of edits; equal names would make two workers one",
+    )
     operator: Operator = Field(description="what the worker varies")
     magnitude: float = Field(default=1.0, gt=0, le=16, description="size of the step; 1 is the operator's usual step")
     direction: Literal["up", "down"] = Field(default="up", description="which way to go first")
@@ -42,6 +46,19 @@ class Axis(Frozen):
     def misses(self) -> int:
         """Rounds without a gain since the last one."""
         return self.misses_up + self.misses_down
+
+
+def check_names(axes: Sequence[Axis]) -> None:
+    """Raises ValueError where an edit could not tell axes by their names, those that a finding is yet to open too."""
+    names = [axis.name for axis in axes]
+    if len(set(names)) != len(names):
+        raise ValueError(f"axes need different names, got {', '.join(names)}; rename one")
+    for axis in axes:
+        if axis.name in OPENED_BY_EVIDENCE and axis.name != axis.operator:
+            raise ValueError(
+                f"the name {axis.name} is kept for the axis that a finding opens, got one of operator {axis.operator}; "
+                "rename it"
+            )
 
 
 class DomainState(Frozen):
@@ -107,12 +124,11 @@ class SearchPolicy(Frozen):
     )
     dead_ends: tuple[DeadEnd, ...] = Field(default=(), description="grows to a bound, never shrinks")
 
-    @model_validator(mode="after")
-    def _one_name_per_axis(self) -> "SearchPolicy":
-        names = [axis.name for axis in self.axes]
-        if len(set(names)) != len(names):
-            raise ValueError(f"axes need different names, got {', '.join(names)}; rename one")
-        return self
+    @field_validator("axes")
+    @classmethod
+    def _one_name_per_axis(cls, axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        check_names(axes)
+        return axes
 
     def open_axes(self) -> tuple[Axis, ...]:
         """Axes that still get a worker, in order."""

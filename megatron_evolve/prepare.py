@@ -28,7 +28,7 @@ from megatron_evolve.eval.freeze import WITHHELD_FILE
 from megatron_evolve.eval.judge import Judge, judge_sources, load_judge
 from megatron_evolve.jobs import POLL_SECONDS, Ground, Run, StageEnd, drive
 from megatron_evolve.launch.job import INFRASTRUCTURE_KINDS, Job, JobOutcome, Launcher, OutcomeKind
-from megatron_evolve.launch.rundir import latest_attempt, make_folder, write_json
+from megatron_evolve.launch.rundir import latest_attempt, make_folder, resolved, write_json
 from megatron_evolve.origin import ORIGIN_FILE, ORIGIN_ROUND, origin_document
 from megatron_evolve.placement import Placement
 from megatron_evolve.retries import Retries
@@ -108,9 +108,9 @@ def ground_of(campaign: Campaign, site: Site, folder: CampaignFolder, substrate:
 def substrate_folder(spec: SubstrateSpec, store: Path) -> Path:
     """Where the frozen substrate of a campaign lies, or will."""
     if spec.path is not None:
-        return Path(spec.path).resolve()
+        return resolved(Path(spec.path))
     if spec.preset in IMPORTED:
-        return (store / "imported" / spec.preset).resolve()
+        return resolved(store / "imported" / spec.preset)
     return _built_folder(spec, store)
 
 
@@ -152,7 +152,7 @@ def build_substrate(
     Substrates that differ only in their pool of training rows share their weights, which are trained without cues.
     """
     if spec.path is not None:
-        return Path(spec.path).resolve()
+        return resolved(Path(spec.path))
     require_import(spec, store)
     if spec.preset in IMPORTED:
         return substrate_folder(spec, store)
@@ -191,7 +191,7 @@ def require_import(spec: SubstrateSpec, store: Path) -> None:
 
 def _built_folder(spec: SubstrateSpec, store: Path) -> Path:
     name = digest_of({"spec": spec, "trainer": trainer_sources()})[:12]
-    return (store / "substrates" / f"{spec.preset}-{name}" / "substrate").resolve()
+    return resolved(store / "substrates" / f"{spec.preset}-{name}" / "substrate")
 
 
 def run_one(launcher: Launcher, job: Job, stop: Callable[[], bool]) -> JobOutcome:
@@ -265,7 +265,7 @@ def judge_folder(spec: JudgeSpec, substrate: Substrate, store: Path, *, packed: 
         path = require_target(spec.external)
         named["external"] |= {"bytes": path.stat().st_size, "modified_ns": path.stat().st_mtime_ns}
     name = digest_of([named, substrate.digest, judge_sources(), decoding_packages(spec.engine)])[:12]
-    return (store / "judges" / f"{name}{PACKED if packed else ''}" / "judge").resolve()
+    return resolved(store / "judges" / f"{name}{PACKED if packed else ''}" / "judge")
 
 
 def require_target(target: ExternalCsv) -> Path:

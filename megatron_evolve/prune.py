@@ -110,7 +110,7 @@ def pruned_weights(folder: CampaignFolder) -> dict[str, str]:
             entry = json.loads(line)
             if entry["what"] == WEIGHTS:
                 found[str(Path(entry["paths"][0]).parent)] = entry["manifest"]
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, RecursionError, KeyError, IndexError, TypeError):
             raise ValueError(f"{folder.pruned} is damaged at {line[:40]!r}: restore it from a copy") from None
     return found
 

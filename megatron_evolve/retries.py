@@ -21,15 +21,17 @@ from megatron_evolve.launch.rundir import DamagedFile, attempt_dir, latest_attem
 class Paused(Exception):
     """Something that only an operator mends stands in the way. `attempts` is, by job, the latest that failed.
 
-    Everything finished is kept and what runs goes on; the same command goes on once it is mended.
+    Everything finished is kept and what runs goes on; the same command goes on once it is mended. A pause that is to
+    come once and no oftener has a name, `once`, under which the ledger keeps it.
     """
 
     status = 69  # EX_UNAVAILABLE
 
-    def __init__(self, why: str, attempts: Mapping[str, int]) -> None:
+    def __init__(self, why: str, attempts: Mapping[str, int], once: str = "") -> None:
         super().__init__(f"paused: {why}; mend that, then run the same command again")
         self.why = why
         self.attempts = dict(attempts)
+        self.once = once
 
 
 def _failed(folder: Path) -> bool:

@@ -190,12 +190,13 @@ def ask_external(runs: RoundRuns, stage: Stage) -> None:
     # Where there is nothing to compare with, or nothing would be started, no look is spent.
     if desk.account.spent is not None or not desk.facts(policy.round).has_anchor:
         return
-    # A verdict under dev reads both halves: where no run of the anchor has the first, the second is not paid.
-    lacks_half = stage == "external-b" and policy.objective == "dev" and not told
-    if lacks_half and not any(runs.finished(run, "external-a") for run in runs.runs[runs.anchor.id]):
+    asked = [runs.anchor.id, *asked_explorers(runs, stage)]
+    if stage == "external-b" and policy.objective == "dev" and not told:
+        # A verdict under dev reads both halves: the second is not paid for whom no run has the first.
+        asked = [name for name in asked if any(runs.finished(run, "external-a") for run in runs.runs[name])]
+    if runs.anchor.id not in asked:
         return
     check_target(desk.campaign, desk.ground)
-    asked = [runs.anchor.id, *asked_explorers(runs, stage)]
     stages: list[tuple[Run, Stage]] = []
     for name in asked:
         mine = [run for run in runs.runs[name] if runs.finished(run, "dev")]

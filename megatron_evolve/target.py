@@ -28,13 +28,13 @@ def check_target(campaign: Campaign, ground: Ground) -> None:
 def check_scored(ledger: Ledger, key: str, ends: Sequence[StageEnd]) -> None:
     """Raises Paused where every job of a stage crashed, of two or more: no run's fault, and more looks follow.
 
-    Once for a key, which the ledger keeps: whoever started again since, the pause is neither lost nor repeated.
+    Once for a key, by the `paused` event that the controller enters: one that died before it did will pause again.
     """
     crashed = len(ends) > 1 and all(end.outcome == OutcomeKind.CRASHED.value for end in ends)
-    if crashed and not ledger.has("all-crashed", key):
-        ledger.append("all-crashed", key, {})
+    if crashed and not any(event.data.get("once") == key for event in ledger.of_kind("paused")):
         raise Paused(
             f"all {len(ends)} jobs that scored {ends[0].stage} crashed, the first with: {ends[0].reason}; their looks "
             "are spent, and the round goes on without these scores",
             {},
+            once=key,
         )

@@ -43,8 +43,9 @@ def write_report(root: Path, out: Path | None) -> Path:
     Raises ValueError in one sentence where `root` holds no campaign, or a file that the ledger does not know.
     """
     path = Path(out) if out is not None else CampaignFolder(root).report
+    document = page(read_chronicle(Path(root)))  # before a folder is made
     make_folder(path.parent)
-    write_whole(path, page(read_chronicle(Path(root))))
+    write_whole(path, document)
     return path
 
 

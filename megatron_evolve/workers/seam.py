@@ -16,13 +16,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 import megatron_evolve
 from megatron_evolve.launch.rundir import make_folder, write_whole
-from megatron_evolve.substrate.digest import digest_bytes
+from megatron_evolve.substrate.digest import canonical, digest_bytes
 from megatron_evolve.substrate.frozen import Frozen
 from megatron_evolve.workers.brief import Brief, Proposal, Usage, document
 
@@ -154,14 +154,14 @@ def _reply(path: Path) -> bytes | None:
 
 
 def _read(reply: bytes | None, brief: Brief) -> tuple[Ending, str, Proposal | None]:
-    """The proposal in a reply, or why it is malformed."""
+    """The proposal in a reply, or why it is malformed: also where JSON allows what no ledger could keep."""
     if reply is None:
         return "malformed", f"expected a proposal in {PROPOSAL}, got no file", None
     if len(reply) > MOST_BYTES:
         return "malformed", f"expected a proposal of at most {MOST_BYTES} bytes, got more", None
     try:
-        data: Any = json.loads(reply)
-        proposal = Proposal.parse(data, where="proposal")
+        proposal = Proposal.parse(json.loads(reply), where="proposal")
+        canonical(document(proposal))  # half a surrogate pair and hundreds of brackets have no such form
     except (ValueError, RecursionError) as error:
         return "malformed", f"expected a proposal, got {error}", None
     if proposal.brief != brief.digest:

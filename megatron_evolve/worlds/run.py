@@ -27,7 +27,7 @@ from megatron_evolve.desk import Stopped, Unavailable
 from megatron_evolve.jobs import FINAL_STAGE, SCORES_FILE, Ground, Run, drive
 from megatron_evolve.launch.job import Launcher
 from megatron_evolve.launch.local import LocalLauncher
-from megatron_evolve.launch.rundir import Lock, make_folder, read_json, write_whole
+from megatron_evolve.launch.rundir import Lock, make_folder, read_json, resolved, write_whole
 from megatron_evolve.loop import Session, launcher_of, run_campaign
 from megatron_evolve.prepare import default_store, freeze
 from megatron_evolve.sources import decision_sources
@@ -88,7 +88,7 @@ def run_worlds(spec: Path, root: Path, store: Path | None) -> dict[str, Any]:
     console = Console(stderr=True, highlight=False)
     with Lock(root / "controller.lock"), asked_to_stop() as stop:
         code = opened_by(root, grid, base)
-        tour = Tour(grid, base, code, root.resolve(), (store or default_store()).resolve(), Pace(console), stop)
+        tour = Tour(grid, base, code, resolved(root), resolved(store or default_store()), Pace(console), stop)
         places = [tour.place(world, index) for world in grid.worlds for index in range(grid.seeds)]
         tour.pace.expect(grid, base, places)
         try:

@@ -135,6 +135,7 @@ def test_a_line_cut_off_by_a_crash_was_never_paid(path):
         (b"{}", "line 1: candidates is missing"),
         (b"\xff", "line 1: expected a look in JSON"),
         (b"[", "line 1: expected a look"),
+        (b"[" * 100_000, "line 1: expected a look in JSON"),
     ],
 )
 def test_a_corrupt_line_is_named(path, line, message):

@@ -25,13 +25,44 @@ def test_a_file_is_replaced_and_nothing_else_remains(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "empty file"), (b'{"a": 1, "b', "truncated"), (b"nonsense\n", "not JSON"), (b"\xff\xfe", "UTF-8")],
+    [
+        (b"", "empty file"),
+        (b'{"a": 1, "b', "truncated"),
+        (b"nonsense\n", "not JSON"),
+        (b"\xff\xfe", "UTF-8"),
+        (b"[" * 100_000, "brackets in brackets"),
+    ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(rundir.DamagedFile, match=words) as caught:
         rundir.read_json(tmp_path / "a.json")
     assert "a.json" in str(caught.value) and "restore" in str(caught.value)
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    """A pipe stands for a device: the rename would take either away from whoever has it open."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "kept").write_text("old")
+    for name, target in (("to-pipe", "pipe"), ("to-file", "kept"), ("to-none", "none")):
+        (tmp_path / name).symlink_to(target)
+    before = sorted(os.listdir(tmp_path))
+    for path in (tmp_path / "pipe", tmp_path / "to-pipe", tmp_path, Path(""), Path("/")):
+        with pytest.raises(rundir.RunDirError, match=r"write a file at .*, found something else there: name"):
+            rundir.write_whole(path, "new")
+    assert (tmp_path / "pipe").is_fifo() and sorted(os.listdir(tmp_path)) == before
+    for name in ("kept", "to-file", "to-none"):
+        rundir.write_whole(tmp_path / name, "new")
+        assert (tmp_path / name).read_text() == "new"
+
+
+def test_links_that_lead_round_in_a_circle_are_named(tmp_path: Path) -> None:
+    (tmp_path / "here").symlink_to(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    assert rundir.resolved(tmp_path / "here" / "none") == tmp_path.resolve() / "none"
+    if sys.version_info < (3, 13):
+        with pytest.raises(rundir.RunDirError, match=r"cannot follow .*loop/x: its links lead round in a circle"):
+            rundir.resolved(tmp_path / "loop" / "x")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Campaign files: the shipped ones hold, a wrong one is one sentence."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,53 @@ def test_wrong_campaigns(change: dict, says: str) -> None:
     document = yaml.safe_load((SHIPPED / "demo.yaml").read_text()) | change
     with pytest.raises(ValueError, match=says):
         Campaign.parse(document, where="campaign.yaml")
+
+
+LR = {"name": "lr", "operator": "lr"}
+
+
+@pytest.mark.parametrize(
+    ("axes", "says"),
+    [
+        ([LR | {"name": "lr.fast"}], r"search.axes.0.name: .*match pattern .*, got 'lr.fast'"),
+        ([LR, LR], "search.axes: axes need different names, got lr, lr; rename one"),
+        ([LR, {"name": "stack", "operator": "steps"}], "the name stack is kept for .*, got one of operator steps"),
+        ([LR, {"name": "selection", "operator": "lr"}], "the name selection is kept for"),
+        ([], "needs an open axis beside stack and selection, .*, got no axis; add one"),
+        ([{"name": "combine", "operator": "stack"}], "needs an open axis .*, got combine; add one"),
+        ([{"name": "selection", "operator": "selection"}], "needs an open axis .*, got selection; add one"),
+        ([LR | {"retired": "no"}, {"name": "stack", "operator": "stack"}], r"got lr \(retired\), stack; add one"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_axes_that_would_end_the_search_are_refused_before_anything_is_made(
+    axes: list, says: str, more: tuple, tmp_path: Path
+) -> None:
+    document = yaml.safe_load((SHIPPED / "demo.yaml").read_text())
+    document |= {"search": {"axes": axes}, "substrate": {"path": str(tmp_path / "none")}}
+    file = tmp_path / "campaign.yaml"
+    file.write_text(yaml.safe_dump(document))
+    place = ["--dir", str(tmp_path / "run"), "--store", str(tmp_path / "store")]
+    done = CliRunner().invoke(app, ["run", str(file), *place, *more])
+    assert done.exit_code == 1 and re.search(says, done.stderr) and done.stderr.count("\n") == 1, done.stderr
+    assert [one.name for one in tmp_path.iterdir()] == ["campaign.yaml"]
+
+
+def test_axes_of_an_operators_own_names_are_taken() -> None:
+    axes = [LR | {"name": "lr-fast_2"}, {"name": "stack", "operator": "stack"}]
+    document = yaml.safe_load((SHIPPED / "demo.yaml").read_text()) | {"search": {"axes": axes}}
+    assert [axis.name for axis in Campaign.parse(document, where="c").search.axes] == ["lr-fast_2", "stack"]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="pathlib leaves such a path as it is")
+@pytest.mark.parametrize("option", ["--dir", "--store", "--external"])
+def test_links_that_lead_round_in_a_circle_are_one_sentence(option: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    words = {"--dir": tmp_path / "run", "--store": tmp_path / "store", option: tmp_path / "loop"}
+    name = "challenge-cpu" if option == "--external" else "demo"
+    done = CliRunner().invoke(app, ["run", name, "--dry-run", *(str(part) for pair in words.items() for part in pair)])
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1, done.exception
+    assert f"cannot follow {tmp_path / 'loop'}" in done.stderr
 
 
 def test_a_folder_without_a_campaign_is_told_in_one_sentence(tmp_path: Path) -> None:

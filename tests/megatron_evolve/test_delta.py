@@ -26,6 +26,12 @@ def test_scale_and_set_resolve_against_the_base() -> None:
     assert resolved.recipe.steps == 90
 
 
+def test_an_integer_is_a_number_for_a_float_and_a_whole_float_for_an_integer() -> None:
+    change = delta(recipe__lr={"set": 1}, recipe__steps={"set": 90.0}, recipe__adapter={"set": {"rank": 4, "alpha": 8}})
+    resolved = resolve(BASE, change).recipe
+    assert (resolved.lr, resolved.steps, resolved.adapter.alpha) == (1.0, 90, 8.0)
+
+
 def test_scaling_back_gives_the_same_candidate() -> None:
     there = resolve(BASE, delta(mix__weight__red={"scale": 2.0}))
     back = resolve(there, delta(mix__weight__red={"scale": 0.5}))
@@ -45,6 +51,10 @@ def test_scaling_back_gives_the_same_candidate() -> None:
         ({"recipe.adapter.rank": {"set": 4}}, "unknown setting 'recipe.adapter.rank'"),
         ({"mix.difficulty": {"set": "challenge"}}, "outside the mutation space"),
         ({f"mix.weight.{name}": {"set": 0} for name in FAMILIES}, "nothing to train on"),
+        ({"recipe.lr": {"set": True}}, "recipe.lr: expected a number, got True; write"),
+        ({"recipe.steps": {"set": "90"}}, "recipe.steps: expected a number, got '90'"),
+        ({"mix.weight.red": {"set": "0.001"}}, "mix.weight.red: expected a number, got '0.001'"),
+        ({"recipe.adapter": {"set": {"rank": True, "alpha": 8}}}, "recipe.adapter.rank: expected a number, got True"),
     ],
 )
 def test_refusals_say_why(change: dict, says: str) -> None:

@@ -145,6 +145,10 @@ def test_looks_are_counted_as_their_account_counts_them(tmp_path: Path) -> None:
         file.write(b"\n")
     with pytest.raises(ValueError, match="expected a look in JSON"):
         counted.read()
+    for line in (b'{"split": 1}', b"[" * 100_000):
+        path.write_bytes(line + b"\n")
+        with pytest.raises(ValueError, match="expected a look in JSON"):
+            LooksCount(path).read()
     path.unlink()
     counted.read()
     assert (counted.dev, counted.external) == (0, 0)

@@ -57,8 +57,12 @@ def test_a_torn_last_line_is_cut_off(tmp_path) -> None:
         lambda lines: [lines[0], *lines[2:]],
         lambda lines: [lines[1], lines[0], *lines[2:]],
         lambda lines: [*lines[:1], lines[1].replace(b'"value": 1', b'"value": 7'), *lines[2:]],
+        lambda lines: [lines[0], b"[" * 100_000, *lines[2:]],
+        lambda lines: [lines[0], lines[1].replace(b"1", b"[" * 1400 + b"]" * 1400, 1), *lines[2:]],
+        lambda lines: [lines[0], lines[1].replace(b'": 1', b'": ' + b"[" * 1400 + b"]" * 1400), *lines[2:]],
+        lambda lines: [lines[0], lines[1].replace(b'"value": 1', rb'"value": "\ud800"'), *lines[2:]],
     ],
-    ids=["garbage", "removed", "swapped", "changed"],
+    ids=["garbage", "removed", "swapped", "changed", "deep", "deep-number", "deep-value", "surrogate"],
 )
 def test_damage_is_found_and_located(tmp_path, damage) -> None:
     path = filled(tmp_path)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from megatron_evolve.artefacts import CampaignFolder
+from megatron_evolve.cli import app
 from megatron_evolve.report import write_report
 from megatron_evolve.report.chronicle import read_chronicle
 from megatron_evolve.report.figures import NOTHING, Quotes, points, probability, seconds
@@ -169,6 +171,22 @@ def test_is_written_where_told_and_the_same_twice(campaigns, tmp_path) -> None:
     assert there == tmp_path / "deep" / "page.html"
     assert there.read_bytes() == write_report(campaigns["closed"], None).read_bytes()
     assert CampaignFolder(campaigns["closed"]).report.exists()
+
+
+def test_a_path_where_no_file_can_be_is_one_sentence(campaigns, tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for out in ("", str(tmp_path), str(tmp_path / "pipe")):
+        done = CliRunner().invoke(app, ["report", str(campaigns["closed"]), "--out", out])
+        assert done.exit_code == 1 and done.stderr.count("\n") == 1
+        assert f"expected to write a file at {Path(out)}, found something else there: name a file" in done.stderr
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_misspelt_campaign_makes_no_folder(tmp_path) -> None:
+    for out in (None, tmp_path / "new" / "page.html"):
+        with pytest.raises(ValueError, match="holds no campaign"):
+            write_report(tmp_path / "typo", out)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_without_a_campaign_is_refused(tmp_path) -> None:

@@ -12,9 +12,11 @@ from megatron_evolve.contest.surface import ORIGIN
 from megatron_evolve.desk import ENDED, STOPPED, Desk, Stopped
 from megatron_evolve.drift import ask_origin
 from megatron_evolve.jobs import StageEnd
+from megatron_evolve.loop import pauses
 from megatron_evolve.meta import initial_policy
 from megatron_evolve.retries import Paused
 from megatron_evolve.rounds import RoundRuns, ask_external
+from megatron_evolve.substrate.settings import write_all
 from megatron_evolve.trial import FIRST_TRIAL_ROUND, Trial, run_both
 from tests.megatron_evolve.test_closing import Answering, desk_with
 
@@ -100,7 +102,7 @@ def started_again(before: RoundRuns) -> RoundRuns:
 
 
 def test_a_stage_of_which_every_job_crashed_pauses_once_and_then_the_round_goes_on(scored: RoundRuns) -> None:
-    with pytest.raises(Paused, match=ALL_CRASHED):
+    with pytest.raises(Paused, match=ALL_CRASHED), pauses(scored.desk.ledger):
         ask_external(scored, "external-a")
     again = started_again(scored)
     ask_external(again, "external-a")
@@ -115,10 +117,48 @@ def test_a_stop_while_the_jobs_crash_does_not_lose_the_pause(scored: RoundRuns) 
     with pytest.raises(Stopped):
         ask_external(scored, "external-a")
     again = started_again(scored)
-    with pytest.raises(Paused, match=ALL_CRASHED):
+    with pytest.raises(Paused, match=ALL_CRASHED), pauses(scored.desk.ledger):
         ask_external(again, "external-a")
     assert scored.desk.looks.spent == 1
     ask_external(started_again(scored), "external-a")
+
+
+def test_a_controller_that_dies_before_it_enters_the_pause_leaves_it_to_the_next(scored: RoundRuns) -> None:
+    """Whatever it entered last: a pause by another name stands for no pause of this stage."""
+    ledger = scored.desk.ledger
+    with pytest.raises(Paused, match=ALL_CRASHED):
+        ask_external(scored, "external-a")  # and no `paused` is entered
+    with pytest.raises(Paused), pauses(ledger):
+        raise Paused("the disk is full", {})
+    with pytest.raises(Paused, match=ALL_CRASHED), pauses(ledger):
+        ask_external(started_again(scored), "external-a")
+    assert [event.data["once"] for event in ledger.of_kind("paused")] == ["", "1/external-a"]
+    ask_external(started_again(scored), "external-a")
+    assert scored.desk.looks.spent == 1
+
+
+class OnlyAnchors(Crashing):
+    """A desk on which the target's first half is answered for the anchor alone, and its second for whoever asks."""
+
+    def drive(self, stages, after=lambda end: (), ground=None):
+        for run, stage in stages:
+            fails = stage == "external-a" and run.candidate.settings != ORIGIN
+            yield StageEnd(run, stage, "crashed" if fails else "finished", "", 1.0, 1.0, 1)
+
+
+def test_the_second_half_is_not_paid_for_an_explorer_that_lacks_the_first(scored: RoundRuns) -> None:
+    """Under dev a verdict reads both or none; where external is searched for the second half is judged alone."""
+    desk = OnlyAnchors(**vars(scored.desk))
+    other = candidate(desk.substrate_digest, write_all(ORIGIN, {"recipe.lr": 1e-3}))
+    for objective, paid in (("dev", [scored.anchor.id]), ("external", [scored.anchor.id, other.id])):
+        runs = RoundRuns(desk, scored.policy.replace(objective=objective, round=1 if objective == "dev" else 2))
+        for run in (*runs.add(runs.anchor, 2), *runs.add(other, 1)):
+            runs.ends[run.key, "dev"] = StageEnd(run, "dev", "finished", "", 1.0, 1.0, 1)
+        for stage in ("external-a", "external-b"):
+            ask_external(runs, stage)
+        looks = [one for one in desk.looks.entries if one.round == runs.policy.round]
+        assert [one.candidates for one in looks if one.split == "external-a"] == [(scored.anchor.id,), (other.id,)]
+        assert [one.candidates[0] for one in looks if one.split == "external-b"] == paid, objective
 
 
 def test_one_that_crashed_beside_one_that_finished_before_is_a_run_like_any(scored: RoundRuns) -> None:

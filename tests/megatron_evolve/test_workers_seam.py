@@ -5,18 +5,20 @@ import os
 import signal
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from megatron_evolve.constitution import Constitution
+from megatron_evolve.ledger import History, Ledger
 from megatron_evolve.meta import initial_policy
 from megatron_evolve.policy import Axis, DomainState
 from megatron_evolve.substrate.digest import digest_bytes
 from megatron_evolve.substrate.mix import Mix
 from megatron_evolve.substrate.recipe import Recipe
 from megatron_evolve.substrate.settings import Settings
-from megatron_evolve.workers.brief import Brief, document
+from megatron_evolve.workers.brief import Brief, delta_document, document
 from megatron_evolve.workers.propose import propose
 from megatron_evolve.workers.seam import call_worker
 
@@ -149,6 +151,27 @@ def test_malformed_answers_say_what_was_wrong(brief: Brief, tmp_path: Path, text
     call, proposal = call_worker(program(tmp_path, text), brief, tmp_path / "desk", time_limit_s=30)
     assert (call.ending, proposal) == ("malformed", None)
     assert said in call.reason
+
+
+@pytest.mark.parametrize("value", [r'"\ud800"', r'{"\ud800": 1}', "[" * 400 + "]" * 400, "[" * 253 + "]" * 253])
+@pytest.mark.parametrize("place", ["change", "sampling"])
+def test_what_no_ledger_can_keep_is_malformed_and_the_ledger_is_not_asked(
+    brief: Brief, tmp_path: Path, value: str, place: str
+) -> None:
+    """Legal JSON, all of it. A reply is either refused here or an event that can be written and read again."""
+    change = {"recipe.lr": {"set": "HERE" if place == "change" else 0.001}}
+    told = {"brief": brief.digest, "delta": {"hypothesis": "h", "change": change}}
+    told["usage"] = {"sampling": {"stop": "HERE"}} if place == "sampling" else None
+    text = json.dumps(told).replace('"HERE"', value)
+    call, proposal = call_worker(
+        program(tmp_path, f"open(reply, 'w').write({text!r})"), brief, tmp_path / "desk", time_limit_s=30
+    )
+    event = {"delta": delta_document(proposal.delta if proposal else None), "call": call.model_dump(mode="json")}
+    with closing(Ledger(tmp_path)) as ledger:
+        ledger.append("proposed", "1/1/0", event)
+    assert History(tmp_path / "ledger.jsonl").latest.data == event
+    if "ud800" in value or len(value) == 800:
+        assert call.ending == "malformed" and "expected a proposal, got" in call.reason and "\n" not in call.reason
 
 
 def test_an_unavailable_program_is_told_and_nobody_answers_for_it(brief: Brief, tmp_path: Path) -> None:
