@@ -49,7 +49,7 @@ def ask_hook(argv: Sequence[str], folder: Path, timeout_s: float) -> Told | Lost
             return Lost("crashed", f"{argv[0]} could not be started: {error.strerror or error}")
         in_time = False
         try:
-            in_time = _await(process.pid, timeout_s)
+            in_time = ends_within(process.pid, timeout_s)
         finally:
             # Its own session is its process group. The leader is not reaped yet, so the number still means this group.
             os.killpg(process.pid, signal.SIGKILL)
@@ -59,6 +59,16 @@ def ask_hook(argv: Sequence[str], folder: Path, timeout_s: float) -> Told | Lost
         if status:
             return Lost("crashed", f"{argv[0]} ended with status {status}: {_last_words(errors)}")
         return _read(out)
+
+
+def ends_within(pid: int, limit_s: float) -> bool:
+    """Whether a child of this process ends within the limit. It is left unreaped, so its number still means it."""
+    deadline = time.monotonic() + limit_s
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
 
 
 def checked_score(score: Any) -> float:
@@ -84,16 +94,6 @@ def _read(out: IO[bytes]) -> Told | Lost:
         return Told(checked_score(document["score"]), items)
     except (ValueError, RecursionError) as error:
         return Lost("lost", f"its reply is no score: {error}")
-
-
-def _await(pid: int, limit_s: float) -> bool:
-    """Whether the process ends within the limit. It is left unreaped."""
-    deadline = time.monotonic() + limit_s
-    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(POLL_SECONDS)
-    return True
 
 
 def _last_words(errors: IO[bytes]) -> str:

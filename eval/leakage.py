@@ -43,11 +43,6 @@ def withheld(items: Iterable[Item]) -> frozenset[str]:
     return frozenset(_hash(instance_of(item)) for item in items)
 
 
-def is_withheld(instance: str, hashes: frozenset[str]) -> bool:
-    """Whether a training row's instance is among the withheld ones."""
-    return _hash(instance) in hashes
-
-
 def check(instances: Iterable[str], items: Sequence[Item], *, difficulty: str) -> Leakage:
     """Training rows' `instances` against the judge's `items`, which are of `difficulty`."""
     rows = list(instances)

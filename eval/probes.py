@@ -50,6 +50,7 @@ class Probe:
 
 
 def boxed(answer: str) -> str:
+    """An answer as a model ends its text: in the box."""
     return f"So the answer is \\boxed{{{answer}}}"
 
 
@@ -82,6 +83,7 @@ def dealt(items: Asked) -> list[str]:
 
 
 def commonest(items: Asked) -> list[str]:
+    """The most frequent right answer, given to every item."""
     return [Counter(item.answer for item in items).most_common(1)[0][0]] * len(items)
 
 
@@ -95,6 +97,7 @@ def _share_alike(items: Asked, weights: Mapping[str, float]) -> float:
 
 
 def none(items: Asked, weights: Mapping[str, float]) -> float:
+    """The limit of a probe that must not score at all."""
     return 0.0
 
 

@@ -109,6 +109,7 @@ def chunk_sort(s: Shape) -> Pass:
 
 
 def squared_relu(s: Shape) -> Pass:
+    """The activation times each row's share: h and the shares are read, a is written."""
     return Pass("squared_relu", 0, 2 * s.narrow + s.rows * FP32)
 
 
@@ -214,6 +215,7 @@ def unfused_forward(s: Shape) -> tuple[Pass, ...]:
 
 
 def unfused_backward(s: Shape, mode: str) -> tuple[Pass, ...]:
+    """Megatron's passes for the gradients of the inputs, and by `mode` of all matrices (`full`) or of the adapters."""
     products = [_unfused_product(s, f"{name} input gradient") for name in ("fc2", "fc1")]
     passes = [*_moved(s), *products, squared_relu_gradient(s), *_moved(s)]
     if mode == "full":
@@ -240,6 +242,7 @@ def passes_of(path: str, direction: str, s: Shape, mode: str) -> tuple[Pass, ...
 
 
 def ms(passes: tuple[Pass, ...], chip: Chip) -> float:
+    """The least milliseconds of these passes, one after another."""
     return sum(chip.ms(p.flops, p.bytes_moved) for p in passes)
 
 

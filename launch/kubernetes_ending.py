@@ -36,6 +36,8 @@ _ON_ITS_WAY = {"ContainerCreating", "PodInitializing"}
 
 
 class Cause(NamedTuple):
+    """Why an attempt ended: the kind of ending, and in words."""
+
     kind: OutcomeKind
     reason: str
 

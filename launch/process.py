@@ -84,6 +84,7 @@ def boot_id() -> str:
 
 
 def children_of(pid: int) -> list[int]:
+    """The processes whose parent this is, by pid."""
     return [stat.pid for stat in all_stats() if stat.parent == pid]
 
 

@@ -192,6 +192,7 @@ class Lock:
 
 
 def attempt_dir(run_dir: Path, attempt: int) -> Path:
+    """Where an attempt's own files lie."""
     return run_dir / "attempts" / str(attempt)
 
 

@@ -206,6 +206,7 @@ def run_as_main(module: str, args: list[str]) -> NoReturn:
 
 
 def main() -> int:
+    """Entry of the process: serves until told to end or not wanted; status 1 where a module cannot be preloaded."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_evolve.launch.warm", description="Serve forks of preloaded modules."
     )

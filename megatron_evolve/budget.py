@@ -151,8 +151,8 @@ class Account:
         for name, limit in limits.items():
             if then[name] > limit:
                 return (
-                    f"{now[name]:.4g} of {limit:g} {WORDS[name]} are used, and the next job could take "
-                    f"{then[name] - now[name]:.3g}"
+                    f"{amount(now[name])} of {amount(limit)} {WORDS[name]} are used, and the next job could take "
+                    f"{amount(then[name] - now[name])}"
                 )
         return None
 
@@ -168,6 +168,11 @@ class Account:
 
 
 WORDS = {"gpu_hours": "GPU-hours", "cpu_hours": "CPU-hours", "wall_hours": "hours", "money": "units of money"}
+
+
+def amount(value: float) -> str:
+    """A figure as people write it: whole from 1,000 on and never with an exponent there, to four digits below."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4g}"
 
 
 def figures(budgets: Budgets, spend: Spend) -> dict[str, float]:

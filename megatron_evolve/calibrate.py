@@ -13,6 +13,7 @@ neither better nor worse: that is asked too, since gates are known that reject o
 
 import itertools
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from megatron_evolve.simulate.scenarios import SCENARIOS
 
 GAIN_ALPHA = 0.05
 MOST_FLIPS = 0.47  # two runs that answer all by chance disagree on .48
-MOST_TRIALS = 400  # pairings that are looked at, spread evenly over all there are
+MOST_TRIALS = 400  # pairings that are looked at; where there are more, a sample in which the runs share every place
 
 Gate = Callable[[Sequence[RunItems], Sequence[RunItems]], bool]
 
@@ -48,14 +49,23 @@ class Sides:
     anchor: int
 
     def trials(self, runs: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Ordered explorer runs (the first is the one that was selected on) and anchor runs, evenly thinned."""
+        """Ordered explorer runs (the first is the one that was selected on) and anchor runs: all, or a seeded sample.
+
+        The runs go round: a pairing is taken with every shift of its runs or not at all, so each run stands equally
+        often on each side.
+        """
+        others = range(1, runs)
         found = [
-            (mine, theirs)
-            for mine in itertools.permutations(range(runs), self.explorer)
-            for theirs in itertools.combinations(sorted(set(range(runs)) - set(mine)), self.anchor)
+            ((0, *mine), theirs)
+            for mine in itertools.permutations(others, self.explorer - 1)
+            for theirs in itertools.combinations(sorted(set(others) - set(mine)), self.anchor)
         ]
-        step = max(1, math.ceil(len(found) / MOST_TRIALS))
-        return found[::step]
+        drawn = random.Random(0).sample(found, min(len(found), MOST_TRIALS // runs))
+        return [
+            (tuple((run + shift) % runs for run in mine), tuple(sorted((run + shift) % runs for run in theirs)))
+            for mine, theirs in drawn
+            for shift in range(runs)
+        ]
 
 
 def calibrate(root: Path, campaigns: int, seed: int) -> dict[str, Any]:

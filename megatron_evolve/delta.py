@@ -19,7 +19,7 @@ Direction = Literal["up", "down", "flat"]
 class Change(Frozen):
     """One change of one path: exactly one of `set` and `scale`."""
 
-    set: Any = Field(default=None, description="the new value")
+    set: Any = Field(default=None, description="the new value, of the type of the setting that the path names")
     scale: float | None = Field(default=None, gt=0, le=1e6, description="factor on the number that stands there")
 
     @model_validator(mode="after")

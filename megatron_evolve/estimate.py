@@ -8,7 +8,7 @@ times its GPUs; it assumes nothing. Decoding has the limit alone, for an engine'
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_evolve.budget import WORDS
+from megatron_evolve.budget import WORDS, amount
 from megatron_evolve.campaign import Campaign, ExternalCsv, looks_a_round, plan_of
 from megatron_evolve.eval.suite import GeneratedSuite
 from megatron_evolve.preflight import Preflight
@@ -98,9 +98,9 @@ def use_words(use: dict[str, Any], budget: dict[str, dict[str, float | None]]) -
         limit, most = one["budget"], limits.get(name)
         if limit is None and not most:
             continue
-        parts = [] if most is None else [f"{most:,.4g} if every job ran to its time limit"]
-        parts += [f"{assumed:,.4g} assumed for training"] if name == "gpu_hours" and assumed is not None else []
-        parts.append(f"{one['used']:,.4g} used of a budget of {limit:,g}" if limit is not None else "no budget")
+        parts = [] if most is None else [f"{amount(most)} if every job ran to its time limit"]
+        parts += [f"{amount(assumed)} assumed for training"] if name == "gpu_hours" and assumed is not None else []
+        parts.append(f"{amount(one['used'])} used of a budget of {amount(limit)}" if limit is not None else "no budget")
         lines.append(f"  {WORDS[name]}: {', '.join(parts)}")
     return [*lines, *reuse_words(use["rounds_anew"], use["rounds"]), *use["warnings"]]
 

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_evolve.budget import WORDS, figures, limits_of, most_within
+from megatron_evolve.budget import WORDS, amount, figures, limits_of, most_within
 from megatron_evolve.campaign import Campaign, ExternalCsv, SubstrateSpec, looks_a_round
 from megatron_evolve.doctor import gpu_names
 from megatron_evolve.eval.engines.settings import CommandServer, OpenAISettings, VllmServer, check_clamp
@@ -281,8 +281,8 @@ def _check_budgets(campaign: Campaign, placement: Placement) -> None:
         for name, limit in limits_of(rules.budgets).items():
             if needed[name] > limit:
                 raise ValueError(
-                    f"campaign {campaign.name} has a budget of {limit:g} {WORDS[name]}, and one {what} job may take "
-                    f"{needed[name]:.4g} until it is killed: raise constitution.budgets.{name} or lower "
+                    f"campaign {campaign.name} has a budget of {amount(limit)} {WORDS[name]}, and one {what} job may "
+                    f"take {amount(needed[name])} until it is killed: raise constitution.budgets.{name} or lower "
                     "constitution.limits.run_seconds"
                 )
 

@@ -63,7 +63,7 @@ def _lines(schema: dict[str, Any], prefix: str, root: dict[str, Any] | None = No
     lines: list[str] = []
     for name, field in schema.get("properties", {}).items():
         path = f"{prefix}.{name}" if prefix else name
-        inner = _record(field, root)
+        inner, place = _inside(field, root)
         if variants := _variants(field, root):
             lines.append(f"{path}  ({_default(field)})  {field.get('description', '')}".rstrip())
             for one in variants:
@@ -71,17 +71,25 @@ def _lines(schema: dict[str, Any], prefix: str, root: dict[str, Any] | None = No
                 kind = " or ".join(tag.get("enum", [tag.get("const")]))
                 lines.append(f"{path}  (kind {kind})  {_first_line(one.get('description', ''))}".rstrip())
                 lines += _lines(one, path, root)
-        elif inner is not None and "properties" in inner:
+        elif inner is not None:
             meaning = field.get("description") or inner.get("description", "")
-            lines.append(f"{path}  ({_default(field)})  {_first_line(meaning)}".rstrip())
-            lines += _lines(inner, path, root)
-        elif _is_mapping(field) and (inner := _record(field["additionalProperties"], root)) is not None:
-            lines.append(f"{path}.NAME  ({_default(field)})  {field.get('description', '')}".rstrip())
-            lines += _lines(inner, f"{path}.NAME", root)
+            bounds = f"{_bounds(field)}  ".lstrip()
+            lines.append(f"{path}{place}  {bounds}({_default(field)})  {_first_line(meaning)}".rstrip())
+            lines += _lines(inner, f"{path}{place}", root)
         else:
             shown = f"{path}.NAME" if _is_mapping(field) else path
             lines.append(f"{shown}  {_kind(field, root)}  ({_default(field)})  {field.get('description', '')}".rstrip())
     return lines
+
+
+def _inside(field: dict[str, Any], root: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """The record that a field holds, if it does, and where: the field itself, under a name or in a list."""
+    for option in [field, *field.get("anyOf", [])]:
+        for held, place in ((option, ""), (option.get("additionalProperties"), ".NAME"), (option.get("items"), "[]")):
+            record = _record(held, root)
+            if record is not None and "properties" in record:
+                return record, place
+    return None, ""
 
 
 def _variants(field: dict[str, Any], root: dict[str, Any]) -> list[dict[str, Any]]:
@@ -113,7 +121,7 @@ def _kind(field: dict[str, Any], root: dict[str, Any]) -> str:
     if "anyOf" in field:
         return " | ".join(dict.fromkeys(_kind(option, root) for option in field["anyOf"]))
     if "$ref" in field:
-        return _first_line(_record(field, root).get("title", "record"))
+        return _first_line(_record(field, root).get("title", "any"))
     kind = "none" if field.get("type") == "null" else field.get("type", "any")
     if _is_mapping(field):
         values = field["additionalProperties"]
@@ -121,8 +129,11 @@ def _kind(field: dict[str, Any], root: dict[str, Any]) -> str:
     if kind == "array":
         items = field.get("items") or {}
         kind = f"list of {_kind(items, root)}" if items else "list"
-    bounds = ", ".join(f"{sign} {_number(field[key])}" for key, sign in BOUNDS.items() if key in field)
-    return f"{kind} {bounds}".strip()
+    return f"{kind} {_bounds(field)}".strip()
+
+
+def _bounds(field: dict[str, Any]) -> str:
+    return ", ".join(f"{sign} {_number(field[key])}" for key, sign in BOUNDS.items() if key in field)
 
 
 def _number(value: float) -> str:

@@ -143,9 +143,68 @@ class RoundView(Frozen):
     round: int
     objective: str
     policy: str = Field(description="digest")
-    verdicts: tuple[dict[str, Any], ...]
+    verdicts: tuple[dict[str, Any], ...] = Field(
+        description="as in the round's evidence: outcome, estimand, domain, gap and reason among them"
+    )
     minimum_detectable_effect: float | None = Field(description="on dev-b, in accuracy")
     candidates: tuple[CandidateView, ...]
+
+
+class SubfamilyView(Frozen):
+    """One sub-family of the target, as means over the surveyed runs."""
+
+    items: int
+    accuracy: float = Field(description="by the target's own metric")
+    low: float = Field(description="Wilson's 95 % interval of the accuracy, on these items")
+    high: float
+    exact: float = Field(description="share of answers that are the reference, letter by letter")
+    truncated: float = Field(description="share of answers that were cut off")
+    missing_box: float = Field(description="share of answers without a box")
+
+
+class SurveyView(Frozen):
+    """What the standing settings can and cannot do at the end."""
+
+    candidate: str | None = Field(default=None, description="whose runs; no entry where none was scored")
+    runs: int
+    items: int
+    subfamilies: dict[str, SubfamilyView] = Field(description="by FAMILY/SUBFAMILY")
+    unasked: tuple[str, ...] = Field(
+        default=(), description="stages without a look left; no entry where all were asked"
+    )
+
+
+class GainView(Frozen):
+    """Standing settings minus origin on the sealed items, in accuracy."""
+
+    mean: float
+    se: float
+    low: float = Field(description="95 % interval")
+    high: float
+    p_better: float
+    minimum_detectable_effect: float = Field(description="true gain that is seen with 80 % power")
+
+
+class FinalView(Frozen):
+    """The standing settings against the origin on the sealed items."""
+
+    standing: str = Field(description="candidate")
+    origin: str = Field(description="candidate")
+    same: bool = Field(description="the standing settings are still the origin: nothing was compared")
+    accuracy: dict[str, float] | None = Field(default=None, description="of `standing` and `origin`")
+    items: int | None = None
+    runs: dict[str, int] | None = Field(default=None, description="of `standing` and `origin`")
+    gain: GainView | None = Field(default=None, description="no entry where nothing could be compared")
+    failed: str | None = Field(default=None, description="why nothing could be compared; no entry where it was")
+
+
+class ClosingView(Frozen):
+    """The ledger's last event."""
+
+    claim: Literal["performance", "infrastructure"]
+    final: FinalView | None = Field(description="none: no target, or a budget was spent before")
+    finding: str = Field(description="one sentence")
+    looks: str = Field(description="digest of all looks")
 
 
 class Standing(Now):
@@ -159,8 +218,8 @@ class Standing(Now):
     judge: str | None = Field(default=None, description="digest")
     cpu_seconds: float = Field(default=0.0, description="of the jobs that ended")
     rounds: tuple[RoundView, ...]
-    survey: dict[str, Any] | None = None
-    closing: dict[str, Any] | None = None
+    survey: SurveyView | None = Field(default=None, description="none: not yet, or no target to survey")
+    closing: ClosingView | None = Field(default=None, description="none: still open")
 
 
 def standing(root: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_evolve.artefacts import CampaignFolder
-from megatron_evolve.budget import WORDS
+from megatron_evolve.budget import WORDS, amount
 from megatron_evolve.campaign import find_campaign, load_campaign, plan_of
 from megatron_evolve.estimate import use_words
 from megatron_evolve.explain import told_verdicts
@@ -155,7 +155,7 @@ def show_status(found: dict[str, Any]) -> None:
     )
     for name, one in found["budget"].items():
         if name in WORDS and one["budget"] is not None:
-            console.print(f"budget: {one['used']:.4g} of {one['budget']:g} {WORDS[name]} used")
+            console.print(f"budget: {amount(one['used'])} of {amount(one['budget'])} {WORDS[name]} used")
     for told in waiting_for(job["waits_for"] for job in found["jobs"]["now"]):
         console.print(f"[yellow]{escape(told)}[/]")
     for one in found["rounds"]:

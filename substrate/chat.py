@@ -26,11 +26,6 @@ def chat_prompt(question: str, *, system: str = "", thinking: bool = True) -> st
     return f"{turns}{TURN}assistant\n" + (f"{THINK}\n" if thinking else f"{THINK}{THOUGHT}")
 
 
-def chat_completion(answer: str, *, trace: str | None = None) -> str:
-    """What the model should write after `chat_prompt`, with thinking on if there is a trace (an empty one counts)."""
-    return f"{_thought(trace)}{answer.strip()}{END}\n"
-
-
 def puzzle_prompt(prompt: str) -> str:
     """A puzzle as the challenge's metric asks it: its suffix, no system text, thinking on."""
     return chat_prompt(prompt + CHALLENGE_SUFFIX)
@@ -39,8 +34,4 @@ def puzzle_prompt(prompt: str) -> str:
 def puzzle_parts(row: Row, style: str) -> tuple[str, str, str]:
     """Prompt, thinking and boxed answer of a row, which a completion's end of text follows."""
     trace = "" if style == ANSWER_STYLE else row.traces[style]
-    return puzzle_prompt(row.prompt), _thought(trace), f"{BOX_OPEN}{row.answer}{BOX_CLOSE}"
-
-
-def _thought(trace: str | None) -> str:
-    return "" if trace is None else f"{trace.strip()}\n{THOUGHT}\n"
+    return puzzle_prompt(row.prompt), f"{trace.strip()}\n{THOUGHT}\n", f"{BOX_OPEN}{row.answer}{BOX_CLOSE}"

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron_evolve.budget import amount
 from megatron_evolve.report.markup import Markup, join, tag
 
 Form = Callable[[Any], str]
@@ -19,10 +20,8 @@ MINUS = "\u2212"
 
 
 def plain(value: Any) -> str:
-    """A number as people write it: counts with thousands, others to four digits."""
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}".replace("-", MINUS)
+    """A number as people write it."""
+    return (f"{value:,}" if isinstance(value, int) else amount(value)).replace("-", MINUS)
 
 
 def label(value: Any) -> str:

@@ -8,21 +8,26 @@ that were demanded were stated for the specified noise.
 from dataclasses import dataclass, replace
 
 from megatron_evolve.simulate.draw import Plan
-from megatron_evolve.simulate.scenarios import SCENARIOS
+from megatron_evolve.simulate.scenarios import SCENARIOS, Scenario
 
 HARMLESS = tuple(name for name, one in SCENARIOS.items() if one.harmless)
+OF_HARMLESS = "at most .05 of campaigns alarm"
 MOST_SHARED = 0.6  # of flips
 
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Scenarios under one noise and plan, and what must hold of them; `demand` is empty where nothing must."""
+    """Scenarios under one noise and plan, and what must hold of them beside what must of every harmless one."""
 
     names: tuple[str, ...]
     noise: str
     plan: Plan
     shared: float = 0.0
     demand: str = ""
+
+    def must(self, one: Scenario) -> str:
+        """What must hold of one of the scenarios; empty where nothing must."""
+        return self.demand or (OF_HARMLESS if one.harmless else "")
 
 
 def few_degrees(plan: Plan) -> Plan:
@@ -32,11 +37,11 @@ def few_degrees(plan: Plan) -> Plan:
 
 def demanded() -> tuple[Condition, ...]:
     """Every condition, with the product's plan but for what the condition names."""
-    plan, few = Plan(), "at most .05 of campaigns alarm"
+    plan = Plan()
     return (
-        Condition(HARMLESS, "measured", plan, MOST_SHARED, few),
-        Condition(HARMLESS, "measured", few_degrees(plan), demand=few),
-        Condition(HARMLESS, "measured", plan.judging_origin(), demand=few),
+        Condition(HARMLESS, "measured", plan, MOST_SHARED),
+        Condition(HARMLESS, "measured", few_degrees(plan)),
+        Condition(HARMLESS, "measured", plan.judging_origin()),
         Condition(("decoupled",), "specified", plan, demand="found by round 4 in at least .8 of campaigns"),
         Condition(("one-exploiter",), "specified", plan, demand="found by `selected` in at least .95 of first rounds"),
     )

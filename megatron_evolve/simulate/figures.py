@@ -35,9 +35,11 @@ def simulate(
 
 def _under(condition: Condition, campaigns: int, seed: int) -> list[dict[str, Any]]:
     dice = noise_named(condition.noise).replace(shared=condition.shared)
-    told = {"noise": condition.noise, "shared_flips": condition.shared, "demand": condition.demand}
+    told = {"noise": condition.noise, "shared_flips": condition.shared}
     chosen = [scenario(name) for name in condition.names]
-    return [told | figures(one, dice, campaigns, seed, condition.plan) for one in chosen]
+    return [
+        told | {"demand": condition.must(one)} | figures(one, dice, campaigns, seed, condition.plan) for one in chosen
+    ]
 
 
 def figures(one: Scenario, noise: Noise, campaigns: int, seed: int, plan: Plan = PLAN) -> dict[str, Any]:

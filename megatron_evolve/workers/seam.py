@@ -21,6 +21,7 @@ from typing import Literal
 from pydantic import Field
 
 import megatron_evolve
+from megatron_evolve.eval.hook import ends_within
 from megatron_evolve.launch.rundir import make_folder, write_whole
 from megatron_evolve.substrate.digest import canonical, digest_bytes
 from megatron_evolve.substrate.frozen import Frozen
@@ -31,7 +32,6 @@ Ending = Literal["ok", "refused", "malformed", "timed_out", "unavailable"]
 BRIEF, PROPOSAL, ERRORS = "brief.json", "proposal.json", "stderr.txt"
 TEMPORARY_FAILURE = 75
 MOST_BYTES = 1 << 20
-POLL_SECONDS = 0.01
 
 # What a worker inherits of the environment; HOME and TMPDIR are its own folder, and PYTHONPATH finds this package.
 KEPT = ("PATH", "LANG", "LC_ALL", "TZ")
@@ -113,7 +113,7 @@ def _run(
             )
         except OSError as error:
             return "unavailable", f"{program[0]} could not be started: {error.strerror or error}", None
-        in_time = _await(process.pid, time_limit_s)
+        in_time = ends_within(process.pid, time_limit_s)
         # Its own session is its process group. The leader is not reaped yet, so the number still means this group.
         os.killpg(process.pid, signal.SIGKILL)
         status = process.wait()
@@ -127,16 +127,6 @@ def _run(
     if status != 0:
         return "malformed", f"{program[0]} ended with status {status}: {_last_line(scratch / ERRORS)}", reply
     return "ok", "", reply
-
-
-def _await(pid: int, time_limit_s: float) -> bool:
-    """Whether the process ends within the limit. It is left unreaped."""
-    deadline = time.monotonic() + time_limit_s
-    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(POLL_SECONDS)
-    return True
 
 
 def _environment(scratch: Path, keep_env: Sequence[str]) -> dict[str, str]:

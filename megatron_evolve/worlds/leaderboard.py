@@ -2,6 +2,7 @@
 
     python -m megatron_evolve.worlds.leaderboard --judge DIR --substrate DIR --step 0.01 RUN
     ->  {"score": 0.61, "items": 1200}
+    python -m megatron_evolve.worlds.leaderboard --judge DIR --list  ->  the run of every submission, one a line
 
 RUN is the folder of a trained run, as the command hook gives it. The hidden suite is the external one of a frozen judge
 that no campaign knows (`python -m megatron_evolve.eval.freeze` makes one): every run is asked the same items of its
@@ -35,10 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry of the program. Status 0 with the reply on stdout; otherwise one sentence on stderr and status 1."""
     parser = argparse.ArgumentParser(prog="megatron_evolve.worlds.leaderboard", description=__doc__.splitlines()[0])
     parser.add_argument("--judge", type=Path, required=True, help="folder of the leaderboard's own frozen judge")
-    parser.add_argument("--substrate", type=Path, required=True, help="folder of the frozen substrate")
+    parser.add_argument("--substrate", type=Path, help="folder of the frozen substrate")
     parser.add_argument("--step", type=float, default=0.0, help="what the score is rounded to; 0: not at all")
-    parser.add_argument("run", type=Path, help="folder of the trained run")
+    parser.add_argument("--list", action="store_true", help="print the run of every submission and score nothing")
+    parser.add_argument("run", type=Path, nargs="?", help="folder of the trained run")
     arguments = parser.parse_args(argv)
+    if arguments.list:
+        print(*submitted_runs(arguments.judge), sep="\n")
+        return 0
+    if arguments.run is None or arguments.substrate is None:
+        parser.error("expected --substrate and a run to score, or --list")
     os.environ.update(JOB_ENV)
     try:
         # Libraries may greet on stdout, which belongs to the reply.

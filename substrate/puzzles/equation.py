@@ -18,7 +18,7 @@ that of the published rows: a plain glyph has its own slot.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_evolve.substrate.puzzles.frame import Frame
@@ -168,16 +168,27 @@ def subfamily_of(examples: Sequence[tuple[str, str]], query: str) -> str:
 
 
 def instance(examples: Sequence[tuple[str, str]], query: str, answer: str) -> str:
-    """The instance of a challenge row: its lines with glyphs and symbols renamed in order of appearance."""
-    lines = [*examples, (query, answer)]
-    operators = dict.fromkeys(left[2] for left, _ in lines)
-    names = {glyph: "ABCDEF"[i] for i, glyph in enumerate(operators)}
-    for left, right in lines:
-        for character in left + right:
-            if character not in names:
-                names[character] = character if character.isdigit() else chr(ord("a") + len(names) - len(operators))
-    table = str.maketrans(names)
-    return FAMILY + "|" + "|".join(f"{left}={right}".translate(table) for left, right in lines)
+    """The instance of a challenge row: its lines with glyphs and symbols renamed, in whatever order the examples stand.
+
+    Names are given in order of appearance, to the asked line first and then always to the example that reads smallest
+    by the names so far; where several read alike, each is tried. So it is the smallest text of all orders.
+    """
+    asked, names = _renamed(query + answer, {})
+    lines, orders = [asked], [(names, [left + right for left, right in examples])]
+    for _ in examples:
+        found = [(*_renamed(line, names), rest, at) for names, rest in orders for at, line in enumerate(rest)]
+        lines.append(min(text for text, *_ in found))
+        orders = [(names, rest[:at] + rest[at + 1 :]) for text, names, rest, at in found if text == lines[-1]]
+    return f"{FAMILY}|{' '.join(lines)}"
+
+
+def _renamed(line: str, names: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """A line under `names`, and these with its new characters. A digit is its own name."""
+    named = dict(names)
+    for character in line:
+        if character not in named:
+            named[character] = character if character.isdigit() else chr(ord("a") + len(named))
+    return "".join([named[character] for character in line]), named
 
 
 def draw_challenge(rng: random.Random, cue_rate: float) -> Row:

@@ -54,8 +54,11 @@ def roman(number: int) -> str:
 
 
 def instance(examples: Sequence[tuple[str, str]], query: str, answer: str) -> str:
-    """The instance of a challenge row: its whole prompt, since all 100 queries occur in any large set of rows."""
-    return f"{FAMILY}|{FRAME.render(examples, query)}"
+    """The instance of a challenge row: its whole prompt, since all 100 queries occur in any large set of rows.
+
+    The examples are sorted: in another order they are the same question.
+    """
+    return f"{FAMILY}|{FRAME.render(sorted(examples), query)}"
 
 
 def _check_cue_rate(cue_rate: float) -> None:

@@ -1,11 +1,12 @@
 """The command hook: one score or a lost reply, and nothing of it lives on."""
 
+import subprocess
 import sys
 import time
 
 import pytest
 
-from megatron_evolve.eval.hook import Lost, Told, ask_hook, checked_score
+from megatron_evolve.eval.hook import Lost, Told, ask_hook, checked_score, ends_within
 
 
 def python(body: str) -> tuple[str, ...]:
@@ -17,6 +18,14 @@ def test_a_score_comes_back_and_the_folder_was_told(tmp_path):
     body = "print(json.dumps({'score': float(open(sys.argv[1] + '/adapter').read()), 'items': 1200}))"
     assert ask_hook(python(body), tmp_path, 20) == Told(0.8512, 1200)
     assert ask_hook(python("print('{\"score\": 1}')"), tmp_path, 20) == Told(1.0, None)
+
+
+def test_a_child_that_ends_in_time_is_left_unreaped():
+    """So its number can still be killed for: nobody else can have it."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert not ends_within(process.pid, 0.05)
+        process.kill()
+        assert ends_within(process.pid, 30) and ends_within(process.pid, 0)
 
 
 @pytest.mark.parametrize(

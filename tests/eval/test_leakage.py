@@ -1,14 +1,17 @@
 """Leakage: an item trained on is found, others are not; nano says why it is exempt."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_evolve.eval.leakage import check, instance_of, is_withheld, withheld
+from megatron_evolve.eval.leakage import check, instance_of, withheld
 from megatron_evolve.eval.suite import CsvSuite, GeneratedSuite, Item, draw, read_csv
 from megatron_evolve.substrate.digest import digest_file
+from megatron_evolve.substrate.packing import instance_hash
 from megatron_evolve.substrate.puzzles import families
+from megatron_evolve.substrate.puzzles.row import Row
 
 REAL_ROWS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "challenge" / "train_open.csv"
 
@@ -19,26 +22,30 @@ def items_of(difficulty: str) -> list[Item]:
     return draw(suite, split="dev-b", round_number=1, secret="a secret of tests")
 
 
-def training_rows(count: int) -> list[str]:
+def training_rows(count: int) -> list[Row]:
     rng = random.Random(5)
     return [
-        families.draw(name, rng, difficulty="challenge", cue_rate=0.0).instance
+        families.draw(name, rng, difficulty="challenge", cue_rate=0.0)
         for name in families.FAMILIES
         for _ in range(count)
     ]
 
 
+def instances_of(rows: list[Row]) -> list[str]:
+    return [row.instance for row in rows]
+
+
 def test_an_item_that_was_trained_on_is_found():
     items = items_of("challenge")
     for item in items:
-        found = check([*training_rows(2), instance_of(item)], [item], difficulty="challenge")
+        found = check([*instances_of(training_rows(2)), instance_of(item)], [item], difficulty="challenge")
         assert found.leaked_items == (item.id,)
         assert found.leaked_rows == 1
         assert found.exempt is None
 
 
 def test_independent_rows_do_not_collide():
-    found = check(training_rows(20), items_of("challenge"), difficulty="challenge")
+    found = check(instances_of(training_rows(20)), items_of("challenge"), difficulty="challenge")
     assert found.leaked_items == ()
     assert found.rows == 20 * len(families.FAMILIES)
     assert found.items == 8 * len(families.FAMILIES)
@@ -54,8 +61,9 @@ def test_nano_is_exempt_and_says_why():
 def test_withheld_hashes_tell_rows_from_items_without_showing_them():
     items = items_of("challenge")
     hashes = withheld(items)
-    assert all(is_withheld(instance_of(item), hashes) for item in items)
-    assert not any(is_withheld(instance, hashes) for instance in training_rows(5))
+    trained_on = [replace(row, instance=instance_of(item)) for row, item in zip(training_rows(8), items, strict=True)]
+    assert all(instance_hash(row) in hashes for row in trained_on), "what packing leaves out"
+    assert not any(instance_hash(row) in hashes for row in training_rows(5))
     assert not any(item.prompt in text or item.answer == text for text in hashes for item in items)
 
 
@@ -69,5 +77,5 @@ def test_generated_rows_against_the_real_ones():
         pytest.skip(f"the challenge's rows are not at {REAL_ROWS}")
     items = read_csv(CsvSuite(path=str(REAL_ROWS), sha256=digest_file(REAL_ROWS), items={"external-b": 1}))
     assert len({instance_of(item) for item in items}) == len(items)
-    found = check(training_rows(50), items, difficulty="challenge")
+    found = check(instances_of(training_rows(50)), items, difficulty="challenge")
     assert found.leaked_rows <= 3

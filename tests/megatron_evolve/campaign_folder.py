@@ -38,6 +38,7 @@ from tests.megatron_evolve.invented_verdicts import verdicts_of
 SUBSTRATE, JUDGE = digest_of("a substrate"), digest_of("a judge")
 ITEMS = {"dev-a": 1200, "dev-b": 1200, "external-a": 600, "external-b": 600}
 MARKUP = "<script>alert('no')</script> & shares \"follow\" weight"
+NO_LOOKS = digest_of("looks")
 RUN_SD = 0.006
 
 # Operator: true gain on dev (in the shifted domain, in every other) and the same on the external target.
@@ -355,7 +356,7 @@ class Story:
         self.ledger.append("final", "", final)
         found = "dev stopped tracking the external target: first said in round 1 (DECOUPLED); on 2400 sealed items the "
         found += "standing settings are +4.1 pt from the origin [+1.6, +6.7]."
-        statement = {"claim": self.campaign.claim, "final": final, "finding": found}
+        statement = {"claim": self.campaign.claim, "final": final, "finding": found, "looks": NO_LOOKS}
         self.ledger.append("campaign-closed", "", statement)
 
 
@@ -369,7 +370,8 @@ def build_campaign(root: Path, *, judged: int = 4, closed: bool = True, external
     if closed and external:
         story.close(policy)
     elif closed:
-        statement = {"claim": "infrastructure", "final": None, "finding": "there was no external target."}
+        found = "there was no external target."
+        statement = {"claim": "infrastructure", "final": None, "finding": found, "looks": NO_LOOKS}
         story.ledger.append("campaign-closed", "", statement)
     else:
         story.start(policy)

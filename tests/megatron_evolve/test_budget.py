@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_evolve.budget import Account, Spend, figures, limits_of, most_of, spent_before
+from megatron_evolve.budget import Account, Spend, amount, figures, limits_of, most_of, spent_before
 from megatron_evolve.constitution import Budgets, Constitution
 from megatron_evolve.estimate import use_words
 from megatron_evolve.launch.job import Job, JobOutcome, OutcomeKind, Resources
@@ -65,7 +65,7 @@ def test_wall_time_is_counted_from_the_opening_pauses_included() -> None:
     account = Account.of(Budgets(wall_hours=3.1), [ended(0, opened, "campaign-opened", {})])
     assert account.refusal(job_of("a", limit_s=300)) is None
     told = account.refusal(job_of("a", limit_s=700))
-    assert told == "3 of 3.1 hours are used, and the next job could take 0.197"
+    assert told == "3 of 3.1 hours are used, and the next job could take 0.1972"
 
 
 def test_the_ledger_alone_tells_what_was_used() -> None:
@@ -127,7 +127,7 @@ def test_what_would_exceed_the_budget_is_not_started_and_no_new_name_helps(tmp_p
     ends = bench.run(dict.fromkeys("abcd", f"sleep 0.5; {DONE}"), **where)
     started = {name for name in "abcd" if bench.attempts(name)}
     assert started == set(ends) and 1 <= len(ends) <= 3
-    assert account.spent is not None and "GPU-hours are used, and the next job could take 0.000556" in account.spent
+    assert account.spent is not None and "GPU-hours are used, and the next job could take 0.0005556" in account.spent
     assert account.used.gpu_seconds == pytest.approx(sum(end.gpu_seconds for end in ends.values()))
     facts = [ended(n, datetime.now(UTC), "ended", {"end": vars(end)}) for n, end in enumerate(ends.values())]
     again = Account.of(budgets, facts)
@@ -150,6 +150,20 @@ def test_a_retry_that_no_budget_allows_ends_the_stage_with_its_cost(tmp_path: Pa
     assert account.used.gpu_seconds == pytest.approx(end.gpu_seconds) and account.spent is not None
 
 
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(0.0, "0"), (0.12344, "0.1234"), (999.94, "999.9"), (1234.56, "1,235"), (14_400.0, "14,400"), (2e6, "2,000,000")],
+)
+def test_an_amount_is_told_without_an_exponent(value: float, told: str) -> None:
+    assert amount(value) == told
+
+
+def test_a_refusal_tells_large_amounts_in_full() -> None:
+    account = Account(Budgets(gpu_hours=14_400), used=Spend(gpu_seconds=14_399 * HOUR))
+    told = account.refusal(job_of("1/a/1/train", limit_s=HOUR - 10, gpus=12_000))
+    assert told == "14,399 of 14,400 GPU-hours are used, and the next job could take 12,000"
+
+
 def test_a_budget_of_money_needs_a_price() -> None:
     with pytest.raises(ValueError, match="a budget of money needs a price: add gpu_hour_price"):
         Constitution.parse({"budgets": {"money": 100}}, where="constitution")
@@ -164,4 +178,4 @@ def test_the_statement_sets_what_will_be_used_beside_the_budgets() -> None:
     assert lines[0] == "at most 60 training runs and 180 scoring jobs, with the origin's"
     used = "0 used of a budget of 5,000"
     assert lines[1] == f"  GPU-hours: 9,600 if every job ran to its time limit, 1,234 assumed for training, {used}"
-    assert lines[2] == "  CPU-hours: 8e+04 if every job ran to its time limit, no budget" and len(lines) == 3
+    assert lines[2] == "  CPU-hours: 80,000 if every job ran to its time limit, no budget" and len(lines) == 3

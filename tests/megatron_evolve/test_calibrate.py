@@ -1,6 +1,7 @@
 """Calibration: pairings that share no run within, intervals that know how few runs there are, and the whole command."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -32,13 +33,27 @@ def better(mine, anchors):
     return np.mean([run.correct for run in mine]) > np.mean([run.correct for run in anchors])
 
 
-def test_pairings_share_no_run_and_are_thinned_evenly():
-    trials = Sides(2, 3).trials(8)
-    assert 0 < len(trials) <= MOST_TRIALS
-    assert all(len({*mine, *theirs}) == 5 for mine, theirs in trials)
+@pytest.mark.parametrize("runs", range(6, 17))
+@pytest.mark.parametrize("sides", [Sides(1, 2), Sides(2, 3), Sides(3, 3)])
+def test_in_the_pairings_every_run_stands_equally_often_on_each_side(sides, runs):
+    """Whatever the number of runs: a fixed stride over all pairings left two of twelve runs no anchor ever."""
+    trials = sides.trials(runs)
+    assert trials == sides.trials(runs) and len(set(trials)) == len(trials)
+    assert all(len({*mine, *theirs}) == sides.explorer + sides.anchor for mine, theirs in trials)
+    everything = math.perm(runs, sides.explorer) * math.comb(runs - sides.explorer, sides.anchor)
+    assert min(everything, MOST_TRIALS - runs + 1) <= len(trials) <= MOST_TRIALS
+    selected_on, explorers, anchors = (
+        np.bincount([run for trial in trials for run in part(trial)], minlength=runs)
+        for part in (lambda trial: trial[0][:1], lambda trial: trial[0], lambda trial: trial[1])
+    )
+    assert {*selected_on} == {len(trials) // runs}
+    assert {*explorers} == {len(trials) * sides.explorer // runs}
+    assert {*anchors} == {len(trials) * sides.anchor // runs}
+
+
+def test_few_runs_are_paired_in_every_way():
     assert len(Sides(1, 1).trials(3)) == 6 and Sides(1, 1).trials(1) == []
-    first = np.bincount([mine[0] for mine, _ in trials], minlength=8)
-    assert first.min() >= 0.5 * first.max()
+    assert len(Sides(2, 3).trials(6)) == 120
 
 
 def test_gates_that_know_only_chance_pass_half_and_say_how_little_that_tells():

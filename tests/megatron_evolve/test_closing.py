@@ -29,6 +29,7 @@ from megatron_evolve.meta import initial_policy
 from megatron_evolve.origin import Origin
 from megatron_evolve.report import write_report
 from megatron_evolve.retries import Paused
+from megatron_evolve.standing import SurveyView
 from megatron_evolve.terminal import final_table
 from tests.megatron_evolve.campaign_folder import build_campaign
 
@@ -218,6 +219,7 @@ def test_a_budget_that_the_rounds_have_spent_closes_without_the_open_rows(tmp_pa
     assert desk.looks.spent == spent + asked
     again = Looks(desk.looks.path, external_budget=budget)
     assert final_survey(Answering(**{**vars(desk), "looks": again}), policy) == found, "as a campaign that goes on does"
+    SurveyView.parse(found, where="the survey of `status --json`")
 
 
 def test_a_target_that_went_while_the_closing_trained_pauses_before_the_sealed_half_is_paid(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A leaderboard in a box: what it hides, what it refuses, and a whole campaign whose external target it is."""
 
+import json
 import os
 import signal
 import stat
@@ -54,6 +55,18 @@ def test_a_leaderboard_refuses_in_one_sentence(
     out, error = capsys.readouterr()
     assert said in error and len(error.strip().splitlines()) == 1 and not out
     assert submitted_runs(tmp_path / "judge") == []
+
+
+def test_a_leaderboard_lists_what_was_submitted_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place, run in (("x", "/b/train"), ("y", "/a/train"), ("z", "/b/train")):
+        folder = tmp_path / "submissions" / place
+        folder.mkdir(parents=True)
+        (folder / "submission.json").write_text(json.dumps({"run": run}))
+    assert main(["--judge", str(tmp_path / "judge"), "--list"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["/a/train", "/b/train", "/b/train"], "twice where twice submitted"
+    with pytest.raises(SystemExit):
+        main(["--judge", str(tmp_path / "judge")])
+    assert "--substrate and a run to score, or --list" in capsys.readouterr().err
 
 
 def told_grid(own_ground: Ground, tmp_path: Path) -> Path:

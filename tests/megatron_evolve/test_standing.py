@@ -61,6 +61,15 @@ def test_the_schema_command_tells_every_field() -> None:
     told = describe("status")
     for name in Standing.model_fields:
         assert f"\n{name}" in told, name
+    for path in (
+        "jobs.now[].waits_for",
+        "rounds[].candidates[].runs[].outcome",
+        "survey.subfamilies.NAME.accuracy",
+        "closing.final.gain.mean",
+    ):
+        assert f"\n{path}  " in told, path
+    untold = [line for line in told.splitlines() if "  any" in line or "View" in line]
+    assert not untold, "records and lists of records are descended into"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from megatron_evolve.substrate.chat import (
     END,
     THINK,
     TURN,
-    chat_completion,
     chat_prompt,
     puzzle_parts,
     puzzle_prompt,
@@ -54,8 +53,6 @@ def test_the_text():
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
         "<|im_start|>assistant\n<think></think>"
     )
-    assert chat_completion("4", trace="2+2 is 4.") == "2+2 is 4.\n</think>\n4<|im_end|>\n"
-    assert chat_completion("4") == "4<|im_end|>\n"
 
 
 def test_a_puzzle_ends_with_its_box():
@@ -121,7 +118,7 @@ def test_token_for_token_nemo_toolkits_formatter(tokenizer):
     dialogs.append((plain, {"enable_thinking": False}))
     texts.append((chat_prompt("2+2?", system="Be brief.", thinking=False), ""))
     dialogs.append(([*plain, {"role": "assistant", "content": "4"}], {}))
-    texts.append((chat_prompt("2+2?", system="Be brief.", thinking=False), chat_completion("4")))
+    texts.append((chat_prompt("2+2?", system="Be brief.", thinking=False), f"4{END}\n"))
     run = subprocess.run(
         [sys.executable, "-c", NEMO, str(tokenizer / "tokenizer.json")],
         input=json.dumps(dialogs),

@@ -8,8 +8,8 @@ import torch
 
 from megatron_evolve.substrate.model import build, weights
 from megatron_evolve.substrate.model.architecture import PRESETS, Architecture
-from megatron_evolve.substrate.model.meta import build_on_meta
 from tests.substrate.enlarged import SMALL
+from tests.substrate.on_meta import build_on_meta
 
 WHOLE = Architecture.model_validate(SMALL.model_dump() | {"latent_size": 24, "mtp_pattern": "*E", "mtp_depths": 2})
 

@@ -1,5 +1,6 @@
 """Equation rows: results recomputed from the recorded rules with plain arithmetic on printed strings."""
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -152,3 +153,15 @@ def test_instance_ignores_the_choice_of_symbols():
     assert renamed == symbolic.instance
     assert instance_of(numeric.prompt, numeric.answer) == numeric.instance
     assert instance_of(numeric.prompt, numeric.answer + "0") != numeric.instance
+
+
+def test_instance_is_the_smallest_of_all_orders_and_sets_the_query_apart():
+    """Lines that read alike until a later one tells them apart: trying one order of them is not enough."""
+    examples, query, answer = [("ab+cd", "ef"), ("gh+ij", "kl"), ("ij+gh", "ab"), ("mn-op", "qr")], "st*uv", "wx"
+    told = {equation.instance(order, query, answer) for order in itertools.permutations(examples)}
+    assert len(told) == 1
+    other = [*examples[:2], ("ij+gh", "ba"), examples[3]]
+    assert equation.instance(other, query, answer) not in told
+    assert equation.instance([*examples[1:], (query, answer)], *examples[0]) not in told
+    many = [(f"1{digit}{glyph}11", "5") for digit, glyph in zip("123456789", "+-*/!<>@#", strict=True)]
+    assert equation.instance(many, query, answer) == equation.instance(many[::-1], query, answer)

@@ -81,6 +81,25 @@ def test_generated_challenge_prompts_parse_back(family):
                 parse(broken)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_question_is_the_same_in_whatever_order_its_examples_stand(family):
+    """And another one, or one with another answer, is not."""
+    rng = random.Random(4)
+    seen = set()
+    for _ in range(100):
+        row = draw(family, rng, difficulty="challenge")
+        parsed = parse(row.prompt)
+        for _ in range(6):
+            shuffled = rng.sample(parsed.examples, len(parsed.examples))
+            assert instance_of(FRAMES[family].render(shuffled, parsed.query), row.answer) == row.instance
+        seen.add(row.instance)
+        fewer = FRAMES[family].render(parsed.examples[1:], parsed.query)
+        asks_only = family == "cipher"  # its instance is the asked sentence and its answer
+        assert (instance_of(fewer, row.answer) == row.instance) == asks_only
+        assert (instance_of(row.prompt, row.answer + "0") == row.instance) == (family == "numeral")
+    assert len(seen) == 100
+
+
 def test_instances_of_many_rows_are_distinct():
     for difficulty in DIFFICULTIES:
         rng = random.Random(3)
