@@ -35,7 +35,6 @@ from megatron_evolve.eval.seeds import (
 
 # Real steps are 1-2 points, so a difference between candidates is believed to be N(0, 2 points) before it is measured.
 PRIOR_SD = 0.02
-POWER = 0.8
 ROUNDING = 1e-12  # what sums of a few hundred runs err by is below 1e-14; one item of a million moves a mean by 1e-6
 FEW_ITEMS = 90  # degrees of freedom from which the normal form of Student's t is right to 2 %
 
@@ -345,11 +344,6 @@ def probability_better(found: Estimate, prior_sd: float = PRIOR_SD) -> float | n
     kept = prior_sd**2 / (prior_sd**2 + found.se**2)
     shrunk = replace(found, mean=np.sqrt(kept) * found.mean)
     return 1 - shrunk.p_above()
-
-
-def minimum_detectable_effect(found: Estimate, alpha: float, power: float = POWER) -> float:
-    """The true effect that a one-sided test at level alpha sees with the given power."""
-    return found.half_width(alpha) + NormalDist().inv_cdf(power) * found.se
 
 
 def wilson(mean: float, n: float, confidence: float = 0.95) -> tuple[float, float]:

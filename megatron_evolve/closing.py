@@ -13,7 +13,8 @@ from megatron_evolve.candidate import Candidate, candidate, run_seed
 from megatron_evolve.comparisons import INTERVAL_ALPHA, Weights, seeds_of
 from megatron_evolve.desk import Awaiting, Desk
 from megatron_evolve.eval.looks import Look
-from megatron_evolve.eval.paired import RunItems, effect, minimum_detectable_effect, probability_better
+from megatron_evolve.eval.paired import RunItems, effect, probability_better
+from megatron_evolve.eval.power import minimum_detectable_effect
 from megatron_evolve.eval.score import comparison_of, read_rows
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.evidence import Evidence

@@ -14,11 +14,10 @@ external effect is clearly negative is no gain: the external score outranks dev.
 """
 
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Literal
 
 from megatron_evolve.constitution import Constitution
-from megatron_evolve.eval.paired import POWER
+from megatron_evolve.eval.power import Bound
 from megatron_evolve.evidence import CandidateEvidence, EffectValue, Evidence
 
 Kind = Literal["gain", "promising", "flat", "loss", "failed", "refused", "unscored"]
@@ -60,9 +59,9 @@ def told_effect(effect: EffectValue) -> str:
     return f"{points(effect.mean)} [{points(effect.low)}, {points(effect.high)}], P(better) {effect.p_better:.2f}"
 
 
-def smallest_visible(low: float, high: float, se: float) -> float:
-    """The smallest true effect that an interval of this width leaves zero out of, with the power of every verdict."""
-    return (high - low) / 2 + NormalDist().inv_cdf(POWER) * se
+def smallest_visible(low: float, high: float, se: float, level: float) -> float:
+    """The true effect that an interval leaves zero out of with 80 % power; `level` is each bound's, one-sided."""
+    return Bound((high - low) / 2, se, level).visible()
 
 
 def authoritative_split(objective: str, effects: dict[str, EffectValue]) -> str | None:

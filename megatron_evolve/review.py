@@ -20,7 +20,8 @@ from megatron_evolve.comparisons import (
 )
 from megatron_evolve.constitution import Constitution
 from megatron_evolve.eval.looks import round_to
-from megatron_evolve.eval.paired import effect, estimate, minimum_detectable_effect
+from megatron_evolve.eval.paired import effect, estimate
+from megatron_evolve.eval.power import minimum_detectable_effect
 from megatron_evolve.eval.reported import WHOLE_WEIGHT
 from megatron_evolve.eval.score import ItemRows, Score, overall_score
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool

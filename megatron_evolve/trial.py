@@ -22,7 +22,8 @@ from megatron_evolve.comparisons import INTERVAL_ALPHA, Weights, seeds_of
 from megatron_evolve.delta import Delta, canonical_change, resolve
 from megatron_evolve.document import load_yaml
 from megatron_evolve.eval.looks import Look, Looks
-from megatron_evolve.eval.paired import Estimate, effect, minimum_detectable_effect, probability_better
+from megatron_evolve.eval.paired import Estimate, effect, probability_better
+from megatron_evolve.eval.power import POWER, minimum_detectable_effect, times_needed, with_seeds
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.eval.suite import Split
 from megatron_evolve.facts import RunFacts
@@ -238,15 +239,16 @@ def _shown(found: Estimate) -> dict[str, float | None]:
 
 
 def _more_seeds(found: Estimate, runs: int) -> int | None:
-    """Further seeds a side that would bring the interval off zero at this effect; none if seeds alone cannot."""
+    """Further seeds a side that bring the interval off zero with 80 % power at this effect; none if seeds cannot."""
     if not found.item_variance:
         return None
-    room = (found.mean / 1.96) ** 2 - found.item_variance
     if found.lower(INTERVAL_ALPHA) > 0 or found.upper(INTERVAL_ALPHA) < 0:
         return 0
-    if room <= 0 or found.seed_variance == 0:
+    if found.seeds is None:
         return None
-    return max(1, math.ceil(runs * found.seed_variance / room) - runs)
+    # A trial's own runs are not in the pool that tells what a seed is worth, so further ones add no degree of freedom.
+    times = times_needed(lambda one, times: with_seeds(one, times, 0, one.seeds.flips), [found], INTERVAL_ALPHA)
+    return times and max(1, math.ceil(runs * times) - runs)
 
 
 def words(found: dict[str, Any]) -> str:
@@ -274,9 +276,11 @@ def words(found: dict[str, Any]) -> str:
         else "  external not asked; add --external to spend one look a side and split"
     )
     if dev and dev["more_seeds"]:
-        lines.append(f"  to settle: about +{dev['more_seeds']} seeds a side at this effect")
+        lines.append(
+            f"  to settle: about +{dev['more_seeds']} seeds a side at this effect, with {100 * POWER:.0f} % power"
+        )
     elif dev and dev["more_seeds"] is None:
-        lines.append("  to settle: more items; seeds alone cannot at this effect")
+        lines.append("  to settle: seeds alone cannot at this effect")
     lines += [f"  failed: {failure}" for failure in found["failures"]]
     return "\n".join(lines)
 

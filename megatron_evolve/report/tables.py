@@ -3,6 +3,7 @@
 import statistics
 from typing import Any
 
+from megatron_evolve.comparisons import INTERVAL_ALPHA
 from megatron_evolve.evidence import CandidateEvidence
 from megatron_evolve.explain import told_verdicts
 from megatron_evolve.reading import smallest_visible
@@ -253,4 +254,4 @@ def _visible(chapter: Chapter, family: str, split: str) -> str | Markup:
     found = [effect for one in held if (effect := one.dev_effect if split == "dev" else one.external_effect)]
     if not found:
         return NOTHING
-    return size(statistics.median(smallest_visible(one.low, one.high, one.se) for one in found))
+    return size(statistics.median(smallest_visible(one.low, one.high, one.se, INTERVAL_ALPHA) for one in found))

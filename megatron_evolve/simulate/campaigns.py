@@ -74,7 +74,9 @@ def run_campaigns(
     parts, plan = [], plan.judging_origin() if scenario.drift else plan
     for start in range(0, campaigns, AT_ONCE):
         rng = np.random.default_rng([seed, start, *scenario.name.encode()])
-        parts.append(_together(Draw(rng, noise, scenario, plan, min(AT_ONCE, campaigns - start)), plan, known))
+        parts.append(
+            _together(Draw(rng, noise, scenario, plan, min(AT_ONCE, campaigns - start)), plan, known, not parts)
+        )
     joined = {
         name: np.concatenate([getattr(part, name) for part in parts])
         for name in ("alarms", "moved", "reached_dev", "reached_external")
@@ -82,8 +84,8 @@ def run_campaigns(
     return replace(parts[0], **joined)
 
 
-def _together(draw: Draw, plan: Plan, known: bool) -> Told:
-    """B campaigns from their first round to their last."""
+def _together(draw: Draw, plan: Plan, known: bool, first: bool) -> Told:
+    """B campaigns from their first round to their last; the first of all tells what it could see."""
     scenario, rule = draw.scenario, rule_of(plan.rules, plan.exam.domains)
     state = State.at_origin(*scenario.draw(draw.rng, draw.campaigns, plan.explorers))
     pool, rounds, alarms, moves, looks, asked = draw.pool(), [], [], [], [], 0
@@ -104,7 +106,7 @@ def _together(draw: Draw, plan: Plan, known: bool) -> Told:
     visible = {
         look.estimand: smallest_visible(_first(look), rule.level / len(rule.estimands), rule.beta0)
         for look in looks
-        if look.domain == OVERALL and not look.missing
+        if first and look.domain == OVERALL and not look.missing
     }
     moved = np.stack(moves, axis=1) >= 0
     return Told(names, np.stack(alarms, axis=1), moved, *reached, asked, visible)

@@ -271,7 +271,7 @@ def _visible(truth: Sequence[TrueEffect]) -> str:
     for name, whole in (("overall", True), ("a family", False)):
         gaps = [effect.g for effect in truth if (effect.scope == OVERALL) == whole]
         if gaps:
-            size = statistics.median(smallest_visible(gap.low, gap.high, gap.se) for gap in gaps)
+            size = statistics.median(smallest_visible(gap.low, gap.high, gap.se, gap.level) for gap in gaps)
             told.append(f"{name} {100 * size:.1f}")
     return ", ".join(told) or "-"
 

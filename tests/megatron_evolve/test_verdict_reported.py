@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_evolve.eval.paired import minimum_detectable_effect
+from megatron_evolve.eval.power import minimum_detectable_effect
 from megatron_evolve.eval.reported import WHOLE_WEIGHT, ReportedScores
 from megatron_evolve.eval.seeds import SeedPool
 from megatron_evolve.gap import GapTest, Look, decide, looks_at
@@ -52,12 +52,19 @@ def test_what_is_not_an_alarm_is_attributed_to_nobody():
 
 
 def mean_of_one_round(dev_items: int, told_items: int) -> tuple[Verdict, Look, float]:
-    """The mean over seven at +3 / 0 after one round, told as a score, and the look and level that decided it."""
-    one = Latent(np.random.default_rng(5), World(items=dev_items)).round(1, all_at(0.03), all_at(0.0))
-    scores = {run.key: 0.6 + 0.002 * (place % 3 - 1) for place, run in enumerate(one.external)}
-    told = ReportedScores(scores, told_items, 0.002)
-    one = RoundItems(1, one.anchor, one.dev_a, one.dev_b, told, WEIGHTS, WHOLE_WEIGHT)
-    rule, pool = GapTest(rounds=(1, 2, 3, 4)), SeedPool(one.replicates())
+    """The mean over seven at +3 / 0 after one round, told as a score, and the look and level that decided it.
+
+    What a seed is worth is known from 30 runs on many items, so that more items can help.
+    """
+
+    def told(number: int, world: World) -> RoundItems:
+        one = Latent(np.random.default_rng(5), world).round(number, all_at(0.03), all_at(0.0))
+        scores = {run.key: 0.6 + 0.002 * (place % 3 - 1) for place, run in enumerate(one.external)}
+        outside = ReportedScores(scores, told_items, 0.002)
+        return RoundItems(number, one.anchor, one.dev_a, one.dev_b, outside, WEIGHTS, WHOLE_WEIGHT)
+
+    one, many = told(1, World(items=dev_items)), told(9, World(items=20_000, anchors=30))
+    rule, pool = GapTest(rounds=(1, 2, 3, 4)), SeedPool((*many.replicates(), *one.replicates()))
     (_, looks), *_ = looks_at([one], rule, pool)
     decision = decide(looks, 1, rule)[1]
     return judge([one], rule, pool)[1], decision.look, float(decision.level)
