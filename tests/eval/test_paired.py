@@ -16,9 +16,9 @@ from megatron_evolve.eval.paired import (
     mcnemar_midp,
     minimum_detectable_effect,
     probability_better,
-    quantisation_variance,
     wilson,
 )
+from megatron_evolve.eval.reported import quantisation_variance
 from megatron_evolve.eval.seeds import Replicates, RunReplicates, SeedPool, SeedVariance, seed_variance, weight_vector
 
 WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
