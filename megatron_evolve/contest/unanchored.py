@@ -44,6 +44,7 @@ class Unanchored(Comparisons):
             means_F=sum(factor * _means(answers) for answers, factor in sides),
             variances_F=sum(_means(answers) * (1 - _means(answers)) / answers.counts for answers, _ in sides),
             dfs_F=np.minimum(*(answers.counts - 1.0 for answers, _ in sides)),
+            thirds_F=np.zeros(len(sides[0][0].families)),  # the count of rarer answers says how skew they are
             discordant_F=np.minimum(*(rarer_answers(_means(answers), answers.counts) for answers, _ in sides)),
             num_items=sum(len(answers.item_ids) for answers, _ in sides),
             coefficients={

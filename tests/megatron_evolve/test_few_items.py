@@ -4,16 +4,18 @@ The statistical tests have fixed seeds; each says how often a judge that breaks 
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from megatron_evolve.constitution import Constitution
 from megatron_evolve.eval.discordant import LEAST_DISCORDANT
-from megatron_evolve.eval.paired import RunItems, effect
+from megatron_evolve.eval.paired import Estimate, RunItems, effect
 from megatron_evolve.eval.reported import WHOLE_WEIGHT, ReportedScores
 from megatron_evolve.eval.seeds import SeedPool
 from megatron_evolve.gap import GapTest, decide, looks_at, rule_of
+from megatron_evolve.review import claimed_gains
 from megatron_evolve.simulate.campaigns import run_campaigns
 from megatron_evolve.simulate.draw import Draw, Plan, State
 from megatron_evolve.simulate.exam import Exam
@@ -39,7 +41,7 @@ def rare(accuracy: float, external: int, gain: float, step: float | None = None)
 @pytest.mark.parametrize("shared", [0.0, 0.6])
 @pytest.mark.parametrize(("accuracy", "external", "gain"), [(0.002, 100, 0.1), (0.01, 100, 0.1), (0.95, 100, 0.04)])
 def test_slope_at_beta_alarms_in_at_most_5_per_cent_near_0_and_1(accuracy, external, gain, shared):
-    """A judge that alarmed in 10 % would pass with probability .008 (at most 10 of 200); with one such item enough it was up to .35."""
+    """A judge that alarmed in 10 % would pass with probability .008 (at most 10 of 200); it was up to .35."""
     scenario, plan = rare(accuracy, external, gain)
     noise = Noise(redraw=0.3, seed_sd=0.0, seed_correlation=0.9, shared=shared)
     assert run_campaigns(scenario, noise, 200, 5, plan).alarms.any((1, 2)).mean() <= 0.05
@@ -121,3 +123,18 @@ def test_what_one_of_seven_flips_counts_for_little():
     assert effect(runs[:1], [anchor], {"a": 1.0}).discordant == 28, "the items that flipped"
     both = [RunItems("x", 0, ids, families, ids % 50 == 0), RunItems("y", 0, ids, families, ids % 50 == 1)]
     assert effect(both[:1], both[1:], {"a": 1.0}).discordant == 40, "as many each way: no skew"
+
+
+def test_no_gain_is_claimed_of_few_items_and_they_keep_their_share_of_the_level():
+    facts = SimpleNamespace(policy=SimpleNamespace(objective="dev"), explorers=("x", "y"), anchor="anchor")
+
+    def claimed(**found: Estimate) -> set[str]:
+        compared = SimpleNamespace(facts=facts, weights=SimpleNamespace(splits=("dev-b",)))
+        compared.estimate = lambda name, split: found.get(name)
+        return claimed_gains(compared)
+
+    few, sure = (Estimate(0.1, 1e-4, 400.0, discordant=number) for number in (LEAST_DISCORDANT - 1, LEAST_DISCORDANT))
+    nearly = Estimate(0.018, 1e-4, 400.0, discordant=100)
+    assert 0.025 < nearly.p_above() < 0.05
+    assert claimed(x=sure, y=few) == {"x"}
+    assert claimed(x=nearly) == {"x"} and claimed(x=nearly, y=few) == set()
