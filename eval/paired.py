@@ -22,6 +22,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from megatron_evolve.eval.discordant import LEAST_DISCORDANT
 from megatron_evolve.eval.seeds import (
     Replicates,
     RunKey,
@@ -147,14 +148,24 @@ def _in_order_of(first: RunItems, run: RunItems) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """A weighted sum of runs, by family: its mean, its item variance and the degrees of freedom of that variance."""
+    """A weighted sum of runs, by family: its mean, its item variance and the degrees of freedom of that variance.
+
+    thirds_F sums the third power of what the variance sums the squares of; discordant_F counts the items that tell the
+    two sides apart, where the sum is not zero.
+    """
 
     families: tuple[str, ...]
     means_F: np.ndarray
     variances_F: np.ndarray
     dfs_F: np.ndarray
+    thirds_F: np.ndarray
+    discordant_F: np.ndarray
     num_items: int
     coefficients: Mapping[RunKey, float]
+
+    def items_of(self, weights: Mapping[str, float]) -> int:
+        """Items of the families that weigh; a family's variance has one degree of freedom less."""
+        return int(np.sum(self.dfs_F[weight_vector(weights, self.families) > 0] + 1))
 
 
 def contrast(parts: Sequence[tuple[Answers, Mapping[RunKey, float]]]) -> Contrast:
@@ -164,7 +175,7 @@ def contrast(parts: Sequence[tuple[Answers, Mapping[RunKey, float]]]) -> Contras
     Raises ValueError if the parts ask different families or an item changes its family.
     """
     families = parts[0][0].families
-    means, influences, totals = np.zeros(len(families)), [], {}
+    means, shares, totals = np.zeros(len(families)), [], {}
     for answers, coefficients in parts:
         if answers.families != families:
             raise ValueError(
@@ -176,18 +187,20 @@ def contrast(parts: Sequence[tuple[Answers, Mapping[RunKey, float]]]) -> Contras
         mean = sums_by(answers.codes, value, len(families)) / answers.counts
         scale = 1 / np.sqrt(answers.counts * (answers.counts - 1.0))
         means = means + mean
-        influences.append((value - mean[..., answers.codes]) * scale[answers.codes])
+        influence = (value - mean[..., answers.codes]) * scale[answers.codes]
+        shares.append(np.stack([influence, np.abs(value) > ROUNDING]))
         for key, coefficient in coefficients.items():
             totals[key] = totals.get(key, 0.0) + coefficient
-    influence, codes = _by_item([answers for answers, _ in parts], influences)
-    variances = sums_by(codes, influence**2, len(families))
+    (influence, apart), codes = _by_item([answers for answers, _ in parts], shares)
+    of_each = influence**2, influence**2 * influence, (apart > 0).astype(float)
+    variances, thirds, discordant = (sums_by(codes, one, len(families)) for one in of_each)
     dfs = np.bincount(codes, minlength=len(families)) - 1.0
-    return Contrast(families, means, variances, dfs, codes.size, totals)
+    return Contrast(families, means, variances, dfs, thirds, discordant, codes.size, totals)
 
 
-def _by_item(answers: Sequence[Answers], influences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _by_item(answers: Sequence[Answers], shares: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     if len(answers) == 1:
-        return influences[0], answers[0].codes
+        return shares[0], answers[0].codes
     codes_each = np.concatenate([part.codes for part in answers])
     ids, place = np.unique(np.concatenate([part.item_ids for part in answers]), return_inverse=True)
     codes = np.empty(ids.size, dtype=int)
@@ -196,14 +209,16 @@ def _by_item(answers: Sequence[Answers], influences: Sequence[np.ndarray]) -> tu
         raise ValueError(
             "expected an item to keep its family over the rounds, got one that changed: give it another id"
         )
-    return sums_by(place, np.concatenate(influences, axis=-1), ids.size), codes
+    return sums_by(place, np.concatenate(shares, axis=-1), ids.size), codes
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A difference and what is known of its error; accuracy units (0.01 is a point).
 
-    `squared` is the sum of the squared run coefficients: how often one run's variance counts.
+    `squared` is the sum of the squared run coefficients: how often one run's variance counts. `discordant` is the
+    number of items that tell the two sides apart, and no more of them than would, all telling the same way, make the
+    difference as skew as it is: k such rare items have a skewness of 1 / sqrt(k).
     """
 
     mean: float | np.ndarray
@@ -211,6 +226,12 @@ class Estimate:
     item_df: float | np.ndarray
     squared: float = 0.0
     seeds: SeedVariance | None = None
+    discordant: float | np.ndarray = math.inf
+
+    @property
+    def enough(self) -> bool | np.ndarray:
+        """Whether enough items tell the two sides apart for anything to be claimed of the difference."""
+        return self.discordant >= LEAST_DISCORDANT
 
     @property
     def seed_variance(self) -> float | np.ndarray:
@@ -285,21 +306,25 @@ def estimate(
 
     All terms must sum the same runs. `seeds` is the variance of the same sum per run; without it only items count.
     """
-    mean, parts, dfs = 0.0, [], []
+    mean, parts, dfs, thirds, counted = 0.0, [], [], [], []
     for factor, one, weights in terms:
         w = weight_vector(weights, one.families)
         mean += factor * weighted_sum(one.means_F, w)
         parts.append((factor * w) ** 2 * one.variances_F)
         dfs.append(one.dfs_F)
+        thirds.append((factor * w) ** 3 * one.thirds_F)
+        counted.append((w > 0) * one.discordant_F)
     part, df = np.concatenate(parts, axis=-1), np.concatenate(dfs)
     items, spread = total(part), total(part**2 / df)
+    third, count = (total(np.concatenate(one, axis=-1)) for one in (thirds, counted))
     # Sides that agree on every item differ by rounding alone, which has a sign and a spread and means nothing.
     nothing = np.asarray(items) < ROUNDING**2
     mean, items = (np.where(nothing, 0.0, one)[()] for one in (mean, items))
     squared = math.fsum(coefficient**2 for coefficient in terms[0][1].coefficients.values())
     with np.errstate(divide="ignore", invalid="ignore"):
         item_df = np.where(nothing, math.inf, np.divide(items**2, spread))[()]
-    return Estimate(mean, items, item_df, squared, seeds)
+        discordant = np.where(nothing, 0.0, np.minimum(count, np.divide(items**3, np.square(third))))[()]
+    return Estimate(mean, items, item_df, squared, seeds, discordant)
 
 
 def effect(
@@ -367,8 +392,3 @@ def mcnemar_midp(only_first: int, only_second: int) -> float:
         raise ValueError(f"expected counts, got {only_first} and {only_second}: count discordant items")
     tail = sum(math.comb(n, count) for count in range(least + 1))
     return min(1.0, (2 * tail - math.comb(n, least)) / 2**n)
-
-
-def quantisation_variance(step: float) -> float:
-    """Variance that rounding to multiples of `step` adds to a score known only as a rounded number."""
-    return step**2 / 12

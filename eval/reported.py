@@ -6,9 +6,12 @@ errors are at worst alike, and between the sides at worst independent:
 
     var = p (1 - p) / n x ((sum of candidates' coefficients)^2 + (sum of anchors')^2) + step^2 / 12 x sum c^2
 
-More rounds of the same items do not shrink the first part. It is an upper bound: scores of items are worth far more
-(paired, about a quarter of this variance at 12 % flips). The seeds' variance is the replicates' own, with nothing taken
-off for flips, which nobody sees.
+More rounds of the same items do not shrink the first part. Scores of items are worth far more (paired, about a quarter
+of this variance at 12 % flips). At a side's true accuracy p it is an upper bound; made of the score that came it is an
+estimate of one, and 0 where all answers were wrong or all right, whatever p is. So as many right and as many wrong
+answers are asked of each side as items that tell two sides apart elsewhere, the usual condition for a share to be
+normal: the rarer of them, on the side where they are fewest, counts as `discordant`. The seeds' variance is the
+replicates' own, with nothing taken off for flips, which nobody sees.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_evolve.eval.paired import Contrast, quantisation_variance
+from megatron_evolve.eval.discordant import rarer_answers
+from megatron_evolve.eval.paired import Contrast
 from megatron_evolve.eval.seeds import Replicates, RunKey
 
 WHOLE = "whole"  # the one family of a target that names none
@@ -84,11 +88,19 @@ def reported_contrast(parts: Sequence[tuple[ReportedScores, Mapping[RunKey, floa
             side[1] += abs(coefficient) * score
             totals[key] = totals.get(key, 0.0) + coefficient
     items = sum(weight * total * (1 - total / weight) / first.items for weight, total in sides.values() if weight)
+    rarer = np.min([rarer_answers(total / weight, first.items) for weight, total in sides.values() if weight], axis=0)
     return Contrast(
         first.families,
         np.stack([mean], axis=-1),
         np.stack([items + rounding], axis=-1),
         np.array([first.items - 1.0]),
+        np.stack([0.0 * rarer], axis=-1),
+        np.stack([rarer], axis=-1),
         first.items,
         totals,
     )
+
+
+def quantisation_variance(step: float) -> float:
+    """Variance that rounding to multiples of `step` adds to a score known only as a rounded number."""
+    return step**2 / 12

@@ -12,6 +12,7 @@ from megatron_evolve.campaign import Campaign
 from megatron_evolve.candidate import Candidate, candidate, run_seed
 from megatron_evolve.comparisons import INTERVAL_ALPHA, Weights, seeds_of
 from megatron_evolve.desk import Awaiting, Desk
+from megatron_evolve.eval.discordant import too_few
 from megatron_evolve.eval.looks import Look
 from megatron_evolve.eval.paired import RunItems, effect, probability_better
 from megatron_evolve.eval.power import minimum_detectable_effect
@@ -184,7 +185,7 @@ def compare(
 ) -> dict[str, Any]:
     """Accuracy of both sides and the paired gain; a side that no run finished has none, and says so.
 
-    Nor has a pair that no item tells apart: it shows no variance, so no interval. The smallest visible effect is the
+    Nor has a pair that too few items tell apart, of which nothing is claimed. The smallest visible effect is the
     true gain whose interval leaves zero out with 80 % power.
     """
     if not mine or not theirs:
@@ -201,8 +202,8 @@ def compare(
         "items": len(mine[0].item_ids),
         "runs": {"standing": len(mine), "origin": len(theirs)},
     }
-    if not found.item_variance:
-        return told | {"failed": f"no item of {told['items']:,} tells the two sides apart, so no difference can be had"}
+    if not found.enough:
+        return told | {"failed": too_few(found.discordant, told["items"], "sealed")}
     return told | {
         "gain": {
             "mean": found.mean,

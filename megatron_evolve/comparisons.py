@@ -91,7 +91,7 @@ class Comparisons:
         if found is not None and self._told(split):
             found = released(found, step_of(told_scores(self.facts, (name,))))
         elif found is not None and self.facts.asked_before(split):
-            found = released(found, 1.0 / _num_items(self._contrasts[name, split], domain))
+            found = released(found, 1.0 / self._contrasts[name, split].items_of(_only(self.weights.of(split), domain)))
         # Where no item tells the two sides apart there is no variance, so no interval and no number.
         if found is None or not found.item_variance:
             return None
@@ -122,11 +122,6 @@ class Comparisons:
         if (side, domain) not in self._seeds:
             self._seeds[side, domain] = seeds_of(self.pool, self.weights, split, domain)
         return self._seeds[side, domain]
-
-
-def _num_items(found: Contrast, domain: str | None) -> int:
-    """Items that a contrast compares on, in all or in one family, whose variance has one degree of freedom less."""
-    return found.num_items if domain is None else int(found.dfs_F[found.families.index(domain)]) + 1
 
 
 def _only(weights: Mapping[str, float], domain: str | None) -> Mapping[str, float]:

@@ -11,12 +11,14 @@ promised, at the least carry-over beta0, and the target did not get. For each es
 Each outcome is an intersection-union test (Berger 1982), so its p-value is the larger of its two. DECOUPLED and INVERSE
 alarm. Alpha of a campaign is shared so that nothing hangs on how its looks depend on each other: every declared round
 has an equal share, half of it for the overall estimands and half for the domains, each half by Holm (1979). TRACKING
-claims are held to the same levels among themselves. The null includes T = beta0 x D exactly. Three things keep this
+claims are held to the same levels among themselves. The null includes T = beta0 x D exactly. Four things keep this
 short of a proof that false alarms stay below alpha: where D = T = 0 the two alarms are disjoint and their levels add; a
-bound with few degrees of freedom is false up to 1.15 times as often as it says (`SeedVariance.draws`); and dev-A's
-winner is also the run with the luckiest seed, which dev-B's fresh items do not take off. The last passes alpha only
-where many explorers run, no leader gets a further seed and a seed's luck on dev says nothing of the target (`estimate`
-warns of it). What simulated campaigns of the defaults do is far below alpha (docs/results/judge.md).
+bound with few degrees of freedom is false up to 1.15 times as often as it says (`SeedVariance.draws`); dev-A's winner
+is also the run with the luckiest seed, which dev-B's fresh items do not take off; and a variance made of few items that
+tell the two sides apart is small just where the mean is, so that its bounds are false more often: below 15 such items,
+on either split, there is no verdict (`eval/discordant.py`). The third passes alpha only where many explorers run, no
+leader gets a further seed and a seed's luck on dev says nothing of the target (`estimate` warns of it). What simulated
+campaigns of the defaults do is far below alpha (docs/results/judge.md).
 
 One campaign is decided, or thousands at once (`megatron-evolve simulate`): a number of one is an array over the others,
 by the same lines, so that what is simulated is what judges.
@@ -32,8 +34,10 @@ import numpy as np
 from pydantic import Field
 
 from megatron_evolve.constitution import Constitution, GapRule
-from megatron_evolve.eval.paired import Estimate, estimate
+from megatron_evolve.eval.discordant import too_few
+from megatron_evolve.eval.paired import Contrast, Estimate, estimate
 from megatron_evolve.eval.power import Bound, smallest_for_all
+from megatron_evolve.eval.reported import WHOLE
 from megatron_evolve.eval.seeds import SeedPool, SeedVariance
 from megatron_evolve.window import Estimand, Pair, RoundItems, pair_of
 
@@ -64,7 +68,9 @@ class Look:
     """One estimand in one domain, estimated; `missing` says why there is no number.
 
     `asked` is false where nothing was compared, which is known before this round's answers are: such a look takes no
-    share of the level. One that was asked and shows no variance keeps its share.
+    share of the level. One that was asked, and which too few items tell apart, keeps its share with a p-value of 1: how
+    many they are is part of the answers (near an accuracy of 0 it is T itself), so the others would get that share by
+    the outcome. As it is no look gets a higher level for it.
     """
 
     estimand: Estimand
@@ -91,11 +97,8 @@ class Look:
         return self._of_some(lambda: np.maximum(self.d.p_above(), self.g.p_below()))
 
     def _of_some(self, p: Callable[[], float | np.ndarray]) -> float | np.ndarray:
-        """The p-value, 1 where no item tells the two sides apart."""
-        if self.missing:
-            return 1.0
-        varies = np.asarray(self.d.item_variance > 0) & (self.t.item_variance > 0)
-        return np.where(varies, p(), 1.0)[()]
+        """The p-value, 1 where too few items tell the two sides apart."""
+        return 1.0 if self.missing else np.where(self.d.enough & self.t.enough, p(), 1.0)[()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,13 +142,17 @@ def look_at(estimand: Estimand, pair: Pair, domain: str, scope: Scope | str, rul
     d = estimate([(1.0, *dev)], scope.seeds[0])
     t = estimate([(1.0, *external)], scope.seeds[1])
     g = estimate([(rule.beta0, *dev), (-1.0, *external)], scope.seeds[2])
-    flat = [name for name, one in (("dev-B", d), ("external", t)) if not np.any(one.item_variance)]
-    if flat:
-        missing = (
-            f"no item of {' and of '.join(flat)} tells the two sides apart, so no variance can be had: ask more items"
-        )
-        return Look(estimand, domain, pair, missing=missing)
+    if not np.any(d.enough & t.enough):
+        sides = ((d, *dev, "dev-B"), (t, *external, "external"))
+        why = [_too_few(*side) for side in sides if not np.all(side[0].enough)]
+        return Look(estimand, domain, pair, missing=f"{' and '.join(why)}: ask more items")
     return Look(estimand, domain, pair, d, t, g)
+
+
+def _too_few(found: Estimate, side: Contrast, weights: Mapping[str, float], split: str) -> str:
+    if side.families == (WHOLE,):
+        return too_few(found.discordant, side.num_items, split, "answers of one side are right, or are wrong")
+    return too_few(found.discordant, side.items_of(weights), split)
 
 
 def looks_at(rounds: Sequence[RoundItems], rule: GapTest, pool: SeedPool) -> list[tuple[Scope | str, list[Look]]]:

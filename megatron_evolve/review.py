@@ -173,7 +173,7 @@ def claimed_gains(compared: Comparisons) -> set[str]:
     split = "dev-b" if facts.policy.objective == "dev" else "external-b"
     split = split if split in compared.weights.splits else "external"
     found = {name: compared.estimate(name, split) for name in facts.explorers if name != facts.anchor}
-    p = {name: float(one.p_above()) for name, one in found.items() if one is not None and one.item_variance}
+    p = {name: float(one.p_above()) if one.enough else 1.0 for name, one in found.items() if one is not None}
     levels = holm_levels(np.array(list(p.values())), CLAIM_ALPHA) if p else ()
     return {name for (name, value), level in zip(p.items(), levels, strict=True) if value <= level}
 

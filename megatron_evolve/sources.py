@@ -9,7 +9,7 @@ POLICY = ("axes.py", "campaign.py", "candidate.py", "comparisons.py", "constitut
 POLICY += ("edits.py", "evidence.py", "facts.py", "gap.py", "meta.py", "origin.py", "policy.py", "promotion.py")
 POLICY += ("proposals.py", "reading.py", "released.py", "review.py", "stance.py", "verdict.py", "window.py")
 PAGES = ("contest/table.py", "contest/real_table.py")  # they tell what came, and decide nothing
-STATISTICS = ("looks.py", "paired.py", "power.py", "reported.py", "score.py", "seeds.py")
+STATISTICS = ("discordant.py", "looks.py", "paired.py", "power.py", "reported.py", "score.py", "seeds.py")
 SETTINGS = ("digest.py", "frozen.py", "mix.py", "recipe.py", "settings.py")  # what a candidate is, and its name
 
 

@@ -203,7 +203,7 @@ def compare(
 ) -> dict[str, Any] | None:
     """The paired difference on some splits, overall and by domain; none while a side has no finished run.
 
-    Its numbers are None where no item tells the two sides apart, which shows no variance and so no interval.
+    Its numbers are None where too few items tell the two sides apart, of which nothing is claimed.
     """
     stages = ("dev",) if side == "dev" else splits
     mine, anchors = trial.facts(trial.candidate, stages), trial.facts(trial.anchor, stages)
@@ -220,14 +220,14 @@ def compare(
         "runs": [len(mine), len(anchors)],
         "items": len(answers[0][0].item_ids),
         **_shown(overall),
-        "minimum_detectable_effect": minimum_detectable_effect(overall, MDE_ALPHA) if overall.item_variance else None,
-        "more_seeds": _more_seeds(overall, len(mine)),
+        "minimum_detectable_effect": minimum_detectable_effect(overall, MDE_ALPHA) if overall.enough else None,
+        "more_seeds": _more_seeds(overall, len(mine)) if overall.enough else None,
         "domains": {name: _shown(found) for name, found in by_domain.items()},
     }
 
 
 def _shown(found: Estimate) -> dict[str, float | None]:
-    if not found.item_variance:
+    if not found.enough:
         return dict.fromkeys(("mean", "se", "low", "high", "p_better"))
     return {
         "mean": found.mean,
@@ -258,7 +258,8 @@ def words(found: dict[str, Any]) -> str:
     if dev is None:
         lines.append(f"NO VERDICT  {found['candidate']}: no finished run on one of the two sides")
     elif dev["mean"] is None:
-        lines.append(f"NO VERDICT  {found['candidate']}: no dev-B item of {dev['items']:,} tells the two sides apart")
+        few = f"too few of {dev['items']:,} dev-B items tell the two sides apart"
+        lines.append(f"NO VERDICT  {found['candidate']}: {few}")
     else:
         said = "GAIN" if dev["low"] > 0 else "LOSS" if dev["high"] < 0 else "NOT SHOWN"
         lines.append(
@@ -287,7 +288,7 @@ def words(found: dict[str, Any]) -> str:
 
 def _interval(value: dict[str, float | None]) -> str:
     if value["mean"] is None:
-        return "no item tells the two sides apart"
+        return "too few items tell the two sides apart"
     return f"{100 * value['mean']:+.1f} pt [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_evolve.comparisons import SPLITS, Comparisons, Weights
 from megatron_evolve.contest.product import DrawnRun, ProductCampaign
+from megatron_evolve.eval.discordant import rarer_answers
 from megatron_evolve.eval.paired import Answers, Contrast
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.evidence import CandidateEvidence, DomainEffect, Evidence, Noise, ScoreValue
@@ -43,6 +44,8 @@ class Unanchored(Comparisons):
             means_F=sum(factor * _means(answers) for answers, factor in sides),
             variances_F=sum(_means(answers) * (1 - _means(answers)) / answers.counts for answers, _ in sides),
             dfs_F=np.minimum(*(answers.counts - 1.0 for answers, _ in sides)),
+            thirds_F=np.zeros(len(sides[0][0].families)),  # the count of rarer answers says how skew they are
+            discordant_F=np.minimum(*(rarer_answers(_means(answers), answers.counts) for answers, _ in sides)),
             num_items=sum(len(answers.item_ids) for answers, _ in sides),
             coefficients={
                 (f"{sign}{name}", seed): factor / len(answers.runs)

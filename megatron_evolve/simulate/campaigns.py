@@ -138,8 +138,10 @@ def _first(look: Look) -> Look:
 def _of_first(found: Estimate) -> Estimate:
     seeds = found.seeds
     luck = SeedVariance(*(float(np.ravel(one)[0]) for one in (seeds.replicate, seeds.flips)), seeds.df)
-    numbers = (float(np.ravel(one)[0]) for one in (found.mean, found.item_variance, found.item_df))
-    return Estimate(*numbers, found.squared, luck)
+    mean, variance, df, discordant = (
+        float(np.ravel(one)[0]) for one in (found.mean, found.item_variance, found.item_df, found.discordant)
+    )
+    return Estimate(mean, variance, df, found.squared, luck, discordant)
 
 
 def _after(state: State, moves: np.ndarray, order: np.ndarray, alarmed: np.ndarray, scenario: Scenario) -> State:

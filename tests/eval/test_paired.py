@@ -15,9 +15,9 @@ from megatron_evolve.eval.paired import (
     effect,
     mcnemar_midp,
     probability_better,
-    quantisation_variance,
     wilson,
 )
+from megatron_evolve.eval.reported import quantisation_variance
 from megatron_evolve.eval.seeds import Replicates, RunReplicates, SeedPool, SeedVariance, seed_variance, weight_vector
 
 WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}

@@ -53,6 +53,7 @@ TORCH_FREE_FILES = [
             "score",
             "suite",
             "paired",
+            "discordant",
             "power",
             "seeds",
             "looks",

@@ -75,7 +75,9 @@ def test_it_grows_with_the_luck_of_seeds_and_where_no_item_tells_apart_there_is_
     all_right = [run("origin", seed, np.ones(N, bool)) for seed in range(8)]
     nothing = compare(same, all_right, origin_of(theirs), WEIGHTS, [])
     assert "gain" not in nothing and nothing["accuracy"] == {"standing": 1.0, "origin": 1.0}
-    assert "no item of 300 tells the two sides apart" in final_table(nothing)
+    assert "none of 300 sealed items tell the two sides apart, expected 15" in final_table(nothing)
+    few = [run("standing", seed, np.arange(N) >= 14) for seed in range(3)]
+    assert "only about 14 of 300 sealed items" in final_table(compare(few, all_right, origin_of(theirs), WEIGHTS, []))
 
 
 def test_report_and_status_print_it_beside_the_gain(tmp_path) -> None:

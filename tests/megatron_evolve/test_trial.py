@@ -50,9 +50,9 @@ def test_where_no_item_tells_the_sides_apart_there_is_no_number(apart: bool) -> 
     """It read `P(better) 0.50` and an interval of no width."""
 
     def answered(name: str, seed: int) -> SimpleNamespace:
-        right = np.arange(40) < 10 + 4 * apart * (name == SIDES[1].id)
-        families = ["a"] * 20 + ["b"] * 20
-        return SimpleNamespace(items=lambda splits: RunItems(name, seed, np.arange(40), families, right))
+        right = np.arange(80) < 10 + 16 * apart * (name == SIDES[1].id)
+        families = ["a"] * 40 + ["b"] * 40
+        return SimpleNamespace(items=lambda splits: RunItems(name, seed, np.arange(80), families, right))
 
     shown = trial(3)
     object.__setattr__(shown, "facts", lambda found, stages: [answered(found.id, seed) for seed in (1, 2, 3)])
@@ -63,5 +63,5 @@ def test_where_no_item_tells_the_sides_apart_there_is_no_number(apart: bool) -> 
     assert [dev["domains"]["b"][name] for name in numbers] == [None] * 5
     assert ("b not apart, predicted flat: unresolved" in said) == apart
     assert ([dev[name] for name in (*numbers, "minimum_detectable_effect")] == [None] * 6) != apart
-    assert ("NO VERDICT  c: no dev-B item of 40 tells" in said) != apart
-    assert ("external no item tells the two sides apart" in said) != apart
+    assert ("NO VERDICT  c: too few of 80 dev-B items" in said) != apart
+    assert ("external too few items tell the two sides apart" in said) != apart
