@@ -1,10 +1,10 @@
 """Discordant items: how few may tell two sides apart before nothing is claimed of their difference.
 
 Where few items do, the variance is made of a handful and is small just where the mean is, so that bounds are false too
-often. 10 discordant pairs are the usual condition of McNemar's normal form (Cochran 1954), as 10 right and 10 wrong
-answers are that of a share. The looks of a campaign have small levels, at which it takes more: of campaigns near an
-accuracy of 0, with the slope exactly at beta0 and 60 % of flips common, up to .10 alarmed with 10 and .04 with 15
-(docs/results/judge.md).
+often. 10 discordant pairs are the usual condition of McNemar's normal form (5 expected each way: Cochran 1954), as 10
+right and 10 wrong answers are that of a share. The looks of a campaign have small levels, at which it takes more: of
+campaigns near an accuracy of 0, with the slope exactly at beta0 and 60 % of flips common, up to .10 alarmed with 10 and
+.04 with 15 (docs/results/judge.md).
 """
 
 import numpy as np

@@ -43,7 +43,7 @@ from megatron_evolve.workers.propose import propose
 
 FAMILIES = ("cipher", "gravity")
 STYLES = {name: ["answer", "trace"] for name in FAMILIES}
-ITEMS = {"dev-a": 8, "dev-b": 8, "external-a": 6, "external-b": 6, "final": 6}  # of each family
+ITEMS = {"dev-a": 8, "dev-b": 24, "external-a": 12, "external-b": 12, "final": 24}  # of each family
 SUBSTRATE, JUDGE = digest_of("an invented substrate"), digest_of("an invented judge")
 WEIGHTS = {"dev": {"cipher": 0.5, "gravity": 0.5}, "external": {"cipher": 0.4, "gravity": 0.6}}
 DEFAULT = Settings(

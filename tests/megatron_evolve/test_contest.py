@@ -264,6 +264,7 @@ UNBOUND = {
     "eval.judge eval.suite eval.metric eval.engines substrate.puzzles": "items and answers: drawn on a surface, and "
     "bound by `judge_sources` where runs are real",
     "explain": "the argument in words, which nothing reads",
+    "eval.hook": "the wait for a worker's program, which a contest does not start",
     "sources": "names what is bound",
 }
 

@@ -13,6 +13,7 @@ import yaml
 
 from megatron_evolve.campaign import find_campaign, load_campaign
 from megatron_evolve.eval.paired import RunItems
+from megatron_evolve.eval.power import Bound
 from megatron_evolve.launch.rundir import read_json
 from megatron_evolve.substrate.digest import digest_of
 from megatron_evolve.substrate.puzzles import families
@@ -301,7 +302,7 @@ def test_the_page_prints_whatever_came_out() -> None:
         assert words in text
     assert "scores alone" not in text
     g = results[0].truth[0].g
-    seen = 100 * ((g.high - g.low) / 2 + 0.8416 * g.se)
+    seen = 100 * Bound((g.high - g.low) / 2, g.se, g.level).visible()
     assert f"overall {seen:.1f}, a family {seen:.1f}" in text and "+0.0 ± 2.0" in text
     assert Mean.over([0.01, 0.02, 0.03]).visible == "2.5"
     assert [Mean.over(alike).visible for alike in ([], [0.1], [0.1, 0.1])] == ["-"] * 3
