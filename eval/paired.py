@@ -175,7 +175,7 @@ def contrast(parts: Sequence[tuple[Answers, Mapping[RunKey, float]]]) -> Contras
     Raises ValueError if the parts ask different families or an item changes its family.
     """
     families = parts[0][0].families
-    means, shares, totals = np.zeros(len(families)), [], {}
+    means, influences, apart, totals = np.zeros(len(families)), [], [], {}
     for answers, coefficients in parts:
         if answers.families != families:
             raise ValueError(
@@ -187,29 +187,32 @@ def contrast(parts: Sequence[tuple[Answers, Mapping[RunKey, float]]]) -> Contras
         mean = sums_by(answers.codes, value, len(families)) / answers.counts
         scale = 1 / np.sqrt(answers.counts * (answers.counts - 1.0))
         means = means + mean
-        influence = (value - mean[..., answers.codes]) * scale[answers.codes]
-        shares.append(np.stack([influence, np.abs(value) > ROUNDING]))
+        influences.append((value - mean[..., answers.codes]) * scale[answers.codes])
+        apart.append(np.abs(value) > ROUNDING)
         for key, coefficient in coefficients.items():
             totals[key] = totals.get(key, 0.0) + coefficient
-    (influence, apart), codes = _by_item([answers for answers, _ in parts], shares)
-    of_each = influence**2, influence**2 * influence, (apart > 0).astype(float)
+    (influence, times_apart), codes = _by_item([answers for answers, _ in parts], influences, apart)
+    squares = influence**2
+    of_each = squares, squares * influence, times_apart > 0
     variances, thirds, discordant = (sums_by(codes, one, len(families)) for one in of_each)
     dfs = np.bincount(codes, minlength=len(families)) - 1.0
     return Contrast(families, means, variances, dfs, thirds, discordant, codes.size, totals)
 
 
-def _by_item(answers: Sequence[Answers], shares: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    if len(answers) == 1:
-        return shares[0], answers[0].codes
+def _by_item(answers: Sequence[Answers], *shares: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Each of `shares`, an array (..., n) a part, summed by item over the parts, and the items' families."""
+    joined = [np.concatenate(one, axis=-1) for one in shares]
     codes_each = np.concatenate([part.codes for part in answers])
     ids, place = np.unique(np.concatenate([part.item_ids for part in answers]), return_inverse=True)
+    if ids.size == codes_each.size:  # fresh items in every part: each is its own sum
+        return joined, codes_each
     codes = np.empty(ids.size, dtype=int)
     codes[place] = codes_each
     if not np.array_equal(codes[place], codes_each):
         raise ValueError(
             "expected an item to keep its family over the rounds, got one that changed: give it another id"
         )
-    return sums_by(place, np.concatenate(shares, axis=-1), ids.size), codes
+    return [sums_by(place, one, ids.size) for one in joined], codes
 
 
 @dataclass(frozen=True)
