@@ -66,7 +66,7 @@ def test_a_spent_budget_ends_the_campaign_after_its_round(
     answer = json.loads(done.stdout)
     found = answer["closing"]["finding"]
     assert answer["state"] == "closed" and answer["closing"]["final"] is None
-    assert "budget spent after 1 of 2 rounds: 0.0" in found and "of 0.0205556 CPU-hours are used" in found
+    assert "budget spent after 1 of 2 rounds: 0.0" in found and "of 0.02056 CPU-hours are used" in found
     known = events(folder)
     (spent,) = [event for event in known if event["kind"] == "budget-spent"]
     charged = sum(event["data"]["end"]["cpu_seconds"] for event in known if event["kind"] == "ended")
