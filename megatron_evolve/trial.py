@@ -21,6 +21,7 @@ from megatron_evolve.cli import emit
 from megatron_evolve.comparisons import INTERVAL_ALPHA, Weights, seeds_of
 from megatron_evolve.delta import Delta, canonical_change, resolve
 from megatron_evolve.document import load_yaml
+from megatron_evolve.eval.discordant import too_few
 from megatron_evolve.eval.looks import Look, Looks
 from megatron_evolve.eval.paired import Estimate, effect, probability_better
 from megatron_evolve.eval.power import POWER, minimum_detectable_effect, times_needed, with_seeds
@@ -216,9 +217,13 @@ def compare(
         name: effect(*answers, {one: float(one == name) for one in domains}, seeds_of(pool, weights, side, name))
         for name in domains
     }
+    num_items = len(answers[0][0].item_ids)
     return {
         "runs": [len(mine), len(anchors)],
-        "items": len(answers[0][0].item_ids),
+        "items": num_items,
+        "too_few": None
+        if overall.enough
+        else too_few(overall.discordant, num_items, "dev-B" if side == "dev" else side),
         **_shown(overall),
         "minimum_detectable_effect": minimum_detectable_effect(overall, MDE_ALPHA) if overall.enough else None,
         "more_seeds": _more_seeds(overall, len(mine)) if overall.enough else None,
@@ -240,8 +245,6 @@ def _shown(found: Estimate) -> dict[str, float | None]:
 
 def _more_seeds(found: Estimate, runs: int) -> int | None:
     """Further seeds a side that bring the interval off zero with 80 % power at this effect; none if seeds cannot."""
-    if not found.item_variance:
-        return None
     if found.lower(INTERVAL_ALPHA) > 0 or found.upper(INTERVAL_ALPHA) < 0:
         return 0
     if found.seeds is None:
@@ -258,8 +261,7 @@ def words(found: dict[str, Any]) -> str:
     if dev is None:
         lines.append(f"NO VERDICT  {found['candidate']}: no finished run on one of the two sides")
     elif dev["mean"] is None:
-        few = f"too few of {dev['items']:,} dev-B items tell the two sides apart"
-        lines.append(f"NO VERDICT  {found['candidate']}: {few}")
+        lines.append(f"NO VERDICT  {found['candidate']}: {dev['too_few']}; ask more items")
     else:
         said = "GAIN" if dev["low"] > 0 else "LOSS" if dev["high"] < 0 else "NOT SHOWN"
         lines.append(
@@ -280,7 +282,7 @@ def words(found: dict[str, Any]) -> str:
         lines.append(
             f"  to settle: about +{dev['more_seeds']} seeds a side at this effect, with {100 * POWER:.0f} % power"
         )
-    elif dev and dev["more_seeds"] is None:
+    elif dev and dev["mean"] is not None and dev["more_seeds"] is None:
         lines.append("  to settle: seeds alone cannot at this effect")
     lines += [f"  failed: {failure}" for failure in found["failures"]]
     return "\n".join(lines)
@@ -288,7 +290,7 @@ def words(found: dict[str, Any]) -> str:
 
 def _interval(value: dict[str, float | None]) -> str:
     if value["mean"] is None:
-        return "too few items tell the two sides apart"
+        return value["too_few"]
     return f"{100 * value['mean']:+.1f} pt [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
 
 

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, nargs="?", help="folder of the trained run")
     arguments = parser.parse_args(argv)
     if arguments.list:
+        if not arguments.judge.is_dir():
+            parser.error(f"expected the folder of a frozen judge, found none at {arguments.judge}: check --judge")
         print(*submitted_runs(arguments.judge), sep="\n")
         return 0
     if arguments.run is None or arguments.substrate is None:

@@ -190,7 +190,8 @@ def first_kinds() -> tuple[str, ...]:
         fresh = [kind for kind in mine if kind in left]
         rarest = min(fresh, key=lambda kind: (stories_with[kind], kind), default=None)
         found.append(rarest or mine[seed // STORIES % len(mine)])
-        left -= set() if may_be_harmless(seed) else {found[-1]}
+        if not may_be_harmless(seed):
+            left.discard(found[-1])
     return tuple(found)
 
 

@@ -62,6 +62,10 @@ def test_a_leaderboard_lists_what_was_submitted_to_it(tmp_path: Path, capsys: py
         folder = tmp_path / "submissions" / place
         folder.mkdir(parents=True)
         (folder / "submission.json").write_text(json.dumps({"run": run}))
+    with pytest.raises(SystemExit):
+        main(["--judge", str(tmp_path / "judge"), "--list"])
+    assert "expected the folder of a frozen judge" in capsys.readouterr().err, "no judge has no empty list"
+    (tmp_path / "judge").mkdir()
     assert main(["--judge", str(tmp_path / "judge"), "--list"]) == 0
     assert capsys.readouterr().out.splitlines() == ["/a/train", "/b/train", "/b/train"], "twice where twice submitted"
     with pytest.raises(SystemExit):

@@ -63,5 +63,6 @@ def test_where_no_item_tells_the_sides_apart_there_is_no_number(apart: bool) -> 
     assert [dev["domains"]["b"][name] for name in numbers] == [None] * 5
     assert ("b not apart, predicted flat: unresolved" in said) == apart
     assert ([dev[name] for name in (*numbers, "minimum_detectable_effect")] == [None] * 6) != apart
-    assert ("NO VERDICT  c: too few of 80 dev-B items" in said) != apart
-    assert ("external too few items tell the two sides apart" in said) != apart
+    assert ("NO VERDICT  c: none of 80 dev-B items tell the two sides apart, expected 15" in said) != apart
+    assert ("external none of 80 dev-B items" in said) != apart
+    assert "to settle: seeds alone cannot" not in said or apart, "of an effect that nobody claims"
