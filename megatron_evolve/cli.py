@@ -175,7 +175,7 @@ def worlds(
     as_json: Json = False,
 ) -> None:
     """Real nano campaigns over a grid of planted and unplanted worlds, and what they found."""
-    from megatron_evolve.worlds import run_worlds
+    from megatron_evolve.worlds.run import run_worlds
 
     guarded(
         lambda: emit(run_worlds(spec, dir, store)) if as_json else typer.echo(run_worlds(spec, dir, store)["table"]),

@@ -15,7 +15,15 @@ from megatron_evolve.substrate.frozen import nearest
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader that also knows YAML 1.2's floats and refuses a key written twice."""
+    """Safe loader that also knows YAML 1.2's floats, and refuses a key written twice and text that no UTF-8 has."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise yaml.constructor.ConstructorError(
+                None, None, "expected whole characters, got half of a surrogate pair", node.start_mark
+            )
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set = set()

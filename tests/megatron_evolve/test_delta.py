@@ -106,6 +106,7 @@ def test_yaml_reads_a_learning_rate_as_people_write_it(tmp_path) -> None:
         ("a: " + "[" * 5000 + "]" * 5000, "nest them less"),
         ("schema: 2024-99-99", "month must be in 1..12; fix or quote the value"),
         ("a: " + "9" * 6000, "6000 digits; fix or quote the value"),
+        ('a: 1\nb: "x\\ud800y"', "line 2: expected whole characters, got half of a surrogate pair"),
         ("a: !!bool x", "a value that its tag has none of; fix or quote the value"),
     ],
 )

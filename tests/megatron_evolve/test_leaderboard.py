@@ -5,6 +5,7 @@ import os
 import signal
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,9 @@ def test_a_leaderboard_lists_what_was_submitted_to_it(tmp_path: Path, capsys: py
         main(["--judge", str(tmp_path / "judge"), "--list"])
     assert "expected the folder of a frozen judge" in capsys.readouterr().err, "no judge has no empty list"
     (tmp_path / "judge").mkdir()
+    program = (sys.executable, "-m", "megatron_evolve.worlds.leaderboard", "--judge", tmp_path / "judge", "--list")
+    ran = subprocess.run(program, env=environment(), capture_output=True, text=True, check=True)
+    assert not ran.stderr, "its package doesn't import the program before it runs"
     assert main(["--judge", str(tmp_path / "judge"), "--list"]) == 0
     assert capsys.readouterr().out.splitlines() == ["/a/train", "/b/train", "/b/train"], "twice where twice submitted"
     with pytest.raises(SystemExit):
