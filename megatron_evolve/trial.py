@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import typer
 
 from megatron_evolve.artefacts import CampaignFolder, save_json
@@ -23,7 +24,7 @@ from megatron_evolve.delta import Delta, canonical_change, resolve
 from megatron_evolve.document import load_yaml
 from megatron_evolve.eval.discordant import too_few
 from megatron_evolve.eval.looks import Look, Looks
-from megatron_evolve.eval.paired import Estimate, effect, probability_better
+from megatron_evolve.eval.paired import Answers, Estimate, RunItems, effect, mcnemar_midp, probability_better
 from megatron_evolve.eval.power import POWER, minimum_detectable_effect, times_needed, with_seeds
 from megatron_evolve.eval.seeds import RunReplicates, SeedPool
 from megatron_evolve.eval.suite import Split
@@ -227,6 +228,7 @@ def compare(
         **_shown(overall),
         "minimum_detectable_effect": minimum_detectable_effect(overall, MDE_ALPHA) if overall.enough else None,
         "more_seeds": _more_seeds(overall, len(mine)) if overall.enough else None,
+        "checkpoints": _checkpoints(answers[0][0], answers[1][0]) if len(mine) == len(anchors) == 1 else None,
         "domains": {name: _shown(found) for name, found in by_domain.items()},
     }
 
@@ -241,6 +243,18 @@ def _shown(found: Estimate) -> dict[str, float | None]:
         "high": found.upper(INTERVAL_ALPHA),
         "p_better": probability_better(found),
     }
+
+
+def _checkpoints(mine: RunItems, anchor: RunItems) -> dict[str, float] | None:
+    """Whether two checkpoints differ; of the delta it says nothing. None where several answers to an item are averaged.
+
+    Unweighted, as McNemar's test is: every item counts alike whatever its family weighs.
+    """
+    ours, theirs = Answers.of([mine, anchor]).correct_Rn
+    if not np.isin([ours, theirs], (0, 1)).all():
+        return None
+    better, worse = int((ours > theirs).sum()), int((ours < theirs).sum())
+    return {"only_candidate": better, "only_anchor": worse, "midp": mcnemar_midp(better, worse)}
 
 
 def _more_seeds(found: Estimate, runs: int) -> int | None:
@@ -273,6 +287,8 @@ def words(found: dict[str, Any]) -> str:
             f"P(better) {dev['p_better']:.2f}"
         )
         lines.append(f"  domains  {_domains(dev, found['predicted'])}")
+    if dev and dev["checkpoints"]:
+        lines.append(f"  {_pair_words(dev['checkpoints'])}")
     lines.append(
         f"  external {_interval(found['external'])}"
         if found["external"]
@@ -286,6 +302,13 @@ def words(found: dict[str, Any]) -> str:
         lines.append("  to settle: seeds alone cannot at this effect")
     lines += [f"  failed: {failure}" for failure in found["failures"]]
     return "\n".join(lines)
+
+
+def _pair_words(pair: dict[str, float]) -> str:
+    return (
+        f"these two checkpoints: {pair['only_candidate']:,} items right in the candidate's alone, "
+        f"{pair['only_anchor']:,} in the anchor's, mid-p {pair['midp']:.3f}; another seed may turn it round"
+    )
 
 
 def _interval(value: dict[str, float | None]) -> str:

@@ -66,3 +66,23 @@ def test_where_no_item_tells_the_sides_apart_there_is_no_number(apart: bool) -> 
     assert ("NO VERDICT  c: none of 80 dev-B items tell the two sides apart, expected 15" in said) != apart
     assert ("external none of 80 dev-B items" in said) != apart
     assert "to settle: seeds alone cannot" not in said or apart, "of an effect that nobody claims"
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_one_run_a_side_says_whether_the_two_checkpoints_differ(seeds: int) -> None:
+    """Beside the verdict, which knows what a seed is worth; of several runs a side there is no such pair."""
+    right = {SIDES[0].id: range(20, 60), SIDES[1].id: range(40)}  # 20 items in the one alone, 20 in the other
+
+    def answered(name: str, seed: int) -> SimpleNamespace:
+        items = np.roll(np.arange(80), 10 if name == SIDES[0].id else 0)
+        families = np.where(items < 40, "a", "b")
+        return SimpleNamespace(items=lambda splits: RunItems(name, seed, items, families, np.isin(items, right[name])))
+
+    shown = trial(seeds)
+    object.__setattr__(shown, "facts", lambda found, stages: [answered(found.id, seed) for seed in range(seeds)])
+    dev = compare(shown, ("dev-b",), "dev", Weights({"a": 0.9, "b": 0.1}, {}), SeedPool(()))
+    expected = {"only_candidate": 20, "only_anchor": 20, "midp": 1.0}
+    assert dev["checkpoints"] == (expected if seeds == 1 else None)
+    told = {"candidate": "c", "anchor": "a", "substrate": "s", "external": None, "failures": []}
+    said = words({**told, "dev": dev, "predicted": {"domains": {}}})
+    assert ("20 items right in the candidate's alone, 20 in the anchor's, mid-p 1.000" in said) == (seeds == 1)
