@@ -35,15 +35,15 @@ LAYOUTS = {
         "tensor and sequence": {"layout": "tp=2"},
         "expert": {"layout": "ep=2"},
         "expert-tensor": {"layout": "etp=2"},
-        "pipeline": {"layout": "pp=2", "micro_rows": 4},
+        "pipeline": {"layout": "pp=2", "micro_rows": 16},
     },
     3: {"virtual stages": {"layout": "pp=3,vp=2", "micro_rows": 8}},
     4: {
         "tensor, expert": {"layout": "tp=2,ep=2"},
         "tensor, expert, expert-tensor": {"layout": "tp=2,ep=2,etp=2"},
-        "tensor, pipeline": {"layout": "tp=2,pp=2", "micro_rows": 8},
-        "expert, pipeline": {"layout": "ep=2,pp=2", "micro_rows": 8},
-        "stages of unequal length": {"layout": "pp=4", "micro_rows": 4},
+        "tensor, pipeline": {"layout": "tp=2,pp=2", "micro_rows": 16},
+        "expert, pipeline": {"layout": "ep=2,pp=2", "micro_rows": 16},
+        "stages of unequal length": {"layout": "pp=4", "micro_rows": 8},
     },
 }
 LORA = ", LoRA"
@@ -100,19 +100,19 @@ RESUMED = {  # where what those cases saved is gone on with
         "tensor to expert, bf16": {"layout": "ep=2", "bf16": True, "restore": "tensor, bf16"},
         "tensor to data": {"layout": "", "restore": "tensor and sequence"},
         "tensor to data" + LORA: {"layout": "", "restore": "tensor and sequence" + LORA, "adapter": True},
-        "tensor to pipeline": {"layout": "pp=2", "micro_rows": 8, "restore": "tensor and sequence"},
+        "tensor to pipeline": {"layout": "pp=2", "micro_rows": 16, "restore": "tensor and sequence"},
         "expert to expert": {"layout": "ep=2", "restore": "expert"},
         "expert to tensor": {"layout": "tp=2", "restore": "expert"},
     },
     4: {
-        "tensor to tensor, pipeline": {"layout": "tp=2,pp=2", "micro_rows": 8, "restore": "tensor and sequence"},
+        "tensor to tensor, pipeline": {"layout": "tp=2,pp=2", "micro_rows": 16, "restore": "tensor and sequence"},
         "tensor to pipeline" + LORA: {
             "layout": "pp=4",
             "micro_rows": 8,
             "restore": "tensor and sequence" + LORA,
             "adapter": True,
         },
-        "expert to expert, pipeline": {"layout": "ep=2,pp=2", "micro_rows": 8, "restore": "expert"},
+        "expert to expert, pipeline": {"layout": "ep=2,pp=2", "micro_rows": 16, "restore": "expert"},
     },
 }
 
