@@ -22,9 +22,9 @@ demo: $(VENV)/installed
 control: $(VENV)/installed
 	$(BIN)/megatron-evolve run control --dir runs/control
 
-# One test at a time: the campaigns of the slow part use two cores themselves.
+# The slow part one test at a time: its campaigns use two cores themselves. It runs whatever the fast part says.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest tests
+	@$(MAKE) --no-print-directory check; fast=$$?; $(BIN)/python -m pytest tests -m "$(SLOW)" && exit $$fast
 
 check: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests -m "not ($(SLOW))" -n $(WORKERS) --dist loadfile

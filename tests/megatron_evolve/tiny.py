@@ -18,6 +18,7 @@ from megatron_evolve.facts import RoundFacts, round_facts
 from megatron_evolve.prepare import judge_folder
 from megatron_evolve.substrate.manifest import read_manifest
 
+ABSENT = str(Path(__file__).with_name("absent"))
 COMMAND = (sys.executable, "-m", "megatron_evolve.cli")
 COMMAND_SECONDS = 600  # a loaded machine; 40 on an idle one
 FAMILIES = ("numeral", "gravity", "unit_conversion", "cipher", "bit_manipulation", "equation")
@@ -41,9 +42,9 @@ asked.write_text("x" * (calls + 1))
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of the loop's processes: this package first, one thread each."""
+    """The environment of the loop's processes: this package first, one thread each, no pandas."""
     checkout = str(Path(megatron_evolve.__file__).resolve().parent.parent)
-    path = os.pathsep.join(part for part in (more.pop("first", ""), checkout) if part)
+    path = os.pathsep.join(part for part in (more.pop("first", ""), ABSENT, checkout) if part)
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **more}
 
 
