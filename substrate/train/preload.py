@@ -18,7 +18,7 @@ def preload() -> None:
 
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    # The first optimizer imports these two: .7 CPU-seconds of every child that trains, were they not here.
+    # The first optimizer imports mimo and torch._dynamo: .7 CPU-seconds of every child that trains, were they not here.
     import megatron.core.distributed.finalize_model_grads
     import megatron.core.models.mimo.model.base
     import megatron.core.optimizer
