@@ -119,8 +119,8 @@ def answer(case: dict[str, Any], weights: Path, reply: Connection) -> None:
         found = steps_of(case, weights)
     except ValueError as error:
         found = {"error": str(error)}
-    reply.send(found)
     build.stop()
+    reply.send(found)
 
 
 def in_a_child(case: dict[str, Any], weights: Path) -> dict[str, Any]:
